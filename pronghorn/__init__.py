@@ -1,0 +1,44 @@
+"""Pronghorn: fine-tune language models and train them by GRPO in one process, on one copy of the weights.
+
+Public names load on first use, so that ``import pronghorn`` is quick and imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "FastLanguageModel": "pronghorn.api",
+    "PatchFastRL": "pronghorn.api",
+    "is_bfloat16_supported": "pronghorn.env",
+    "SamplingParams": "pronghorn.config.sampling",
+    "ConfigError": "pronghorn.config.errors",
+    "GRPOConfig": "pronghorn.grpo.config",
+    "GRPOTrainer": "pronghorn.grpo.trainer",
+}
+
+__all__ = ["ConfigError", "FastLanguageModel", "GRPOConfig", "GRPOTrainer", "PatchFastRL", "SamplingParams",
+           "is_bfloat16_supported"]  # fmt: skip
+
+if TYPE_CHECKING:
+    from .api import FastLanguageModel, PatchFastRL
+    from .config.errors import ConfigError
+    from .config.sampling import SamplingParams
+    from .env import is_bfloat16_supported
+    from .grpo.config import GRPOConfig
+    from .grpo.trainer import GRPOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'pronghorn' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
