@@ -1,0 +1,105 @@
+"""Attach the fast path to one model instance: its layers' ``forward``, its loss, its checkpointing switch.
+
+Methods are bound with ``MethodType`` to the instance: no class changes, other models in the process are untouched, and
+a deep copy runs its own weights (a closure would go on running the original's).
+"""
+
+from __future__ import annotations
+
+import logging
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config.errors import ConfigError
+from . import checkpointing
+from .attention import Attention
+from .causal_lm import causal_lm_forward
+from .registry import spec_for
+from .state import ATTRIBUTE, ModelState
+from .tree import decoder, unwrap
+
+logger = logging.getLogger("pronghorn")
+
+_MODEL_METHODS = ("forward", "gradient_checkpointing_enable", "gradient_checkpointing_disable")
+
+
+def _layer_forward(
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    *args: Any,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    packed_attention: Attention | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A decoder layer: packed tokens run the family's block, anything else transformers' own forward."""
+    if packed_attention is not None:
+        block = spec_for(self.self_attn.config).block  # type: ignore[union-attr]
+        return checkpointing.run(self, block, self, hidden_states, position_embeddings, packed_attention)
+    own = type(self).forward
+    if kwargs.get("past_key_values") is not None:
+        # A recomputed forward would write its keys into the cache twice, so with a cache nothing is recomputed.
+        return own(self, hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+    return checkpointing.run(
+        self, own, self, hidden_states, *args, position_embeddings=position_embeddings, **kwargs
+    )
+
+
+def _checkpointing_enable(self: nn.Module, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    """What trainers call by default. An explicit "off" of the user's stands; the plan is Pronghorn's own."""
+    state: ModelState | None = getattr(self, ATTRIBUTE, None)
+    if state is not None and state.use_gradient_checkpointing in (False, "off"):
+        logger.info("gradient checkpointing stays off: use_gradient_checkpointing=%r", state.use_gradient_checkpointing)
+        return
+    if state is not None and state.use_gradient_checkpointing == "auto":
+        checkpointing.set_recompute(decoder(self).layers, checkpointing.resolve("auto", self.device))
+        return
+    checkpointing.set_recompute(decoder(self).layers, True)
+
+
+def _checkpointing_disable(self: nn.Module) -> None:
+    checkpointing.set_recompute(decoder(self).layers, False)
+
+
+def attach(model: nn.Module) -> None:
+    """Give ``model`` (a supported ``*ForCausalLM``, or a PEFT model around one) Pronghorn's forward and loss.
+
+    Weights, names, config and state dict stay as they are. Calling it twice changes nothing.
+
+    Raises:
+        ConfigError: the family is unknown.
+    """
+    base = unwrap(model)
+    spec = spec_for(base.config)
+    if type(base).__name__ not in spec.architectures:
+        raise ConfigError(
+            f"model={type(base).__name__} is not one that Pronghorn attaches to; expected one of "
+            f"{', '.join(spec.architectures)}"
+        )
+    for layer in base.model.layers:
+        layer.forward = MethodType(_layer_forward, layer)
+    base.forward = MethodType(causal_lm_forward, base)
+    base.gradient_checkpointing_enable = MethodType(_checkpointing_enable, base)
+    base.gradient_checkpointing_disable = MethodType(_checkpointing_disable, base)
+    state: ModelState | None = getattr(base, ATTRIBUTE, None)
+    if state is not None:
+        on = checkpointing.resolve(state.use_gradient_checkpointing, base.device)
+        checkpointing.set_recompute(base.model.layers, on)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo :func:`attach`: the instance runs its class's own methods again."""
+    base = unwrap(model)
+    for layer in base.model.layers:
+        layer.__dict__.pop("forward", None)
+        layer.__dict__.pop("pronghorn_recompute", None)
+    for name in _MODEL_METHODS:
+        base.__dict__.pop(name, None)
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether ``model`` runs Pronghorn's forward."""
+    bound = unwrap(model).__dict__.get("forward")
+    return isinstance(bound, MethodType) and bound.__func__ is causal_lm_forward

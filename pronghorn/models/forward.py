@@ -1,0 +1,97 @@
+"""The walk over packed tokens that the trainer and the sampler share: embeddings, blocks, norm, head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .attention import Attention
+from .registry import spec_for
+from .tree import unwrap
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output projection: ``softcap(scale * (hidden @ weight_VD^T + bias_V))``.
+
+    ``weight_VD`` carries gradient where the head trains. ``softcap`` is None where a family has none.
+    """
+
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def hidden_states(
+    model: nn.Module, input_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: Attention
+) -> torch.Tensor:
+    """Hidden states after the final norm, ``[T, D]`` in the compute dtype.
+
+    Args:
+        model: a Pronghorn model, with or without PEFT around it. Adapters act as they stand.
+        input_ids_T: int64 ids of T packed tokens.
+        positions_T: int64 position of each token in its row (rotary position).
+        attention: which tokens see which.
+
+    Layers are recomputed in backward where the model's checkpointing says so.
+    """
+    stack = unwrap(model).model
+    hidden_TD = stack.embed_tokens(input_ids_T)
+    cos_1TE, sin_1TE = stack.rotary_emb(hidden_TD, position_ids=positions_T.unsqueeze(0))
+    rope_TE = (cos_1TE[0], sin_1TE[0])
+    for layer in stack.layers:
+        hidden_TD = layer(hidden_TD, position_embeddings=rope_TE, packed_attention=attention)
+    return stack.norm(hidden_TD)
+
+
+def head(model: nn.Module) -> Head:
+    """The output projection of ``model`` as tensors, with what PEFT may have put on it.
+
+    Raises:
+        NotImplementedError: the head carries an adapter of a kind other than LoRA or ``modules_to_save``.
+    """
+    base = unwrap(model)
+    lm_head = base.lm_head
+    spec = spec_for(base.config)
+    if hasattr(lm_head, "modules_to_save"):
+        chosen = lm_head.original_module
+        if not lm_head.disable_adapters and lm_head.active_adapters:
+            chosen = lm_head.modules_to_save[lm_head.active_adapters[0]]
+        return Head(chosen.weight, chosen.bias, spec.logit_scale)
+    if hasattr(lm_head, "lora_A"):
+        return Head(*_lora_head(lm_head), spec.logit_scale)
+    if not isinstance(lm_head, nn.Linear):
+        raise NotImplementedError(f"lm_head={type(lm_head).__name__}: use LoRA or modules_to_save on the head")
+    return Head(lm_head.weight, lm_head.bias, spec.logit_scale)
+
+
+def _lora_head(lm_head: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight ``W + scaling * B @ A`` of a head under LoRA, differentiable, and the bias."""
+    layer: object = lm_head
+    base = layer.get_base_layer()  # type: ignore[attr-defined]
+    weight_VD = base.weight
+    active = [] if lm_head.disable_adapters or lm_head.merged else lm_head.active_adapters
+    for name in active:
+        if name not in lm_head.lora_A:  # type: ignore[operator]
+            continue
+        dropout = lm_head.lora_dropout[name]  # type: ignore[index]
+        if lm_head.training and getattr(dropout, "p", 0.0) > 0:
+            raise NotImplementedError("lora_dropout on lm_head: set it to 0, or leave lm_head out of target_modules")
+        a_rD = lm_head.lora_A[name].weight.to(weight_VD.dtype)  # type: ignore[index]
+        b_Vr = lm_head.lora_B[name].weight.to(weight_VD.dtype)  # type: ignore[index]
+        weight_VD = weight_VD + (b_Vr @ a_rD) * lm_head.scaling[name]  # type: ignore[index]
+    return weight_VD, base.bias
+
+
+def logits(model: nn.Module, hidden_ND: torch.Tensor) -> torch.Tensor:
+    """Logits ``[N, V]`` of the given hidden states, in the head's dtype."""
+    out = head(model)
+    logits_NV = torch.nn.functional.linear(hidden_ND, out.weight_VD, out.bias_V)
+    if out.scale != 1.0:
+        logits_NV = logits_NV * out.scale
+    if out.softcap is not None:
+        logits_NV = torch.tanh(logits_NV / out.softcap) * out.softcap
+    return logits_NV

@@ -1,0 +1,42 @@
+"""What Pronghorn has to know of a model family, in one frozen record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .attention import Attention
+
+RopeTE = tuple[torch.Tensor, torch.Tensor]
+"""Rotary cos and sin, each ``[T, E]`` in the compute dtype."""
+
+Block = Callable[[nn.Module, torch.Tensor, RopeTE, Attention], torch.Tensor]
+"""``block(layer, hidden_TD, rope_TE, attention) -> hidden_TD``: one decoder layer over packed tokens."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model family.
+
+    Attributes:
+        family: the name that messages use.
+        model_types: values of ``config.model_type`` that it serves.
+        architectures: transformers' classes that it serves.
+        projections: names of the linear layers inside a decoder layer: what NF4 replaces and LoRA may target.
+        block: the decoder layer as a function of packed tokens.
+        logit_scale: multiplies the logits (1 where a family has none).
+    """
+
+    family: str
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    projections: tuple[str, ...]
+    block: Block = field(repr=False)
+    logit_scale: float = 1.0
+
+    def is_projection(self, module_name: str) -> bool:
+        """Whether the dotted ``module_name`` of the ForCausalLM is a projection inside a decoder layer."""
+        return ".layers." in f".{module_name}" and module_name.rpartition(".")[2] in self.projections
