@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Source:
 
 @dataclass
 class ModelState:
-    """Settings of one loaded model, and the rollout engine that serves it once there is one."""
+    """Settings of one loaded model, its tokenizer, and the rollout engine that serves it once there is one."""
 
     max_seq_length: int
     compute_dtype: torch.dtype
@@ -47,13 +47,13 @@ class ModelState:
     max_lora_rank: int = 64
     gpu_memory_utilization: float = 0.6
     use_gradient_checkpointing: bool | str = "auto"
+    tokenizer: Any = None
     engine: Any = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
         """A copied model gets its own settings and no engine: an engine belongs to the weights that it reads."""
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "engine"}
-        return ModelState(**copy.deepcopy(kept, memo))
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("engine", "tokenizer")}
+        return ModelState(**copy.deepcopy(kept, memo), tokenizer=self.tokenizer)
 
 
 def state_of(model: nn.Module) -> ModelState:

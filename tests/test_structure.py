@@ -1,0 +1,104 @@
+"""The house rules that a script can read: which package may import which, and how long things get."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "pronghorn"
+
+# What each part may import, besides itself. docs/structure.md draws it.
+GROUND = {"config", "env"}
+MAY_IMPORT = {
+    "config": set(),
+    "env": {"config"},
+    "kernels": GROUND,
+    "quant": GROUND | {"kernels"},
+    "lora": GROUND | {"kernels", "quant"},
+    "models": GROUND | {"kernels", "quant", "lora"},
+    "loader": GROUND | {"kernels", "quant", "lora", "models"},
+    "data": GROUND,
+    "rewards": GROUND,
+    "report": GROUND,
+    "export": GROUND | {"quant", "lora", "models"},
+    "rollout": GROUND | {"kernels", "quant", "lora", "models", "loader"},
+    "grpo": GROUND | {"kernels", "quant", "lora", "models", "loader", "rollout", "rewards", "data"},
+    "sft": GROUND | {"kernels", "quant", "lora", "models", "loader", "data"},
+    "doctor": GROUND | {"kernels"},
+}
+MAY_IMPORT["api"] = set(MAY_IMPORT) - {"doctor", "report"}
+MAY_IMPORT["recipes"] = MAY_IMPORT["api"] | {"api", "report"}
+MAY_IMPORT["cli"] = MAY_IMPORT["recipes"] | {"recipes", "doctor"}
+MAY_IMPORT["__init__"] = MAY_IMPORT["api"] | {"api"}
+
+
+def sources() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(line, dotted name below pronghorn) of every import of the package, lazy ones included."""
+    found = []
+    here = ["pronghorn", *path.relative_to(PACKAGE).with_suffix("").parts]
+    package = here if path.name == "__init__.py" else here
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names = [stem] if stem != "pronghorn" else [f"{stem}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found += [(node.lineno, name.removeprefix("pronghorn.")) for name in names if name.startswith("pronghorn.")]
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    part = part_of(path)
+    assert part in MAY_IMPORT, f"{part} is a new part: give it a place in MAY_IMPORT and in docs/structure.md"
+    for line, name in imports(path):
+        target = name.split(".")[0]
+        assert target == part or target in MAY_IMPORT[part], f"{path}:{line}: {part} may not import {target}"
+        if part == "grpo" and target == "rollout":
+            assert name == "rollout.base", f"{path}:{line}: grpo sees rollout.base only, not {name}"
+
+
+def test_the_check_sees_relative_and_lazy_imports() -> None:
+    seen = {name.split(".")[0] for _, name in imports(PACKAGE / "models" / "causal_lm.py")}
+    assert "kernels" in seen
+    assert {"config", "models"} <= {name.split(".")[0] for _, name in imports(PACKAGE / "models" / "registry.py")} | {
+        "models"
+    }
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short_and_honest(path: Path) -> None:
+    source = path.read_text()
+    assert source.count("\n") <= 400, f"{path}: over 400 lines"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno <= 80, f"{path}:{node.lineno}: {node.name} is over 80 lines"
+        if isinstance(node, ast.ExceptHandler):
+            swallowed = all(isinstance(statement, ast.Pass) for statement in node.body)
+            assert node.type is not None and not swallowed, f"{path}:{node.lineno}: an exception is swallowed"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec"), f"{path}:{node.lineno}: {node.func.id}"
+
+
+def test_import_pronghorn_is_light() -> None:
+    """The public names are lazy: importing the package imports no torch."""
+    import subprocess
+    import sys
+
+    code = "import sys, pronghorn; assert 'torch' not in sys.modules; assert 'FastLanguageModel' in dir(pronghorn)"
+    subprocess.run([sys.executable, "-c", code], check=True)
