@@ -1,0 +1,1 @@
+"""4-bit NormalFloat weights: the tensor, the linear layer, and the way to and from the bitsandbytes format."""

@@ -1,0 +1,89 @@
+"""A weight held in 4 bits: what the linear layer, the decode kernels and the exporters pass around."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from pronghorn.kernels.nf4 import dequantize_nf4, quantize_nf4, quantize_scales
+from pronghorn.kernels.nf4_code import NESTED_BLOCKSIZE, NF4_BLOCKSIZE
+
+
+@dataclasses.dataclass(frozen=True)
+class NF4Tensor:
+    """An NF4 weight (QLoRA, arXiv:2305.14314), laid out as bitsandbytes lays it out.
+
+    Blocks of ``blocksize`` run flat over the flattened weight and take no notice of rows.
+
+    Attributes:
+        codes: uint8 [ceil(numel / 2)], two codes a byte, the earlier element in the high nibble.
+        scales: uint8 [blocks], 8-bit codes of the block scales; float32 [blocks] where the scales themselves were
+            never quantized (single quantization, bitsandbytes' ``compress_statistics=False``).
+        nested_absmax: float32 [ceil(blocks / nested_blocksize)], or None with single quantization.
+        offset: float32 scalar, the mean of the block scales, or None with single quantization.
+        shape: shape of the weight, (out features, in features).
+        nested_code: float32 [256], the levels of ``scales`` where they are not the standard dynamic map.
+        dtype: what :meth:`dequantize` returns unless told otherwise.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    nested_absmax: torch.Tensor | None
+    offset: torch.Tensor | None
+    shape: tuple[int, ...]
+    blocksize: int = NF4_BLOCKSIZE
+    nested_blocksize: int = NESTED_BLOCKSIZE
+    dtype: torch.dtype = torch.bfloat16
+    nested_code: torch.Tensor | None = None
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor, compute_dtype: torch.dtype | None = None) -> NF4Tensor:
+        """Quantize ``weight`` (float32, float16 or bfloat16, any shape) on the device where it lies.
+
+        ``compute_dtype`` is the dtype to dequantize to; the weight's own where None.
+        """
+        codes, absmax = quantize_nf4(weight)
+        scales, nested_absmax, offset = quantize_scales(absmax)
+        dtype = weight.dtype if compute_dtype is None else compute_dtype
+        return cls(codes, scales, nested_absmax, offset, tuple(weight.shape), dtype=dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight, of ``shape``, in ``dtype`` (``self.dtype`` where None), written to ``out`` where given."""
+        return dequantize_nf4(
+            self.codes,
+            self.scales,
+            self.nested_absmax,
+            self.offset,
+            self.shape,
+            self.dtype if dtype is None else dtype,
+            out,
+            nested_code=self.nested_code,
+            blocksize=self.blocksize,
+            nested_blocksize=self.nested_blocksize,
+        )
+
+    def to(self, device: torch.device | str | int) -> NF4Tensor:
+        """The same weight on ``device``; itself where it already lies there."""
+        moved = {name: t.to(device) for name, t in self.tensors().items()}
+        return self if all(moved[k] is t for k, t in self.tensors().items()) else dataclasses.replace(self, **moved)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors it consists of, by field name."""
+        fields = ("codes", "scales", "nested_absmax", "offset", "nested_code")
+        return {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weight."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, codes and every scale."""
+        return sum(t.nbytes for t in self.tensors().values())
