@@ -1,0 +1,40 @@
+"""Chats and the tokenizer's template: rendering, and ids with BOS exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pronghorn.config.errors import ConfigError
+
+Message = dict[str, str]
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether `prompt` is a list of messages with `role` and `content`."""
+    return (
+        isinstance(prompt, (list, tuple))
+        and len(prompt) > 0
+        and all(isinstance(m, dict) and "role" in m and "content" in m for m in prompt)
+    )
+
+
+def render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    """The chat as text. Raises `ConfigError` where the tokenizer has no chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "tokenizer.chat_template=None: a chat needs one; set tokenizer.chat_template or give plain strings"
+        )
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids, with BOS added as the tokenizer does, but never a second one where the text starts with it."""
+    bos: str | None = getattr(tokenizer, "bos_token", None)
+    written = bos is not None and text.startswith(bos)
+    return list(tokenizer(text, add_special_tokens=not written)["input_ids"])
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    """The chat's token ids; templates that write BOS themselves, as Llama 3's does, do not get a second one."""
+    return list(tokenizer(render(tokenizer, messages, add_generation_prompt), add_special_tokens=False)["input_ids"])
