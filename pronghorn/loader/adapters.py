@@ -1,0 +1,47 @@
+"""``get_peft_model``: PEFT's, on Pronghorn's tree and with Pronghorn's layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from ..config.errors import ConfigError
+from ..config.lora import LoraDefaults
+from ..lora.config import lora_config
+from ..models import attach, state_of, unwrap
+
+
+def get_peft_model(model: nn.Module, **options: Any) -> Any:
+    """Add a LoRA adapter, named "default", and leave it alone trainable.
+
+    Args:
+        model: what ``from_pretrained`` returned.
+        options: fields of :class:`pronghorn.config.lora.LoraDefaults`.
+
+    Returns:
+        A ``peft.PeftModelForCausalLM`` in training mode. A and B are float32 masters; A is drawn from
+        ``random_state`` without moving torch's generator, B is zero.
+
+    Raises:
+        ConfigError: an unknown option, target module or start, a rank over ``max_lora_rank``, a model that already
+            has adapters, or one loaded for full fine-tuning.
+    """
+    settings = LoraDefaults.of(**options)
+    state = state_of(model)
+    if hasattr(model, "peft_config"):
+        raise ConfigError("get_peft_model: this model already has an adapter; load the base model again")
+    if state.full_finetuning:
+        raise ConfigError("get_peft_model: the model was loaded with full_finetuning=True; load it without")
+    config = lora_config(model, settings, state.max_lora_rank)
+    with torch.random.fork_rng(devices=[]):  # A is drawn on the CPU
+        torch.manual_seed(settings.random_state)
+        try:
+            wrapped = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ConfigError(f"get_peft_model: PEFT refuses these settings: {error}") from error
+    state.use_gradient_checkpointing = settings.use_gradient_checkpointing
+    attach(unwrap(wrapped))  # sets the checkpointing plan anew
+    return wrapped.train()
