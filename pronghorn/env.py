@@ -112,6 +112,21 @@ def machine(device: int | None = None) -> Machine:
     )
 
 
+def visible_device(index: int) -> str:
+    """The value of CUDA_VISIBLE_DEVICES that leaves only the GPU ``index`` of those it lets through now.
+
+    Raises:
+        ConfigError: the variable is set and its list has no such index.
+    """
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if before is None and index >= 0:
+        return str(index)
+    visible = [part.strip() for part in (before or "").split(",") if part.strip()]
+    if not 0 <= index < len(visible):
+        raise ConfigError(f"device={index} is not among CUDA_VISIBLE_DEVICES={before!r}; give an index into that list")
+    return visible[index]
+
+
 def select_device(index: int) -> None:
     """Leave only the GPU ``index`` (among those CUDA_VISIBLE_DEVICES lets through) visible to this process.
 
@@ -127,10 +142,7 @@ def select_device(index: int) -> None:
             f"device={index}: CUDA is already running in this process; choose before any tensor is on a GPU"
         )
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = [part.strip() for part in before.split(",")] if before is not None else None
-    if index < 0 or (visible is not None and index >= len(visible)):
-        raise ConfigError(f"device={index} is not among CUDA_VISIBLE_DEVICES={before!r}; give an index into that list")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible[index] if visible is not None else str(index)
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible_device(index)
     if torch.cuda.device_count() != 1:
         if before is None:
             del os.environ["CUDA_VISIBLE_DEVICES"]

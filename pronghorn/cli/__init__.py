@@ -1,0 +1,1 @@
+"""The ``pronghorn`` command: one thin file a command."""
