@@ -33,6 +33,26 @@ NF4_LEVELS: tuple[float, ...] = (
     1.0,
 )
 
+# Where bitsandbytes' CUDA code changes from one level to the next. Four of them lie one unit in the last place away
+# from the midpoints that its CPU code computes, so the same weight can get different codes on the two devices.
+NF4_CUDA_BOUNDARIES: tuple[float, ...] = (
+    -0.8480964303016663,
+    -0.6106328964233398,
+    -0.4599952697753906,
+    -0.33967941999435425,
+    -0.23460739850997925,
+    -0.13791173696517944,
+    -0.045525018125772476,
+    0.03979014977812767,
+    0.1202552542090416,
+    0.2035212516784668,
+    0.2920137643814087,
+    0.3893125355243683,
+    0.5016633868217468,
+    0.6427869200706482,
+    0.8614783883094788,
+)
+
 
 def _midpoints(levels: torch.Tensor) -> torch.Tensor:
     return (levels[:-1] + levels[1:]) / 2
@@ -48,6 +68,12 @@ def nf4_code(device: torch.device) -> torch.Tensor:
 def nf4_midpoints(device: torch.device) -> torch.Tensor:
     """The 15 boundaries between NF4 levels, float32 [15]; a value on a boundary takes the lower level."""
     return _midpoints(nf4_code(torch.device("cpu"))).to(device)
+
+
+@lru_cache(maxsize=32)
+def nf4_cuda_boundaries(device: torch.device) -> torch.Tensor:
+    """The 15 boundaries that bitsandbytes' CUDA code uses, float32 [15]; on a boundary the lower level is taken."""
+    return torch.tensor(NF4_CUDA_BOUNDARIES, dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,17 +11,12 @@ from torch import nn
 
 from pronghorn.config.errors import ConfigError
 from pronghorn.kernels.nf4_code import NESTED_BLOCKSIZE, NF4_BLOCKSIZE
-from pronghorn.quant.bnb import from_bnb, is_quantized, to_bnb
+from pronghorn.quant.bnb import SUFFIXES, from_bnb, is_quantized, to_bnb
 from pronghorn.quant.matmul import nf4_linear
 from pronghorn.quant.nf4 import NF4Tensor
 
-# Buffers of the module and the fields of NF4Tensor that they hold; the weight parameter holds ``codes``.
-_BUFFERS = {
-    "scales": "scales",
-    "nested_absmax": "nested_absmax",
-    "offset": "offset",
-    "nested_code": "nested_code",
-}
+# Fields of NF4Tensor that are buffers of the module; the weight parameter holds ``codes``.
+_BUFFERS = ("scales", "nested_absmax", "offset", "nested_code")
 _ZERO_BYTE = 0x77  # two codes of the level 0.0
 
 
@@ -64,9 +60,8 @@ class Linear4bit(nn.Linear):
         }
         for name in _BUFFERS:
             self.register_buffer(name, made[name], persistent=False)
-        self.bias = None
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_features, dtype=compute_dtype, device=device))
+        values = torch.zeros(out_features, dtype=compute_dtype, device=device) if bias else None
+        self.register_parameter("bias", None if values is None else nn.Parameter(values))
 
     def reset_parameters(self) -> None:
         """Nothing: a 4-bit weight is loaded, never drawn."""
@@ -118,8 +113,8 @@ class Linear4bit(nn.Linear):
             self.weight.copy_(codes)
         else:
             self.weight = nn.Parameter(codes, requires_grad=False)
-        for name, field in _BUFFERS.items():
-            held, given = getattr(self, name), getattr(nf4, field)
+        for name in _BUFFERS:
+            held, given = getattr(self, name), getattr(nf4, name)
             if held is not None and given is not None and _fits(held, given):
                 held.copy_(given)
             else:
@@ -146,10 +141,9 @@ class Linear4bit(nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        nf4 = self.nf4
-        object.__setattr__(nf4, "dtype", self.saved_dtype)
-        for key, tensor in to_bnb(nf4, f"{prefix}weight").items():
-            if key != f"{prefix}weight":
+        saved = dataclasses.replace(self.nf4, dtype=self.saved_dtype)
+        for key, tensor in to_bnb(saved, f"{prefix}weight").items():
+            if key != f"{prefix}weight":  # saved by nn.Module, as the parameter that it is
                 destination[key] = tensor
 
     def _load_from_state_dict(
@@ -169,9 +163,10 @@ class Linear4bit(nn.Linear):
                     self.load_nf4(from_bnb(key, state_dict))
                 else:
                     self.load_weight(state_dict[key])
-            except (ConfigError, TypeError) as error:
+            except (TypeError, ValueError) as error:
                 error_msgs.append(str(error))
-        rest = {k: v for k, v in state_dict.items() if k != key and not k.startswith(f"{key}.")}
+        read = {key, *(f"{key}.{suffix}" for suffix in SUFFIXES)}
+        rest = {k: v for k, v in state_dict.items() if k not in read}
         missing: list[str] = []
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys += [name for name in missing if name != key or key not in state_dict]

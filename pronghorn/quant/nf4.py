@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 
@@ -65,9 +66,9 @@ class NF4Tensor:
         )
 
     def to(self, device: torch.device | str | int) -> NF4Tensor:
-        """The same weight on ``device``; itself where it already lies there."""
-        moved = {name: t.to(device) for name, t in self.tensors().items()}
-        return self if all(moved[k] is t for k, t in self.tensors().items()) else dataclasses.replace(self, **moved)
+        """The same weight on ``device``; tensors that already lie there are shared, not copied."""
+        moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
+        return dataclasses.replace(self, **moved)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors it consists of, by field name."""

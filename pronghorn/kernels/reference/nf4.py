@@ -22,7 +22,7 @@ from pronghorn.kernels.nf4_code import (
 
 # Elements handled at a time: small enough to stay in a core's cache, so that temporaries cost little and stay little.
 _QUANTIZE_CHUNK = 1 << 20
-_DEQUANTIZE_CHUNK = 1 << 16
+_DEQUANTIZE_CHUNK = 1 << 17
 
 
 def quantize_nf4(weight: torch.Tensor, blocksize: int = NF4_BLOCKSIZE) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +36,7 @@ def quantize_nf4(weight: torch.Tensor, blocksize: int = NF4_BLOCKSIZE) -> tuple[
         codes, uint8 [ceil(numel / 2)], two codes a byte with the earlier element in the high nibble (an odd last
         element is followed by the code of zero); absmax, float32 [ceil(numel / blocksize)].
     """
-    flat = weight.detach().reshape(-1)
+    flat = source(weight)
     numel, device = flat.numel(), flat.device
     codes = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-numel // blocksize), dtype=torch.float32, device=device)
@@ -56,6 +56,20 @@ def quantize_nf4(weight: torch.Tensor, blocksize: int = NF4_BLOCKSIZE) -> tuple[
         absmax[-1] = scale
         codes[full // 2 :] = _pack(tail / scale)
     return codes, absmax
+
+
+def source(weight: torch.Tensor) -> torch.Tensor:
+    """The weight, flat.
+
+    Raises:
+        TypeError: not float32, float16 or bfloat16.
+        ValueError: no elements.
+    """
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"weight: dtype {weight.dtype} cannot be quantized to NF4; cast it to bfloat16 first")
+    if not weight.numel():
+        raise ValueError(f"weight: shape {tuple(weight.shape)} has no elements; leave this layer unquantized")
+    return weight.detach().reshape(-1)
 
 
 def _pack(scaled: torch.Tensor) -> torch.Tensor:
@@ -111,6 +125,22 @@ def dequantize_scales(
     return level.mul_(nested).add_(offset)
 
 
+def output(out: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``out``, checked against what will be written to it, or a new tensor where it is None.
+
+    Raises:
+        ValueError: ``out`` has another shape or dtype, or is not contiguous.
+    """
+    if out is None:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    if tuple(out.shape) != tuple(shape) or out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out: {tuple(out.shape)}, {out.dtype}, contiguous={out.is_contiguous()} given; "
+            f"pass a contiguous {dtype} tensor of shape {tuple(shape)}"
+        )
+    return out
+
+
 def dequantize_nf4(
     codes: torch.Tensor,
     scales: torch.Tensor,
@@ -139,7 +169,7 @@ def dequantize_nf4(
     """
     numel = math.prod(shape)
     absmax = dequantize_scales(scales, nested_absmax, offset, nested_code, nested_blocksize)
-    result = torch.empty(tuple(shape), dtype=dtype, device=codes.device) if out is None else out
+    result = output(out, shape, dtype, codes.device)
     flat, packed = result.view(-1), codes.reshape(-1)
     # A byte's two float32 levels are moved as one 64-bit item.
     pairs = nf4_pairs(codes.device).view(torch.int64).view(-1)

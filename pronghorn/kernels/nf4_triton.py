@@ -1,0 +1,256 @@
+"""The Triton side of NF4: kernels, their launchers, and their launch configurations as plain functions of shape.
+
+Equal to bitsandbytes' CUDA code bit for bit: the inverse of a scale is the hardware's approximate reciprocal with
+subnormals flushed, and a scale is level * nested scale, rounded, + offset, never fused into one rounding.
+"""
+
+# mypy: allow-untyped-defs
+# (A kernel's parameters are pointers and scalars whose types Triton takes from the call.)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from pronghorn.kernels.nf4_code import (
+    NESTED_BLOCKSIZE,
+    NF4_BLOCKSIZE,
+    dynamic_code,
+    dynamic_midpoints,
+    nf4_code,
+    nf4_cuda_boundaries,
+)
+from pronghorn.kernels.nf4_ptx import CONSTRAINTS, dequantize_ptx
+from pronghorn.kernels.reference.nf4 import output, source
+
+_PTX_BF16 = tl.constexpr(dequantize_ptx("bf16"))
+_PTX_F16 = tl.constexpr(dequantize_ptx("f16"))
+_CONSTRAINTS = tl.constexpr(CONSTRAINTS)
+_RCP = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
+_SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def _inverse(x, ASM: tl.constexpr):
+    """1 / x as bitsandbytes' CUDA code computes it; the interpreter, which has no assembly, divides."""
+    if ASM:
+        inverse = tl.inline_asm_elementwise(_RCP, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        inverse = 1.0 / x
+    return inverse
+
+
+@triton.jit
+def _flush(x):
+    return tl.where(tl.abs(x) < _SMALLEST_NORMAL, 0.0, x)
+
+
+@triton.jit
+def _quantize_kernel(
+    w_ptr, boundaries_ptr, codes_ptr, absmax_ptr, numel, ROWS: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr
+):
+    """ROWS blocks of BLOCK weights: their scales, and their codes packed two a byte."""
+    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    w = _flush(tl.load(w_ptr + at, mask=at < numel, other=0.0).to(tl.float32))
+    absmax = tl.max(tl.abs(w), axis=1)
+    tl.store(absmax_ptr + block, absmax, mask=block * BLOCK < numel)
+    unit = w * _inverse(absmax, ASM)[:, None]
+    code = tl.zeros([ROWS, BLOCK], dtype=tl.int32)
+    for k in tl.static_range(15):
+        # A zero block makes 0 * inf = NaN, above no boundary, so that its code is 0, as in bitsandbytes.
+        code += (unit > tl.load(boundaries_ptr + k)).to(tl.int32)
+    high, low = tl.split(tl.reshape(code, (ROWS, BLOCK // 2, 2)))
+    byte_at = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    tl.store(codes_ptr + byte_at, ((high << 4) | low).to(tl.uint8), mask=byte_at * 2 < numel)
+
+
+@triton.jit
+def _unit_kernel(x_ptr, unit_ptr, absmax_ptr, numel, BLOCK: tl.constexpr, ASM: tl.constexpr):
+    """One block scaled to [-1, 1], and its scale."""
+    block = tl.program_id(0).to(tl.int64)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    x = _flush(tl.load(x_ptr + at, mask=at < numel, other=0.0))
+    absmax = tl.max(tl.abs(x), axis=0)
+    tl.store(absmax_ptr + block, absmax)
+    tl.store(unit_ptr + at, x * _inverse(absmax, ASM), mask=at < numel)
+
+
+@triton.jit
+def _block_scale(scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, block, mask, NESTED: tl.constexpr):
+    """Scales of the blocks ``block``: float32, of its shape. NESTED is the nested block size, 0 without nesting."""
+    stored = tl.load(scales_ptr + block, mask=mask, other=0)
+    if NESTED > 0:
+        level = tl.load(nested_code_ptr + stored.to(tl.int32), mask=mask, other=0.0)
+        nested = tl.load(nested_absmax_ptr + block // NESTED, mask=mask, other=0.0)
+        scale = level * nested + tl.load(offset_ptr)
+    else:
+        scale = stored
+    return scale
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes_ptr, scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, nf4_ptr, out_ptr, numel,
+    BYTES: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+):  # fmt: skip
+    """BYTES bytes of codes, any numel, any dtype, any GPU: the levels are looked up in memory."""
+    at = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
+    mask = at * 2 < numel
+    byte = tl.load(codes_ptr + at, mask=mask, other=0).to(tl.int32)
+    block = (at * 2) // BLOCKSIZE
+    scale = _block_scale(scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, block, mask, NESTED)
+    high = tl.load(nf4_ptr + (byte >> 4)) * scale
+    low = tl.load(nf4_ptr + (byte & 15)) * scale
+    out = tl.reshape(tl.join(high, low), (2 * BYTES,))
+    out_at = tl.program_id(0).to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
+    tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=out_at < numel)
+
+
+@triton.jit
+def _dequantize_half_kernel(
+    words_ptr, scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, words,
+    GROUPS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    """GROUPS runs of 64 weights to 16 bits. Codes come as 32-bit words of 8, weights leave as 32-bit pairs.
+
+    Four threads share a run: each takes a word of its first half and one of its second, so that it can use its table
+    of 16 values twice while every 16-byte store of a warp still fills whole 32-byte sectors.
+    """
+    lane = tl.arange(0, GROUPS * 4)
+    group = tl.program_id(0).to(tl.int64) * GROUPS + lane // 4
+    first = group * 8 + lane % 4
+    second = first + 4
+    w0 = tl.load(words_ptr + first, mask=first < words, other=0)
+    w1 = tl.load(words_ptr + second, mask=second < words, other=0)
+    scale = _block_scale(
+        scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, (group * 64) // BLOCKSIZE, first < words, NESTED
+    )
+    asm: tl.constexpr = _PTX_BF16 if BF16 else _PTX_F16
+    a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
+        asm, _CONSTRAINTS, [w0, w1, scale], dtype=(tl.int32,) * 8, is_pure=True, pack=1
+    )
+    pair = tl.arange(0, 4)[None, :]
+    a = tl.reshape(tl.join(tl.join(a0, a2), tl.join(a1, a3)), (GROUPS * 4, 4))
+    b = tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), (GROUPS * 4, 4))
+    tl.store(out_ptr + (first * 4)[:, None] + pair, a, mask=(first < words)[:, None])
+    tl.store(out_ptr + (second * 4)[:, None] + pair, b, mask=(second < words)[:, None])
+
+
+def _has_asm(t: torch.Tensor) -> bool:
+    return t.is_cuda and torch.version.hip is None
+
+
+def quantize_nf4(weight: torch.Tensor, blocksize: int = NF4_BLOCKSIZE) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``reference.nf4.quantize_nf4``, with the arithmetic of bitsandbytes' CUDA code; needs no temporaries.
+
+    ``blocksize`` is a power of two.
+    """
+    flat = source(weight)
+    numel, device = flat.numel(), flat.device
+    codes = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-numel // blocksize), dtype=torch.float32, device=device)
+    rows = max(1024 // blocksize, 1)
+    grid = (triton.cdiv(absmax.numel(), rows),)
+    with torch.cuda.device_of(flat):
+        _quantize_kernel[grid](
+            flat, nf4_cuda_boundaries(device), codes, absmax, numel,
+            ROWS=rows, BLOCK=blocksize, ASM=_has_asm(flat), num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return codes, absmax
+
+
+def quantize_scales(
+    absmax: torch.Tensor, blocksize: int = NESTED_BLOCKSIZE
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``reference.nf4.quantize_scales``, with the arithmetic of bitsandbytes' CUDA code."""
+    offset = absmax.mean()
+    centred = absmax - offset
+    nested_absmax = torch.empty(-(-absmax.numel() // blocksize), dtype=torch.float32, device=absmax.device)
+    unit = torch.empty_like(centred)
+    with torch.cuda.device_of(absmax):
+        _unit_kernel[(nested_absmax.numel(),)](
+            centred, unit, nested_absmax, centred.numel(),
+            BLOCK=blocksize, ASM=_has_asm(absmax),
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return dynamic_codes(unit), nested_absmax, offset
+
+
+def dynamic_codes(unit: torch.Tensor) -> torch.Tensor:
+    """Codes of the nearest levels of the dynamic map, uint8, of values in [-1, 1], float32, any shape.
+
+    bitsandbytes' CUDA search ends on an even level and leaves it only for a level that is strictly nearer, so a tie
+    goes to the even one; of NaN (0 * inf, in a block of zeros) no comparison holds, and it ends on code 0.
+    """
+    midpoints = dynamic_midpoints(unit.device)
+    code = torch.bucketize(unit, midpoints)
+    tie = unit == midpoints[code.clamp(max=254)]
+    code = torch.where(tie & (code % 2 == 1), code + 1, code)
+    return torch.where(unit.isnan(), 0, code).to(torch.uint8)
+
+
+def dequantize_nf4(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+    *,
+    nested_code: torch.Tensor | None = None,
+    blocksize: int = NF4_BLOCKSIZE,
+    nested_blocksize: int = NESTED_BLOCKSIZE,
+) -> torch.Tensor:
+    """As ``reference.nf4.dequantize_nf4``."""
+    numel = math.prod(shape)
+    result = output(out, shape, dtype, codes.device)
+    codes = codes.reshape(-1)
+    nested = nested_blocksize if nested_absmax is not None and offset is not None else 0
+    # Without nesting the three pointers are not read: any tensor will do.
+    scale_args = (
+        scales,
+        nested_absmax if nested else scales,
+        (dynamic_code(codes.device) if nested_code is None else nested_code) if nested else scales,
+        offset if nested else scales,
+    )
+    with torch.cuda.device_of(codes):
+        if _takes_half_kernel(codes, result, numel, blocksize):
+            words = numel // 8
+            groups = 64
+            _dequantize_half_kernel[(triton.cdiv(words, groups * 8),)](
+                codes.view(torch.int32), *scale_args, result.view(-1).view(torch.int32), words,
+                GROUPS=groups, BLOCKSIZE=blocksize, NESTED=nested, BF16=dtype == torch.bfloat16,
+                num_warps=8, enable_fp_fusion=False,
+            )  # fmt: skip
+        else:
+            size = 1024
+            _dequantize_kernel[(triton.cdiv((numel + 1) // 2, size),)](
+                codes, *scale_args, nf4_code(codes.device), result, numel,
+                BYTES=size, BLOCKSIZE=blocksize, NESTED=nested, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+    return result
+
+
+def _takes_half_kernel(codes: torch.Tensor, out: torch.Tensor, numel: int, blocksize: int) -> bool:
+    """Whether the 16-bit kernel can run: whole words, blocks of whole runs of 64, aligned, Ampere or newer."""
+    return (
+        _has_asm(codes)
+        and out.dtype in (torch.bfloat16, torch.float16)
+        and numel % 8 == 0
+        and blocksize % 64 == 0
+        and codes.data_ptr() % 4 == 0
+        and out.data_ptr() % 16 == 0
+        and _capability(codes.device) >= (8, 0)
+    )
+
+
+@lru_cache(maxsize=32)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
