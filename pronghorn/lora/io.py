@@ -24,6 +24,11 @@ from .config import register
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Ways of starting an adapter that leave the base weights as they are.
 SAFE_INITS = (True, False, "gaussian", "orthogonal", "eva")
+_OWN_FILES = (CONFIG, WEIGHTS, "README.md")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "vocab.json", "merges.txt",
+)  # fmt: skip
 _ATTRIBUTE = "pronghorn_adapters"
 _ids = itertools.count(1)
 
@@ -37,14 +42,20 @@ class Loaded:
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Whether ``folder`` holds a PEFT adapter."""
-    return (folder / CONFIG).is_file()
+    """Whether ``folder`` holds a PEFT adapter, at most with its tokenizer, and nothing that a new one would destroy.
+
+    A trainer's checkpoint holds an adapter too, beside an optimizer that must not be lost.
+    """
+    return (folder / CONFIG).is_file() and all(
+        path.name in (*_OWN_FILES, *_TOKENIZER_FILES) for path in folder.iterdir()
+    )
 
 
 def save_lora(model: Any, folder: str | os.PathLike[str]) -> None:
     """Write the live adapter to ``folder`` as plain PEFT: adapter_config.json, adapter_model.safetensors, a card.
 
-    Weights are saved as the float32 masters. The folder appears whole; an earlier adapter folder is replaced.
+    Weights are saved as the float32 masters. The folder appears whole; an earlier adapter folder is replaced, and
+    tokenizer files in it stay.
 
     Raises:
         ConfigError: no adapter, several live ones, or ``folder`` holds something else.
@@ -65,6 +76,9 @@ def save_lora(model: Any, folder: str | os.PathLike[str]) -> None:
             for path in (building / name).iterdir():
                 path.rename(building / path.name)
             shutil.rmtree(building / name)
+        for path in (Path(folder).expanduser() / kept for kept in _TOKENIZER_FILES):
+            if path.is_file():
+                shutil.copy2(path, building / path.name)
 
 
 def load_lora(model: Any, folder: str | os.PathLike[str], max_rank: int | None = None) -> LoraHandle:
