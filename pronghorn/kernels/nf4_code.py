@@ -1,5 +1,7 @@
 """The two code books of NF4 with double quantization, and the boundaries that decide between neighbours.
 
+Every tensor names its device, so that building a model under ``torch.device("meta")`` cannot spoil a cache.
+
 NF4 is the 16-level NormalFloat of QLoRA (Dettmers et al. 2023, arXiv:2305.14314, appendix E). The block scales are
 themselves stored in 8 bits, in the dynamic tree data type of Dettmers 2015 (arXiv:1511.04561).
 """
@@ -79,7 +81,7 @@ def nf4_cuda_boundaries(device: torch.device) -> torch.Tensor:
 @lru_cache(maxsize=32)
 def nf4_pairs(device: torch.device) -> torch.Tensor:
     """Both levels of every packed byte, high nibble first, float32 [256, 2], cached per device."""
-    code, byte = nf4_code(torch.device("cpu")), torch.arange(256)
+    code, byte = nf4_code(torch.device("cpu")), torch.arange(256, device="cpu")
     return torch.stack([code[byte >> 4], code[byte & 15]], dim=1).contiguous().to(device)
 
 
@@ -87,10 +89,10 @@ def _dynamic_levels() -> torch.Tensor:
     """255 signed levels 10^(e-6) * m and zero: the larger the exponent e, the more bits are left for the fraction m."""
     levels: list[float] = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         magnitudes = (10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
         levels += magnitudes + [-m for m in magnitudes]
-    return torch.tensor(sorted(levels), dtype=torch.float32)
+    return torch.tensor(sorted(levels), dtype=torch.float32, device="cpu")
 
 
 @lru_cache(maxsize=32)
@@ -111,5 +113,5 @@ def dynamic_grid() -> torch.Tensor:
 
     bitsandbytes' CPU code rounds a scale to this grid first, so its 8-bit codes differ from those of its CUDA code.
     """
-    grid = (torch.arange(65536, dtype=torch.float64) * (2 / 65535) - 1).float()
+    grid = (torch.arange(65536, dtype=torch.float64, device="cpu") * (2 / 65535) - 1).float()
     return torch.bucketize(grid, dynamic_midpoints(torch.device("cpu"))).to(torch.uint8)

@@ -189,10 +189,10 @@ def dynamic_codes(unit: torch.Tensor) -> torch.Tensor:
     goes to the even one; of NaN (0 * inf, in a block of zeros) no comparison holds, and it ends on code 0.
     """
     midpoints = dynamic_midpoints(unit.device)
-    code = torch.bucketize(unit, midpoints)
-    tie = unit == midpoints[code.clamp(max=254)]
-    code = torch.where(tie & (code % 2 == 1), code + 1, code)
-    return torch.where(unit.isnan(), 0, code).to(torch.uint8)
+    code = torch.bucketize(unit, midpoints, out_int32=True)
+    nearest = midpoints.index_select(0, code.clamp(max=254).view(-1)).view(unit.shape)
+    code += (unit == nearest) & (code % 2 == 1)
+    return code.masked_fill_(unit.isnan(), 0).to(torch.uint8)
 
 
 def dequantize_nf4(

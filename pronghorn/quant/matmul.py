@@ -35,7 +35,7 @@ def nf4_linear(x: torch.Tensor, nf4: NF4Tensor, bias: torch.Tensor | None = None
     """``x @ W^T + bias`` with W dequantized to x's dtype.
 
     Args:
-        x: [..., in], float32, float16 or bfloat16; cast to autocast's dtype first under autocast, as
+        x: [..., in], any floating dtype; float64 apart, cast to autocast's dtype first under autocast, as
             ``F.linear`` casts it.
         nf4: the weight, of shape (out, in).
         bias: [out], any floating dtype, or None.
@@ -43,7 +43,7 @@ def nf4_linear(x: torch.Tensor, nf4: NF4Tensor, bias: torch.Tensor | None = None
     Returns:
         [..., out] in x's dtype. Gradients reach x and bias.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _NF4Linear.apply(x, bias, nf4)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pronghorn.config.errors import ConfigError
+from pronghorn.kernels import nf4_code
 from pronghorn.quant.linear4bit import Linear4bit
 from pronghorn.quant.nf4 import NF4Tensor
 
@@ -78,6 +79,8 @@ def test_dtype_follows_x_and_autocast() -> None:
         expected = F.linear(x, layer.nf4.dequantize(), layer.bias)
     assert y.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected)
+    x64 = torch.randn(2, 70, dtype=torch.float64)
+    torch.testing.assert_close(layer(x64), F.linear(x64, layer.nf4.dequantize().double(), layer.bias.double()))
     y.float().sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.float32
 
@@ -137,6 +140,19 @@ def test_meta_then_load_nf4_and_load_weight() -> None:
     b.load_weight(weight)
     assert torch.equal(a.nf4.dequantize(), nf4.dequantize(torch.float32))
     assert torch.equal(a.nf4.dequantize(), b.nf4.dequantize()) and a.weight.device.type == "cpu"
+
+
+def test_code_books_made_under_the_meta_device_have_values() -> None:
+    """Models are built under ``torch.device("meta")``, and the code books are cached by the first to ask."""
+    for made in (nf4_code.nf4_pairs, nf4_code.dynamic_code, nf4_code.dynamic_grid, nf4_code.nf4_midpoints):
+        made.cache_clear()
+    weight = torch.randn(33, 70)
+    with torch.device("meta"):
+        layer = Linear4bit(70, 33, False, torch.float32)
+        assert layer.weight.is_meta
+        layer.load_weight(weight)
+        out = layer.nf4.dequantize()
+    assert (out - weight).abs().max() < 0.16 * weight.abs().max()
 
 
 def test_loading_writes_in_place() -> None:
