@@ -94,8 +94,7 @@ def machine(device: int | None = None) -> Machine:
             raise ConfigError(
                 f"device={chosen}: no GPU is visible to torch {torch.__version__}; run `pronghorn doctor`"
             )
-        total, free = _host_memory()
-        return Machine(torch.device("cpu"), _processor_name(), None, total, free, bf16=False)
+        return cpu()
     count = torch.cuda.device_count()
     if chosen is not None and not 0 <= chosen < count:
         raise ConfigError(f"device={chosen}: {count} GPU(s) visible; give an index from 0 to {count - 1}")
@@ -110,6 +109,14 @@ def machine(device: int | None = None) -> Machine:
         free,
         bf16=capability >= (8, 0),
     )
+
+
+def cpu() -> Machine:
+    """The computer itself, whether or not it has a GPU."""
+    import torch
+
+    total, free = _host_memory()
+    return Machine(torch.device("cpu"), _processor_name(), None, total, free, bf16=False)
 
 
 def visible_device(index: int) -> str:

@@ -7,13 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..env import machine
+from ..env import cpu
 from .base import Check, ProbeError, command_output, gib, probe
 
 _HELD_SHARE = 0.1  # more than this share of a GPU in other hands is worth a warning
 _BF16_TOLERANCE = 1e-2  # bf16 keeps 8 bits: one rounding of the output is at most 2^-8 relative
 _CUDA_12_WHEELS = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
 _CUDA_13_WHEELS = "pip install --force-reinstall torch"
+_PROC_GPUS = Path("/proc/driver/nvidia/gpus")
 _LOOK = "nvidia-smi; then `pronghorn doctor` again"
 
 
@@ -26,7 +27,11 @@ def gpus(device: int | None = None) -> list[Check]:
     driver = driver_cuda_version()
     if found["available"]:
         checks = [_driver(found, driver)]
-        held = _holders()
+        held: dict[str, list[str]] = {}
+        try:
+            held = _holders()
+        except ProbeError as error:
+            checks.append(Check("nvidia-smi", "warn", f"who holds the GPUs is not known: {error}", "nvidia-smi"))
         for gpu in found["gpus"]:
             checks += [_gpu(gpu, found["architectures"], held), _bf16(gpu)]
         return checks
@@ -53,14 +58,13 @@ def present() -> list[str]:
         listing = None  # a driver that does not answer: the kernel's own list follows
     if listing is not None:
         return [line.strip() for line in listing.splitlines() if line.strip()]
-    folder = Path("/proc/driver/nvidia/gpus")
-    return [f"GPU {entry.name}" for entry in sorted(folder.iterdir())] if folder.is_dir() else []
+    return [f"GPU {entry.name}" for entry in sorted(_PROC_GPUS.iterdir())] if _PROC_GPUS.is_dir() else []
 
 
 def _driver(found: dict[str, Any], driver: tuple[int, int] | None) -> Check:
     text = f"torch {found['torch']}"
     if found["hip_build"]:
-        return Check("driver", "warn", f"{text} is built for ROCm {found['hip_build']}, which is untested")
+        return Check("driver", "warn", f"{text} is built for ROCm {found['hip_build']}, which is untested", _CUDA_13_WHEELS)
     build = tuple(int(part) for part in found["cuda_build"].split(".")[:2])
     text += f" is built for CUDA {found['cuda_build']}"
     if driver is None:
@@ -113,7 +117,7 @@ def _bf16(gpu: dict[str, Any]) -> Check:
         return Check(
             name, "warn", f"{gpu['name']} has none (it came with sm_80)", "pass dtype=torch.float16 to from_pretrained"
         )
-    if error > _BF16_TOLERANCE:
+    if not error <= _BF16_TOLERANCE:
         return Check(name, "fail", f"a bf16 product is wrong by {error:.1e}", _LOOK)
     return Check(name, "ok", f"a bf16 product is right to {error:.1e}")
 
@@ -136,10 +140,9 @@ def _without_gpu(found: dict[str, Any], driver: tuple[int, int] | None, device: 
         detail = f"{names[0]} is here, but {version} cannot use it: {found['error'] or 'no reason given'}"
         too_old = driver is not None and found["cuda_build"] and driver[0] < int(found["cuda_build"].split(".")[0])
         return [Check("GPU", "fail", detail, _wheels_for(driver) if too_old else _LOOK)]
-    here = machine()
     return [
         Check("GPU", "ok", f"none: {version} runs on the CPU"),
-        Check("CPU", "ok", f"{here.describe()}: the quickstart, the tests and small models run"),
+        Check("CPU", "ok", f"{cpu().describe()}: the quickstart, the tests and small models run"),
     ]
 
 
@@ -150,16 +153,17 @@ def _wheels_for(driver: tuple[int, int] | None) -> str:
 
 
 def _holders() -> dict[str, list[str]]:
-    """``process (pid, memory)`` of every compute process, by the GPU's UUID; empty where nvidia-smi is absent."""
+    """``process (pid, memory)`` of every compute process, by the GPU's UUID; empty where nvidia-smi is absent.
+
+    Raises:
+        ProbeError: nvidia-smi failed or hung.
+    """
     query = [
         "nvidia-smi",
         "--query-compute-apps=gpu_uuid,pid,used_memory,process_name",
         "--format=csv,noheader,nounits",
     ]
-    try:
-        listing = command_output(query)
-    except ProbeError as error:
-        return {"": [str(error)]}
+    listing = command_output(query)
     holders: dict[str, list[str]] = {}
     for line in (listing or "").splitlines():
         parts = [part.strip() for part in line.split(",", 3)]

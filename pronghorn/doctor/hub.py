@@ -16,7 +16,7 @@ def hub() -> list[Check]:
     models = cached_models(Path(HF_HUB_CACHE))
     held = f"{len(models)} in {HF_HUB_CACHE}: {_some(models)}" if models else f"none in {HF_HUB_CACHE}"
     cache = Check("cached models", "ok", held)
-    nothing = "copy a model folder here and pass its path to from_pretrained"
+    nothing = "pass a model folder's path"
     if HF_HUB_OFFLINE:
         if models:
             return [Check("hub", "ok", "HF_HUB_OFFLINE is set: only the cache is used"), cache]
@@ -33,7 +33,7 @@ def hub() -> list[Check]:
     if models:
         return [Check("hub", "warn", f"{reason}; the cache stands in", "export HF_HUB_OFFLINE=1"), cache]
     detail = f"{reason} and {HF_HUB_CACHE} holds no model; the quickstart needs neither"
-    return [Check("hub", "warn", detail, f"export HF_ENDPOINT=<a mirror>, or {nothing}")]
+    return [Check("hub", "warn", detail, f"export HF_ENDPOINT=<mirror>, or {nothing}")]
 
 
 def cached_models(cache: Path) -> list[str]:
