@@ -64,7 +64,8 @@ def present() -> list[str]:
 def _driver(found: dict[str, Any], driver: tuple[int, int] | None) -> Check:
     text = f"torch {found['torch']}"
     if found["hip_build"]:
-        return Check("driver", "warn", f"{text} is built for ROCm {found['hip_build']}, which is untested", _CUDA_13_WHEELS)
+        detail = f"{text} is built for ROCm {found['hip_build']}, which is untested"
+        return Check("driver", "warn", detail, _CUDA_13_WHEELS)
     build = tuple(int(part) for part in found["cuda_build"].split(".")[:2])
     text += f" is built for CUDA {found['cuda_build']}"
     if driver is None:

@@ -59,4 +59,6 @@ def _spread(steps: list[Any], most: int) -> list[Any]:
 
 
 def _number(value: Any) -> str:
+    if value is None:
+        return "none"  # the function did not apply to this sample
     return f"{value:+.2f}" if isinstance(value, int | float) else escape(str(value))
