@@ -1,0 +1,1 @@
+"""Generation: the protocol that trainers see, and the engines behind it."""

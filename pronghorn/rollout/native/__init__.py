@@ -1,0 +1,1 @@
+"""The engine that generates with the trainer's own modules and weights."""

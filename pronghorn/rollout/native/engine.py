@@ -1,0 +1,210 @@
+"""The native engine: queue, blocks, model step, sampler and stopping, composed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from ...config.adapters import LIVE, AdapterChoice, Live
+from ...config.errors import ConfigError
+from ...config.sampling import SamplingParams
+from ...models.state import state_of
+from ...models.tree import unwrap
+from ..base import Logprob, Progress, RequestOutput
+from .blocks import BlockManager
+from .kv_cache import KVCache, KVShape, capacity
+from .outputs import request_outputs
+from .plan import blocks_needed, make_sequences
+from .request import Sequence
+from .runner import Runner, rollout_mode
+from .sampler import Drawn, sample
+from .sampling_rows import SamplingRows
+from .scheduler import Scheduler
+from .stopping import Stopper, eos_ids
+
+
+class NativeEngine:
+    """Generates with the model's own modules and weights; nothing is copied, so an optimizer step shows at once.
+
+    Args:
+        model: a Pronghorn model, with or without PEFT around it. ``engine.model`` may be set anew when PEFT wraps it.
+        tokenizer: decodes completions.
+        max_seq_length: longest prompt + completion in tokens; default what the model was loaded with.
+        gpu_memory_utilization: most of the device's memory that may be in use with the KV cache; default as loaded.
+        max_num_seqs: most sequences that run at once.
+        max_prefill_tokens: most prompt tokens in one step.
+        block_size: tokens of one KV block.
+        num_kv_blocks: exactly so many blocks, whatever a run needs; None sizes the cache by the run.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_seq_length: int | None = None,
+        gpu_memory_utilization: float | None = None,
+        max_num_seqs: int = 256,
+        max_prefill_tokens: int = 4096,
+        block_size: int = 16,
+        num_kv_blocks: int | None = None,
+    ) -> None:
+        for name, value in {
+            "max_num_seqs": max_num_seqs, "max_prefill_tokens": max_prefill_tokens, "block_size": block_size
+        }.items():  # fmt: skip
+            if value < 1:
+                raise ConfigError(f"rollout engine: {name}={value} is out of range; give 1 or more")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_seq_length = max_seq_length or state_of(model).max_seq_length
+        self.utilization = (
+            state_of(model).gpu_memory_utilization if gpu_memory_utilization is None else gpu_memory_utilization
+        )
+        self.max_num_seqs = max_num_seqs
+        self.max_prefill_tokens = max_prefill_tokens
+        self.block_size = block_size
+        self.num_kv_blocks = num_kv_blocks
+        self.cache: KVCache | None = None
+        self.scheduler: Scheduler | None = None
+        self._requests = itertools.count()
+
+    def generate(
+        self,
+        prompts: Seq[Seq[int]],
+        params: SamplingParams | Seq[SamplingParams],
+        adapter: AdapterChoice = LIVE,
+        progress: Progress | None = None,
+    ) -> list[RequestOutput]:
+        """See :class:`pronghorn.rollout.base.Engine`. An exception or interrupt leaves the engine as before the call.
+
+        Raises:
+            ConfigError: an empty or too long prompt, an id outside the vocabulary, a request too large for the cache.
+            torch.OutOfMemoryError: with the remedy, when a step does not fit the device.
+            FloatingPointError: the model gave logits that are not numbers.
+        """
+        base = unwrap(self.model)
+        vocab = base.config.vocab_size
+        sequences = make_sequences(prompts, params, self.max_seq_length, vocab, eos_ids(base, self.tokenizer))
+        if sequences:
+            with _adapter(self.model, adapter), rollout_mode(self.model):
+                self._run(sequences, vocab, progress)
+        return request_outputs(sequences, len(prompts), self._requests, self.tokenizer)
+
+    def _run(self, sequences: list[Sequence], vocab: int, progress: Progress | None) -> None:
+        cache = self._ready_cache(sequences)
+        blocks = BlockManager(cache.num_blocks, self.block_size)
+        scheduler = Scheduler(blocks, self.max_num_seqs, self.max_prefill_tokens)
+        self.scheduler = scheduler
+        runner = Runner(self.model, cache)
+        try:
+            for sequence in sequences:
+                scheduler.add(sequence)
+            self._loop(scheduler, runner, len(sequences), vocab, progress)
+        except torch.OutOfMemoryError as error:
+            runner.forget()
+            self.cache = None
+            raise torch.OutOfMemoryError(
+                f"generation of {len(sequences)} completions ran out of memory on {cache.shape.device} with a KV cache "
+                f"of {cache.bytes / 2**30:.2f} GiB; lower gpu_memory_utilization (now {self.utilization}), the number "
+                f"of samples, or max_tokens: {error}"
+            ) from error
+        finally:
+            scheduler.abort()
+
+    def _loop(self, scheduler: Scheduler, runner: Runner, total: int, vocab: int, progress: Progress | None) -> None:
+        stopper = Stopper(self.tokenizer)
+        rows: SamplingRows | None = None
+        finished = tokens = 0
+        while (step := scheduler.next_step()) is not None:
+            logits_BV, sequences = runner.run(step)
+            if not sequences:
+                continue
+            if rows is None or not rows.serves(sequences):
+                rows = SamplingRows(sequences, vocab, logits_BV.device)
+            drawn = sample(logits_BV, rows)
+            rows.advance(drawn.tokens_B)
+            _record(drawn, sequences, self.tokenizer)
+            for sequence in sequences:
+                if stopper.check(sequence):
+                    scheduler.finish(sequence)
+                    finished += 1
+                    sequence.stopped_text = stopper.text(sequence)
+            tokens += len(sequences)
+            if progress is not None:
+                progress(finished, total, tokens)
+
+    def _ready_cache(self, sequences: list[Sequence]) -> KVCache:
+        """The cache, made or made larger where this run needs it."""
+        shape = KVShape.of(unwrap(self.model))
+        needed, at_least = blocks_needed(sequences, self.block_size, self.max_num_seqs)
+        if self.num_kv_blocks is not None:
+            needed = self.num_kv_blocks
+        if self.cache is not None and self.cache.shape == shape and self.cache.num_blocks >= needed:
+            return self.cache
+        self.release()
+        if self.num_kv_blocks is None:
+            needed = capacity(shape, self.block_size, needed, at_least, self.utilization)
+        self.cache = KVCache(shape, needed, self.block_size)
+        return self.cache
+
+    def release(self) -> None:
+        """Give the KV cache's memory back to the device; the next call makes it again."""
+        if self.cache is None:
+            return
+        on_gpu = self.cache.shape.device.type == "cuda"
+        self.cache = None
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+    def policy_changed(self) -> None:
+        """Forget keys and values of the old weights. None outlive a call of ``generate`` in this version."""
+        self.scheduler = None
+
+
+def _adapter(model: Any, which: AdapterChoice) -> AbstractContextManager[Any]:
+    """The chosen adapter for the time of a rollout."""
+    if isinstance(which, Live) or (which is None and not hasattr(model, "peft_config")):
+        return nullcontext()
+    from ...lora.active import adapter  # imports PEFT: seconds that a model without adapters need not wait
+
+    return adapter(model, which)
+
+
+def _record(drawn: Drawn, sequences: list[Sequence], tokenizer: Any) -> None:
+    """Append each row's token and log-probs to its sequence."""
+    tokens = drawn.tokens_B.tolist()
+    own, policy = torch.stack((drawn.token_logps_B, drawn.policy_logps_B)).tolist()
+    if any(math.isnan(x) for x in policy):
+        raise FloatingPointError(
+            "the model gave logits that are not numbers (NaN); a weight or an activation overflowed: check the "
+            "adapter's values, lower the learning rate, or use bfloat16 in place of float16"
+        )
+    for sequence, token, own_logp, policy_logp in zip(sequences, tokens, own, policy):
+        sequence.output.append(token)
+        sequence.token_logprobs.append(own_logp)
+        sequence.policy_logprobs.append(policy_logp)
+    if drawn.top_ids_BA is not None and drawn.top_logps_BA is not None:
+        _record_alternatives(drawn, sequences, tokenizer)
+
+
+def _record_alternatives(drawn: Drawn, sequences: list[Sequence], tokenizer: Any) -> None:
+    """vLLM's ``logprobs``: the likeliest ids of each row that asked, and the drawn one."""
+    assert drawn.top_ids_BA is not None and drawn.top_logps_BA is not None
+    assert drawn.raw_logps_B is not None and drawn.ranks_B is not None
+    table = zip(
+        sequences, drawn.top_ids_BA.tolist(), drawn.top_logps_BA.tolist(), drawn.raw_logps_B.tolist(),
+        drawn.ranks_B.tolist(),
+    )  # fmt: skip
+    for sequence, ids, logps, chosen, rank in table:
+        if sequence.params.logprobs is None:
+            continue
+        token = sequence.output[-1]
+        found = {token: Logprob(chosen, rank, tokenizer.decode([token]))}
+        for place, (i, logp) in enumerate(zip(ids[: sequence.params.logprobs], logps)):
+            found.setdefault(i, Logprob(logp, place + 1, tokenizer.decode([i])))
+        sequence.logprobs.append(found)

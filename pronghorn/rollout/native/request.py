@@ -1,0 +1,81 @@
+"""The state of a prompt and of each sequence that continues it. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ...config.sampling import SamplingParams
+from ..base import Logprob
+
+
+@dataclass(eq=False)
+class Prompt:
+    """A prompt, one object for all sequences that start with it.
+
+    ``residents`` are the sequences whose table holds its keys and values now: any of them can lend the blocks.
+    """
+
+    tokens: list[int]
+    residents: list[Sequence] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One completion in the making.
+
+    Attributes:
+        order: place in the queue over all sequences; smaller is served first.
+        request: index of the request that it belongs to.
+        index: which of the request's samples.
+        prompt: what it continues.
+        params: its sampling settings.
+        max_new: most new tokens, after clipping to the model's maximum length.
+        seed: unsigned 64-bit seed of the request.
+        stop_ids: ids that end it (none before ``min_tokens``).
+        table: its KV blocks, empty while it waits.
+        computed: leading tokens whose keys and values are in the cache.
+        output: generated ids.
+    """
+
+    order: int
+    request: int
+    index: int
+    prompt: Prompt
+    params: SamplingParams
+    max_new: int
+    seed: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    table: list[int] = field(default_factory=list)
+    computed: int = 0
+    output: list[int] = field(default_factory=list)
+    token_logprobs: list[float] = field(default_factory=list)
+    policy_logprobs: list[float] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    stopped_text: str | None = None
+    preemptions: int = 0
+
+    def __len__(self) -> int:
+        """Tokens so far, prompt and output."""
+        return len(self.prompt.tokens) + len(self.output)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that it can come to."""
+        return len(self.prompt.tokens) + self.max_new
+
+    @property
+    def last(self) -> int:
+        """The newest token."""
+        return self.output[-1] if self.output else self.prompt.tokens[-1]
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Ids of positions ``start`` to ``stop``."""
+        edge = len(self.prompt.tokens)
+        if stop <= edge:
+            return self.prompt.tokens[start:stop]
+        return self.prompt.tokens[start:] + self.output[max(start - edge, 0) : stop - edge]

@@ -1,0 +1,98 @@
+"""One step of the model for the scheduler: prefill chunks or decode rows, with the trainer's own modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...models.forward import hidden_states, logits
+from .attention import GatheredDecode, PrefillAttention
+from .held import HeldDecode
+from .kv_cache import KVCache
+from .request import Sequence
+from .scheduler import Step
+
+
+@contextmanager
+def rollout_mode(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout inside; every module's own training flag is as it was afterwards, whatever happens.
+
+    Flags are set one by one because ``module.eval()`` runs overrides with lasting effects (bitsandbytes repacks its
+    weights), and because a mix of flags has to come back as a mix. ``no_grad`` rather than ``inference_mode``: some
+    modules keep tensors that they make in ``forward`` (rotary tables), and an inference tensor there would break the
+    next backward.
+    """
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Runner:
+    """Runs steps over one KV cache. Holds no weights: it calls the model's modules.
+
+    Args:
+        model: the Pronghorn model, with or without PEFT.
+        cache: where keys and values go.
+    """
+
+    def __init__(self, model: Any, cache: KVCache) -> None:
+        self.model = model
+        self.cache = cache
+        self.device = cache.shape.device
+        self.held: HeldDecode | None = None
+
+    def run(self, step: Step) -> tuple[torch.Tensor, list[Sequence]]:
+        """Logits ``[B, V]`` and the B sequences to draw a token for; B may be 0 (a prompt not yet whole)."""
+        self.cache.copy(step.copies)
+        return self._prefill(step) if step.prefill else self._decode(step.decode)
+
+    def _ids(self, ids: list[int]) -> torch.Tensor:
+        return torch.tensor(ids, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    def _prefill(self, step: Step) -> tuple[torch.Tensor, list[Sequence]]:
+        ids: list[int] = []
+        positions: list[int] = []
+        sequences: list[Sequence] = []
+        last: list[int] = []
+        copies: list[int] = []  # for each drawing sequence, its row of ``last``
+        for chunk in step.prefill:
+            ids += chunk.sequence.tokens(chunk.start, chunk.stop)
+            positions += range(chunk.start, chunk.stop)
+            if chunk.draws:
+                copies += [len(last)] * (1 + len(chunk.followers))
+                last.append(len(ids) - 1)
+                sequences += [chunk.sequence, *chunk.followers]
+        attention = PrefillAttention(self.cache, step.prefill)
+        hidden_TD = hidden_states(self.model, self._ids(ids), self._ids(positions), attention)
+        logits_LV = logits(self.model, hidden_TD.index_select(0, self._ids(last)))
+        return logits_LV.index_select(0, self._ids(copies)), sequences
+
+    def _decode(self, rows: list[Sequence]) -> tuple[torch.Tensor, list[Sequence]]:
+        ids = self._ids([row.last for row in rows])
+        positions = self._ids([len(row) - 1 for row in rows])
+        attention = self._decode_attention(rows)
+        return logits(self.model, hidden_states(self.model, ids, positions, attention)), rows
+
+    def _decode_attention(self, rows: list[Sequence]) -> GatheredDecode | HeldDecode:
+        if self.device.type != "cpu":
+            return GatheredDecode(self.cache, [row.table for row in rows], [len(row) for row in rows])
+        if self.held is None or not self.held.serves(rows) or not self.held.prepare(rows):
+            self.held = None  # its memory goes first
+            self.held = HeldDecode(self.cache, rows)
+            if not self.held.prepare(rows):
+                raise RuntimeError("held keys and values have no room for one token: a fault of the runner")
+        return self.held
+
+    def forget(self) -> None:
+        """Drop what was gathered from the cache."""
+        self.held = None

@@ -1,0 +1,123 @@
+"""Drawing the next token of every row at once, with the log-probs of what was drawn. Pure tensor functions.
+
+The order is vLLM's: minimum length, repetition penalty, temperature, min-p, top-k, top-p.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .random import uniforms
+from .sampling_rows import SamplingRows
+
+_BELOW_ONE = 1.0 - 2.0**-52
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one step drew for B rows.
+
+    Attributes:
+        tokens_B: int64 ids.
+        token_logps_B: float32, under the distribution drawn from (greedy rows: log softmax of the penalised logits).
+        policy_logps_B: float32, log softmax(raw logits / temperature), full vocabulary.
+        top_ids_BA, top_logps_BA: the A likeliest under softmax(raw logits), or None when no row wants them.
+        raw_logps_B, ranks_B: the drawn token under softmax(raw logits), and its rank there from 1; or None.
+    """
+
+    tokens_B: torch.Tensor
+    token_logps_B: torch.Tensor
+    policy_logps_B: torch.Tensor
+    top_ids_BA: torch.Tensor | None = None
+    top_logps_BA: torch.Tensor | None = None
+    raw_logps_B: torch.Tensor | None = None
+    ranks_B: torch.Tensor | None = None
+
+
+def sample(logits_BV: torch.Tensor, rows: SamplingRows) -> Drawn:
+    """Draw one token a row from raw logits ``[B, V]`` of any float dtype; sums are float32, the draw float64."""
+    raw_BV = logits_BV.float()
+    tempered_BV = raw_BV / rows.temperature_B1 if rows.tempered else raw_BV
+    policy_BV = tempered_BV.log_softmax(-1)
+    drawn_BV = policy_BV
+    if rows.shaped:
+        drawn_BV = _shape(raw_BV, rows).log_softmax(-1)
+    tokens_B = draw(drawn_BV, uniforms(rows.keys_B, rows.positions_B)) if rows.any_drawn else drawn_BV.argmax(-1)
+    if rows.any_drawn and rows.greedy_B is not None:
+        tokens_B = torch.where(rows.greedy_B, drawn_BV.argmax(-1), tokens_B)
+    at_B1 = tokens_B.unsqueeze(1)
+    token_logps_B = drawn_BV.gather(1, at_B1).squeeze(1)
+    policy_logps_B = policy_BV.gather(1, at_B1).squeeze(1) if rows.shaped else token_logps_B
+    if rows.alternatives < 0:
+        return Drawn(tokens_B, token_logps_B, policy_logps_B)
+    plain_BV = raw_BV.log_softmax(-1)
+    chosen_B1 = plain_BV.gather(1, at_B1)
+    top = plain_BV.topk(min(rows.alternatives, plain_BV.shape[1]), dim=-1)
+    ranks_B = (plain_BV > chosen_B1).sum(-1) + 1
+    return Drawn(tokens_B, token_logps_B, policy_logps_B, top.indices, top.values, chosen_B1.squeeze(1), ranks_B)
+
+
+def draw(logps_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
+    """The inverse of the cumulative distribution at one uniform number a row; ids of probability 0 are never drawn."""
+    cumulative_BV = logps_BV.double().exp_().cumsum(-1)
+    total_B1 = cumulative_BV[:, -1:]
+    target_B1 = torch.minimum(uniforms_B.unsqueeze(1) * total_B1, total_B1 * _BELOW_ONE)
+    return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1).clamp_(max=logps_BV.shape[1] - 1)
+
+
+def _shape(raw_BV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """Logits of the distribution to draw from; -inf where a token cannot be drawn."""
+    x_BV = raw_BV.clone()
+    if rows.early is not None:
+        at, ids, least = rows.early
+        x_BV[at, ids] = torch.where(rows.positions_B[at] < least, float("-inf"), x_BV[at, ids])
+    if rows.seen_BV is not None and rows.penalty_B1 is not None:
+        penalised_BV = torch.where(x_BV > 0, x_BV / rows.penalty_B1, x_BV * rows.penalty_B1)
+        x_BV = torch.where(rows.seen_BV, penalised_BV, x_BV)
+    x_BV = x_BV / rows.temperature_B1
+    if rows.log_min_p_B1 is not None:
+        floor_B1 = x_BV.amax(-1, keepdim=True) + rows.log_min_p_B1
+        x_BV = x_BV.masked_fill(_not_greedy(x_BV < floor_B1, rows), float("-inf"))
+    if rows.top_k_B1 is None and rows.top_p_B1 is None:
+        return x_BV
+    keys_BV = _ordered_bits(x_BV)
+    if rows.top_k_B1 is not None:
+        threshold_B1 = _threshold(keys_BV, None, rows.top_k_B1)
+        x_BV = x_BV.masked_fill(_not_greedy(keys_BV < threshold_B1, rows), float("-inf"))
+    if rows.top_p_B1 is not None:
+        probs_BV = x_BV.softmax(-1)
+        threshold_B1 = _threshold(keys_BV, probs_BV, rows.top_p_B1)
+        outside_BV = (keys_BV < threshold_B1) & (rows.top_p_B1 < 1)
+        x_BV = x_BV.masked_fill(_not_greedy(outside_BV, rows), float("-inf"))
+    return x_BV
+
+
+def _not_greedy(mask_BV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """Greedy rows are not truncated: their log-prob is of the penalised logits as they are."""
+    return mask_BV if rows.greedy_B is None else mask_BV & ~rows.greedy_B.unsqueeze(1)
+
+
+def _ordered_bits(x_BV: torch.Tensor) -> torch.Tensor:
+    """int32 keys in the order of the float32 values, one for one (both zeros are the same key)."""
+    bits = (x_BV + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _threshold(keys_BV: torch.Tensor, weights_BV: torch.Tensor | None, target_B1: torch.Tensor) -> torch.Tensor:
+    """The largest key such that the tokens at or above it weigh at least the target (without weights: number as many).
+
+    Found by bisection over the bits, 32 passes, which is exact and many times quicker on a CPU than sorting a
+    vocabulary. Tokens of equal logits stay or go together.
+    """
+    low = keys_BV.amin(-1, keepdim=True).long()
+    high = keys_BV.amax(-1, keepdim=True).long() + 1
+    for _ in range(32):
+        middle = (low + high) >> 1
+        above = keys_BV >= middle.int()
+        weight = above.sum(-1, keepdim=True) if weights_BV is None else (weights_BV * above).sum(-1, keepdim=True)
+        enough = weight >= target_B1
+        low = torch.where(enough, middle, low)
+        high = torch.where(enough, high, middle)
+    return low.int()

@@ -1,0 +1,206 @@
+"""Who runs next: admission in arrival order, continuous batching, chunked prefill, preemption. No torch here.
+
+The policy is vLLM's (Kwon et al., 2023, arXiv:2309.06180, section 4.5): first come, first served; when blocks run out
+the youngest sequence gives all of its blocks back and is computed again later.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, field
+
+from ...config.errors import ConfigError
+from .blocks import BlockManager, OutOfBlocks, blocks_for
+from .request import Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Positions ``start`` to ``stop`` of one sequence, to be computed in a prefill step.
+
+    Where the chunk ends the sequence's tokens, the next token is drawn for it and for each of ``followers``: sequences
+    of the same prompt that share its blocks from here on.
+    """
+
+    sequence: Sequence
+    start: int
+    stop: int
+    followers: tuple[Sequence, ...] = ()
+
+    @property
+    def draws(self) -> bool:
+        return self.stop == len(self.sequence)
+
+
+@dataclass
+class Step:
+    """One step of the model: chunks to prefill, or else sequences to decode by one token.
+
+    ``copies`` are blocks ``(source, target)`` to copy first, all sources read before any target is written.
+    """
+
+    prefill: list[Chunk] = field(default_factory=list)
+    decode: list[Sequence] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Scheduler:
+    """Keeps the queue and the running set.
+
+    Invariants (held by property tests): a waiting sequence holds no block; at most ``max_rows`` run; sequences are
+    admitted in order; the oldest unfinished one is never preempted, so every sequence ends.
+
+    Args:
+        blocks: the blocks to hand out.
+        max_rows: most sequences that run at once.
+        prefill_tokens: most prompt tokens that one prefill step computes.
+    """
+
+    def __init__(self, blocks: BlockManager, max_rows: int, prefill_tokens: int) -> None:
+        self.blocks = blocks
+        self.max_rows = max_rows
+        self.prefill_tokens = prefill_tokens
+        self.waiting: list[Sequence] = []  # by order
+        self.running: list[Sequence] = []  # by order
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+            ConfigError: the cache could not hold it even alone.
+        """
+        need = blocks_for(sequence.longest, self.blocks.block_size)
+        if need > self.blocks.num_blocks:
+            raise ConfigError(
+                f"the KV cache holds {self.blocks.num_blocks * self.blocks.block_size} tokens, and one request may "
+                f"come to {sequence.longest} ({len(sequence.prompt)} prompt + {sequence.max_new} new); lower "
+                "max_tokens or max_seq_length, or raise gpu_memory_utilization"
+            )
+        bisect.insort(self.waiting, sequence, key=_order)
+
+    def next_step(self) -> Step | None:
+        """What to run now, or None when nothing is left. Blocks are taken before it returns."""
+        step = Step()
+        self._plan_prefill(step)
+        if not step.prefill:
+            self._plan_decode(step)
+        if step.prefill or step.decode:
+            return step
+        if self.waiting:
+            raise RuntimeError(f"{len(self.waiting)} sequences wait and none can run: a fault of the scheduler")
+        return None
+
+    def finish(self, sequence: Sequence) -> None:
+        """The sequence has ended: it leaves at once, and its blocks are free."""
+        self.running.remove(sequence)
+        self._evict(sequence)
+
+    def abort(self) -> None:
+        """Drop everything, whatever was under way; all blocks are free afterwards."""
+        for sequence in [*self.running, *self.waiting]:
+            self._evict(sequence)
+        self.running.clear()
+        self.waiting.clear()
+
+    def _evict(self, sequence: Sequence) -> None:
+        self.blocks.free(sequence.table)
+        sequence.computed = 0
+        if sequence in sequence.prompt.residents:
+            sequence.prompt.residents.remove(sequence)
+
+    # Prefill
+
+    def _plan_prefill(self, step: Step) -> None:
+        budget = self.prefill_tokens
+        for sequence in [s for s in self.running if s.computed < len(s) - 1 or not s.output]:
+            budget -= self._chunk(step, sequence, budget)
+        while budget > 0 and self.waiting and self._admit(self.waiting[0]):
+            sequence = self.waiting.pop(0)
+            bisect.insort(self.running, sequence, key=_order)
+            budget -= self._chunk(step, sequence, budget)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Take the blocks for all tokens of ``sequence``, those of its prompt shared where a resident lends them."""
+        if len(self.running) >= self.max_rows:
+            return False
+        size = self.blocks.block_size
+        lender = sequence.prompt.residents[0] if sequence.prompt.residents else None
+        # Whole blocks only, and at least one token is left to compute: its logits are needed.
+        shared = min(len(sequence.prompt), len(sequence) - 1) // size if lender else 0
+        need = blocks_for(len(sequence), size) - shared
+        # Each running sequence will want a block soon: admitting on the last ones would preempt, again and again.
+        if self.running and need + len(self.running) + 1 > self.blocks.available:
+            return False
+        fresh = self.blocks.allocate(need)
+        sequence.table = (self.blocks.share(lender.table[:shared]) if lender else []) + fresh
+        sequence.computed = shared * size
+        return True
+
+    def _chunk(self, step: Step, sequence: Sequence, budget: int) -> int:
+        """Plan the next chunk of an admitted sequence; returns how many tokens it takes."""
+        start = sequence.computed
+        stop = min(len(sequence), start + budget)
+        if stop == start:
+            return 0
+        sequence.computed = stop
+        followers: list[Sequence] = []
+        if stop == len(sequence):
+            sequence.prompt.residents.append(sequence)
+            if not sequence.output:
+                followers = self._pull_followers(sequence)
+        step.prefill.append(Chunk(sequence, start, stop, tuple(followers)))
+        return stop - start
+
+    def _pull_followers(self, leader: Sequence) -> list[Sequence]:
+        """Sequences at the head of the queue that start with the leader's prompt: they need no prefill of their own."""
+        followers: list[Sequence] = []
+        while self.waiting and len(self.running) < self.max_rows:
+            sequence = self.waiting[0]
+            if sequence.prompt is not leader.prompt or sequence.output:
+                break
+            if len(self.running) + 1 > self.blocks.available:
+                break
+            self.waiting.pop(0)
+            sequence.table = self.blocks.share(leader.table)
+            sequence.computed = len(leader)
+            sequence.prompt.residents.append(sequence)
+            bisect.insort(self.running, sequence, key=_order)
+            followers.append(sequence)
+        return followers
+
+    # Decode
+
+    def _plan_decode(self, step: Step) -> None:
+        # Oldest first; whoever is preempted for it is the youngest, so it leaves from the end of the list.
+        while len(step.decode) < len(self.running):
+            sequence = self.running[len(step.decode)]
+            if self._make_room(step, sequence):
+                sequence.computed = len(sequence)
+                step.decode.append(sequence)
+
+    def _make_room(self, step: Step, sequence: Sequence) -> bool:
+        """A writable slot for the newest token; False when the sequence itself had to go."""
+        while True:
+            try:
+                copy = self.blocks.make_writable(sequence.table, len(sequence) - 1)
+            except OutOfBlocks:
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is sequence:
+                    return False
+                continue
+            if copy is not None:
+                step.copies.append(copy)
+            return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._evict(sequence)
+        sequence.preemptions += 1
+        self.preemptions += 1
+        bisect.insort(self.waiting, sequence, key=_order)
+
+
+def _order(sequence: Sequence) -> int:
+    return sequence.order
