@@ -104,3 +104,18 @@ def tiny_llama(
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tiny_tokenizer(min(config.vocab_size, 384), extra_tokens).save_pretrained(folder)
     return folder
+
+
+def perturb(model: torch.nn.Module, scale: float = 0.05, seed: int = 1) -> None:
+    """Add noise to every trainable parameter, as a training run would: a fresh LoRA's B is zero and hides mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.data.add_(noise.to(parameter.device, parameter.dtype))
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest absolute difference over the largest absolute value of ``expected``."""
+    got, expected = got.detach(), expected.detach()
+    return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
