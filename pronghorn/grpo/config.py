@@ -1,0 +1,131 @@
+"""``GRPOConfig``: TRL's, with what GRPO scripts still pass, and nothing accepted that would have no effect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trl.trainer.grpo_config import GRPOConfig as TRLGRPOConfig
+
+from ..config.errors import ConfigError, reject_unknown
+from .correction import MODES
+from .losses import LEVELS, LOSSES
+from .translate import batch_line, before_checks, plain
+
+# Fields of TRL and transformers that this trainer does not act on, with the values that mean "off".
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "loss_type": tuple(LOSSES),
+    "importance_sampling_level": LEVELS,
+    "vllm_importance_sampling_mode": tuple(MODES),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize",),
+    "sync_ref_model": (False,),
+    "top_entropy_quantile": (1.0,),
+    "entropy_coef": (0.0,),
+    "use_adaptive_entropy": (False,),
+    "off_policy_mask_threshold": (None,),
+    "router_aux_loss_coef": (None, 0.0),
+    "cast_lm_head_to_fp32": (False,),
+    "disable_dropout": (False,),
+    "cache_implementation": (None,),
+    "use_transformers_continuous_batching": (False,),
+    "use_transformers_paged": (False,),
+    "max_tool_calling_iterations": (None,),
+    "log_completions_hub_repo": (None,),
+    "vllm_structured_outputs_regex": (None,),
+    "use_liger_kernel": (False,),
+    "neftune_noise_alpha": (None,),
+    "label_smoothing_factor": (0.0, 0),
+    "fp16_full_eval": (False,),
+    "bf16_full_eval": (False,),
+    "torch_compile": (False,),
+    "deepspeed": (None,),
+    "fsdp": (None, False, "", []),
+}
+
+
+@dataclass
+class GRPOConfig(TRLGRPOConfig):
+    """Settings of :class:`pronghorn.grpo.trainer.GRPOTrainer`: every field of TRL's ``GRPOConfig``, and those below.
+
+    Defaults are TRL's. One differs in effect: the correction for the mismatch of sampler and trainer
+    (``vllm_importance_sampling_*``), which TRL applies under ``use_vllm`` only, always applies here.
+
+    What older scripts pass is put in today's terms, one printed line each, kept in ``translations``: ``warmup_ratio``
+    becomes ``warmup_steps`` below 1; a ``per_device_train_batch_size`` that TRL would refuse counts prompts instead of
+    completions; ``use_vllm=True`` is served by Pronghorn's engine; without a GPU, bf16 and fp16 become float32 and
+    bitsandbytes' AdamW becomes torch's. Initialising from an already translated config changes nothing.
+
+    Attributes:
+        max_prompt_length: longest prompt in tokens; a longer one loses its first tokens. None sets no limit (TRL 1.x
+            dropped this field).
+        warmup_ratio: fraction of the steps that warm up; None after it moved to ``warmup_steps``.
+        rollout_engine: ``"native"``, or the name of another registered engine such as ``"vllm"``.
+        overwrite_output_dir: start anew in an output folder that holds checkpoints of an earlier run; they are deleted
+            when training starts. By default such a folder is refused.
+        log_completions_steps: with ``log_completions``, print the sample table every so many optimizer steps (TRL
+            prints one at every log); ``completions.jsonl`` gets the samples of every log.
+        translations: the lines printed so far.
+
+    Raises:
+        ConfigError: an unknown field (with the nearest name), a value out of range, or a setting of TRL's that this
+            trainer does not act on.
+    """
+
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens; longer ones are truncated from the left."}
+    )
+    warmup_ratio: float | None = field(
+        default=None, metadata={"help": "Fraction of the steps that warm up; becomes warmup_steps below 1."}
+    )
+    rollout_engine: str = field(default="native", metadata={"help": "Which engine samples: native or vllm."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete an earlier run's checkpoints in output_dir when training starts."}
+    )
+    log_completions_steps: int = field(
+        default=10, metadata={"help": "Print the sample table every so many steps, where log_completions is on."}
+    )
+    translations: list[str] | None = field(
+        default=None, metadata={"help": "Lines that earlier initialisations of this config printed."}
+    )
+
+    def __new__(cls, *args: Any, **given: Any) -> GRPOConfig:
+        # dataclass's own __init__ would raise a TypeError without the nearest name
+        reject_unknown("GRPOConfig", given, [f.name for f in fields(cls) if f.init])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        lines = before_checks(self)
+        super().__post_init__()
+        self._refuse_what_has_no_effect()
+        said = list(self.translations or [])
+        for line in [*lines, batch_line(self)]:
+            if line not in said:
+                print(f"pronghorn: {line}")
+                said.append(line)
+        self.translations = said
+
+    def _refuse_what_has_no_effect(self) -> None:
+        for name, fine in _ONLY.items():
+            value = plain(getattr(self, name))
+            if value not in fine:
+                raise ConfigError(
+                    f"GRPOConfig: {name}={value!r} is not supported yet; give {' or '.join(map(repr, fine))}"
+                )
+        if self.max_completion_length is None or self.max_completion_length < 1:
+            raise ConfigError(
+                f"GRPOConfig: max_completion_length={self.max_completion_length} is out of range; give 1 or more"
+            )
+        if self.log_completions_steps < 1:
+            raise ConfigError(
+                f"GRPOConfig: log_completions_steps={self.log_completions_steps} is out of range; give 1 or more"
+            )
+        if not self.temperature > 0:
+            raise ConfigError(f"GRPOConfig: temperature={self.temperature} gives no spread to learn from; give > 0")
+        if self.world_size > 1:
+            raise ConfigError(f"GRPOConfig: {self.world_size} processes; Pronghorn trains in one process on one GPU")
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """False: the model stays where the loader put it."""
+        return False

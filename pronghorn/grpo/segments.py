@@ -1,0 +1,20 @@
+"""Sums and means over the tokens of each row, for tokens packed without padding."""
+
+from __future__ import annotations
+
+import torch
+
+
+def row_sum(values_N: torch.Tensor, row_N: torch.Tensor, rows: int) -> torch.Tensor:
+    """``[B]`` sums of ``values_N`` by ``row_N`` (int64 in [0, rows)); rows without tokens are 0. Differentiable."""
+    return values_N.new_zeros(rows).index_add(0, row_N, values_N)
+
+
+def row_count(row_N: torch.Tensor, rows: int) -> torch.Tensor:
+    """``[B]`` int64 number of tokens of each row."""
+    return torch.bincount(row_N, minlength=rows)
+
+
+def row_mean(values_N: torch.Tensor, row_N: torch.Tensor, rows: int) -> torch.Tensor:
+    """``[B]`` means of ``values_N`` by row; rows without tokens are 0. Differentiable."""
+    return row_sum(values_N, row_N, rows) / row_count(row_N, rows).clamp(min=1)

@@ -1,0 +1,128 @@
+"""Checks and preparation before a trainer exists, so that bad input fails before long work."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from trl.trainer.grpo_config import GRPOConfig as TRLGRPOConfig
+
+from ..config.errors import ConfigError
+from ..config.load import LoadConfig
+from ..config.lora import LoraDefaults
+from ..lora.active import adapter, adapter_names
+from ..models.state import state_of
+from .config import GRPOConfig
+from .data import PromptEncoder
+
+
+def as_config(args: Any, model: Any) -> GRPOConfig:
+    """The trainer's config from ours, TRL's, or None (defaults, written to a folder named after the model).
+
+    Raises:
+        ConfigError: another type, or TRL settings that this trainer does not act on.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "model")
+        return GRPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1]}-GRPO")
+    if isinstance(args, GRPOConfig):
+        return args
+    if isinstance(args, TRLGRPOConfig):
+        return GRPOConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.init})
+    raise ConfigError(f"args is a {type(args).__name__}; pass a GRPOConfig")
+
+
+def as_model(model: Any, tokenizer: Any, args: GRPOConfig, peft_config: Any) -> tuple[Any, Any]:
+    """``(model, tokenizer)``: loaded where ``model`` is a name, wrapped where a ``peft_config`` is given.
+
+    Raises:
+        ConfigError: the model was not loaded by Pronghorn, already has an adapter beside ``peft_config``, or is on
+            another device than training.
+    """
+    if isinstance(model, str):
+        from ..loader import from_pretrained
+
+        model, loaded = from_pretrained(LoadConfig.of(model_name=model, **(args.model_init_kwargs or {})))
+        tokenizer = tokenizer or loaded
+    elif args.model_init_kwargs:
+        raise ConfigError("GRPOConfig: model_init_kwargs has no effect on a model that is already loaded; leave it out")
+    state = state_of(model)
+    if peft_config is not None:
+        from ..loader import get_peft_model
+
+        model = get_peft_model(model, **_lora_settings(peft_config, model))
+    tokenizer = tokenizer or state.tokenizer
+    if tokenizer is None:
+        raise ConfigError("processing_class=None and the model carries no tokenizer; pass processing_class=tokenizer")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            "no weight of the model trains; add LoRA with FastLanguageModel.get_peft_model, or load it with "
+            "full_finetuning=True"
+        )
+    device = next(model.parameters()).device
+    if device.type != args.device.type or (device.index or 0) != (args.device.index or 0):
+        raise ConfigError(
+            f"the model is on {device} but training would run on {args.device}; "
+            f"{'pass use_cpu=True' if device.type == 'cpu' else 'choose the GPU by CUDA_VISIBLE_DEVICES'}"
+        )
+    args._n_gpu = min(args.n_gpu, 1)  # transformers would spread the model over every GPU that it sees
+    return model, tokenizer
+
+
+def _lora_settings(config: Any, model: nn.Module) -> dict[str, Any]:
+    if adapter_names(model):
+        raise ConfigError("peft_config is given, but the model already has an adapter; pass one or the other")
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"peft_config is a {type(config).__name__}; pass a peft.LoraConfig")
+    known = {f.name for f in fields(LoraDefaults)}
+    plain, settings = LoraConfig().to_dict(), config.to_dict()
+    ignored = {"peft_type", "base_model_name_or_path", "inference_mode", "peft_version", "task_type", "auto_mapping"}
+    for name, value in settings.items():
+        if name not in known | ignored and value != plain[name]:
+            raise ConfigError(f"peft_config: {name}={value!r} is not supported; leave it at {plain[name]!r}")
+    chosen = {name: settings[name] for name in known & set(settings) if settings[name] is not None}
+    if chosen.get("loftq_config") == {}:
+        del chosen["loftq_config"]
+    return {**chosen, "task_type": "CAUSAL_LM"}
+
+
+def check_reference(args: GRPOConfig, model: nn.Module) -> None:
+    """With beta the reference policy is the base model under the adapter: there must be one that can be disabled."""
+    if args.beta == 0.0:
+        return
+    if not adapter_names(model):
+        raise ConfigError(
+            f"GRPOConfig: beta={args.beta} needs a reference policy, which is the base model under a LoRA adapter; "
+            "with full fine-tuning set beta=0.0"
+        )
+    with adapter(model, None):
+        pass
+
+
+def prompt_encoder(args: GRPOConfig, model: nn.Module, tokenizer: Any) -> PromptEncoder:
+    """The encoder of prompts, once it is sure that prompt and completion fit the model's length."""
+    limit, completion, prompt = state_of(model).max_seq_length, args.max_completion_length or 0, args.max_prompt_length
+    if completion + (prompt or 1) > limit:
+        wanted = f"max_prompt_length={prompt} + " if prompt else "a prompt + "
+        raise ConfigError(
+            f"max_seq_length={limit} is too small for {wanted}max_completion_length={completion}"
+            f"{f' = {prompt + completion}' if prompt else ''}; load the model with a larger max_seq_length or lower them"
+        )
+    kwargs = args.chat_template_kwargs or {}
+    if not isinstance(kwargs, dict):
+        raise ConfigError(f"GRPOConfig: chat_template_kwargs={kwargs!r} is a {type(kwargs).__name__}; give a dict")
+    return PromptEncoder(tokenizer, prompt, limit - completion, kwargs)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a forward in training mode draws dropout."""
+    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+
+
+def check_precision(model: nn.Module, args: GRPOConfig) -> None:
+    """fp16 scales the loss, which needs float32 gradients; LoRA's masters have them, 16-bit trained weights do not."""
+    if args.fp16 and any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters()):
+        raise ConfigError("GRPOConfig: fp16=True cannot train float16 weights; load the model with dtype=torch.float32")

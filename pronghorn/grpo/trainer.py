@@ -1,0 +1,262 @@
+"""``GRPOTrainer``: GRPO on transformers' Trainer, with Pronghorn's engine, packed batches and whole checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, set_seed
+
+from ..config.errors import ConfigError
+from ..rewards.runner import RewardRunner
+from .config import GRPOConfig
+from .data import as_dataset
+from .loss_step import LossStep, window_of
+from .losses import Window
+from .metrics import History, Metrics
+from .repeat_sampler import RepeatSampler
+from .rollouts import Rollout
+from .run_state import RunState
+from .samples import print_samples
+from .sampling_loop import SamplingLoop, request_seed
+from .saving import SavingMixin
+from .setup import as_config, as_model, check_precision, check_reference, prompt_encoder
+
+TRAIN, EVAL = "train", "eval"
+
+
+def identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The collator: rows stay rows until they are prompts."""
+    return rows
+
+
+class GRPOTrainer(SavingMixin, Trainer):
+    """Group relative policy optimization (DeepSeekMath, arXiv:2402.03300) with TRL's interface and metric names.
+
+    Args:
+        model: a model from ``FastLanguageModel`` with LoRA or fully trainable, or a name or folder to load.
+        reward_funcs: one or several functions of TRL's contract: keyword arguments ``prompts``, ``completions``,
+            ``completion_ids`` and the data set's columns to one number or None a completion.
+        args: a :class:`GRPOConfig` (TRL's is converted).
+        train_dataset, eval_dataset: data sets with a ``prompt`` column (strings or chats).
+        processing_class: the tokenizer; by default the one that the model was loaded with.
+        callbacks, optimizers: as in transformers' Trainer.
+        peft_config: a ``peft.LoraConfig`` to wrap the model with.
+
+    Where it departs from TRL: gradient accumulation is exact by tokens (denominators span the optimizer step, for every
+    loss type), the sampler correction always applies, on-policy steps take the trainer's log-probabilities from the
+    training forward itself, and checkpoints hold buffered rollouts, so a resumed run repeats the uninterrupted one.
+
+    Raises:
+        ConfigError: at construction, for anything that is known to fail later.
+    """
+
+    args: GRPOConfig
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+    ) -> None:
+        args = as_config(args, model)
+        set_seed(args.seed)
+        runner = RewardRunner(reward_funcs, weights=args.reward_weights)
+        train_dataset = as_dataset(train_dataset, "train_dataset")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: as_dataset(ds, f"eval_dataset[{name!r}]") for name, ds in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = as_dataset(eval_dataset, "eval_dataset")
+        prompts = args.generation_batch_size // args.num_generations
+        if len(train_dataset) < prompts:
+            raise ConfigError(
+                f"train_dataset has {len(train_dataset)} rows, fewer than the {prompts} prompts of one generation; "
+                "add rows or lower the batch size"
+            )
+        model, tokenizer = as_model(model, processing_class, args, peft_config)
+        check_reference(args, model)
+        check_precision(model, args)
+        encoder = prompt_encoder(args, model, tokenizer)
+        encoder.check(train_dataset, "train_dataset")
+        self.position = RunState()
+        self.metrics = {TRAIN: Metrics(), EVAL: Metrics()}
+        self._step_rows: list[list[dict[str, Any]]] = []
+        self._micro_batches: list[list[Rollout]] = []
+        self._window: Window | None = None
+        self._step_seconds, self._evaluated = 0.0, 0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=identity,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.sampling = SamplingLoop(args, self.model, tokenizer, encoder, runner)
+        self.loss_step = LossStep(args, self.model)
+        self.history = History(f"{args.output_dir}/metrics.jsonl")
+        self.completions = History(f"{args.output_dir}/completions.jsonl")
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Rows of one generation a batch: TRL's order, repeats included, at whatever epoch the run is."""
+        dataset = self.train_dataset
+        if self.args.remove_unused_columns:
+            dataset = dataset.select_columns(["prompt"])
+        size = self.args.generation_batch_size
+        sampler = RepeatSampler(
+            len(dataset),
+            self.args.num_generations,
+            prompts=size // self.args.num_generations,
+            repeats=self.args.num_iterations * self.args.steps_per_generation,
+            shuffle=bool(self.args.shuffle_dataset),
+            seed=self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+        return self._loader(dataset, size, sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Whole groups of ``num_generations_eval`` completions."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        dataset = self.eval_dataset if eval_dataset is None else as_dataset(eval_dataset, "eval_dataset")
+        if dataset is None:
+            raise ConfigError("evaluate: eval_dataset is None; pass one here or to the trainer")
+        group, size = self._eval_group, self.args.per_device_eval_batch_size
+        if size % group:
+            raise ConfigError(
+                f"per_device_eval_batch_size={size} is not a multiple of num_generations_eval={group}; give a multiple"
+            )
+        return self._loader(dataset, size, RepeatSampler(len(dataset), group, seed=self.args.seed))
+
+    def _loader(self, dataset: Any, size: int, sampler: RepeatSampler) -> DataLoader:
+        # its own generator: making an iterator must not advance the global one
+        return DataLoader(
+            dataset,
+            batch_size=size,
+            sampler=sampler,
+            collate_fn=identity,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
+    @property
+    def _eval_group(self) -> int:
+        return self.args.num_generations_eval or self.args.num_generations
+
+    # Training
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, None]:
+        """The rows of one optimizer step; nothing is generated yet, as a resumed run restores its RNGs after this."""
+        rows, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_rows, self._window = rows, None
+        return rows, None
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch; the first of an optimizer step generates what the step needs."""
+        started = time.perf_counter()
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have modes too
+            self.optimizer.train()
+        if self._window is None:
+            self._micro_batches = self._open_step()
+            self._window = window_of([r for part in self._micro_batches for r in part])
+        batch = self.loss_step.pack(self._micro_batches.pop(0))
+        loss = self.loss_step(batch, self._window, self.metrics[TRAIN])
+        self.accelerator.backward(loss)
+        self.position.micro_steps += 1
+        self._step_seconds += time.perf_counter() - started
+        last = not self._micro_batches
+        self.metrics[TRAIN].add("loss", loss.detach(), 1.0 if last else 0.0)
+        if last:
+            self.metrics[TRAIN].mean("step_time", self._step_seconds)
+            self._step_seconds = 0.0
+        return loss.detach()
+
+    def _open_step(self) -> list[list[Rollout]]:
+        """The micro-batches of the optimizer step that begins, generated where the buffer has run out.
+
+        The policy does not move within a step, so all of it may be generated before its first backward; only then are
+        its denominators known.
+        """
+        per_generation = self.args.steps_per_generation
+        reuse, size = per_generation * self.args.num_iterations, self.args.per_device_train_batch_size
+        parts = []
+        for micro, rows in enumerate(self._step_rows, start=self.position.micro_steps):
+            if micro % reuse == 0 or not self.position.buffer:
+                self.position.buffer = self._generate(rows, self.args.num_generations, TRAIN, micro // reuse)
+            start = micro % per_generation * size
+            parts.append(self.position.buffer[start : start + size])
+        return parts
+
+    def _generate(self, rows: list[dict[str, Any]], group: int, mode: str, index: int) -> list[Rollout]:
+        """Generation number ``index`` of this mode: sampled, scored, and with the log-probabilities the loss needs."""
+        seed = request_seed(self.args.seed, mode == EVAL, index)
+        rollouts = self.sampling.make(rows, group, seed, self.metrics[mode], self.state, mode)
+        if self.args.log_completions:
+            self.completions.append(*(sample.to_json() for sample in self.sampling.samples))
+        training = mode == TRAIN
+        size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        self.loss_step.annotate(rollouts, size)
+        if training:
+            self.state.num_input_tokens_seen += sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
+            if self.args.steps_per_generation > self.args.gradient_accumulation_steps:
+                # one generation serves several optimizer steps: mix the groups over them, as TRL does
+                order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(seed))
+                rollouts = [rollouts[i] for i in order.tolist()]
+        self.metrics[mode].last("num_tokens", self.state.num_input_tokens_seen)
+        return rollouts
+
+    # Evaluation
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Samples, rewards and loss of one evaluation batch; parameters and buffered rollouts stay as they are."""
+        rollouts = self._generate(inputs, self._eval_group, EVAL, self._evaluated)
+        self._evaluated += 1
+        with torch.no_grad():
+            loss = self.loss_step(self.loss_step.pack(rollouts), window_of(rollouts), self.metrics[EVAL])
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; every evaluation draws the same seeds, so that evaluations compare."""
+        self._evaluated = 0
+        return super().evaluation_loop(*args, **kwargs)
+
+    # Logs
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Add what was gathered since the last log, under TRL's names; keep it in ``metrics.jsonl``."""
+        mode = TRAIN if self.model.training else EVAL
+        prefix = "eval_" if mode == EVAL else ""
+        gathered = {f"{prefix}{name}": value for name, value in self.metrics[mode].flush().items()}
+        gathered.pop("eval_loss", None)
+        logs.update(gathered)
+        super().log(logs, start_time)
+        self.history.append({"step": self.state.global_step, **logs})
+        self._show_samples()
+
+    def _show_samples(self) -> None:
+        """The table of the last generation, at the first step and every ``log_completions_steps``."""
+        step = self.state.global_step
+        if self.args.log_completions and (step == 1 or step % self.args.log_completions_steps == 0):
+            print_samples(self.sampling.samples, step, self.args.num_completions_to_print, self.args.log_unique_prompts)
+            self.sampling.samples = []
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """0: rows of a data set say nothing of the tokens that they become."""
+        return 0

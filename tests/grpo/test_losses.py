@@ -1,0 +1,98 @@
+"""Losses as functions: additivity over micro-batches, clipping by hand, the registry."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from pronghorn.grpo.correction import MODES, correct
+from pronghorn.grpo.losses import LEVELS, LOSSES, LossSettings, Tokens, Window, policy_loss
+
+
+def _tokens(lengths: list[int], seed: int = 0) -> Tokens:
+    generator = torch.Generator().manual_seed(seed)
+    N = sum(lengths)
+
+    def draw(scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(N, generator=generator, dtype=torch.float64) * scale
+
+    logps = (draw() - 2).requires_grad_()
+    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    advantages = torch.randn(len(lengths), generator=generator, dtype=torch.float64)
+    return Tokens(logps, logps.detach() + draw(0.3), advantages, row, logps.detach() + draw(0.2), draw().exp())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", list(LOSSES))
+def test_micro_batches_add_up_to_the_batch(loss_type: str, level: str) -> None:
+    """Rows one at a time, an empty row among them, give the loss and gradient of all at once, to rounding."""
+    lengths = [3, 1, 0, 7, 4]
+    whole = _tokens(lengths)
+    settings = LossSettings(loss_type=loss_type, importance_sampling_level=level, beta=0.1, max_completion_length=8)
+    window = Window(rows=len(lengths), tokens=sum(lengths))
+    loss = policy_loss(whole, window, settings).loss
+    (gradient,) = torch.autograd.grad(loss, whole.logps_N)
+    parts, gradients = 0.0, []
+    for row in range(len(lengths)):
+        mine = whole.row_N == row
+        logps = whole.logps_N.detach()[mine].requires_grad_()
+        part = dataclasses.replace(
+            whole,
+            logps_N=logps,
+            old_logps_N=whole.old_logps_N[mine],
+            advantages_B=whole.advantages_B[row : row + 1],
+            row_N=torch.zeros(int(mine.sum()), dtype=torch.int64),
+            ref_logps_N=whole.ref_logps_N[mine],
+            correction_N=whole.correction_N[mine],
+        )
+        share = policy_loss(part, window, settings).loss
+        gradients.append(torch.autograd.grad(share, logps)[0])
+        parts += share.item()
+    assert parts == pytest.approx(loss.item(), abs=1e-14)
+    torch.testing.assert_close(torch.cat(gradients), gradient, rtol=1e-12, atol=1e-15)
+
+
+def _one(ratio: float, advantage: float, **settings: float) -> float:
+    """Term of a single token at the given ratio."""
+    tokens = Tokens(torch.tensor([ratio]).log(), torch.zeros(1), torch.tensor([advantage]), torch.tensor([0]))
+    return policy_loss(tokens, Window(1, 1), LossSettings(**settings)).loss.item()
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, settings, term",
+    [
+        (1.1, 2.0, {}, -2.2),
+        (1.5, 2.0, {}, -2.4),
+        (1.5, 2.0, {"epsilon_high": 0.28}, -2.56),
+        (0.5, -1.0, {}, 0.8),
+        (5.0, -1.0, {}, 5.0),
+        (5.0, -1.0, {"delta": 2.0}, 2.0),
+    ],
+)
+def test_clipping_by_hand(ratio: float, advantage: float, settings: dict[str, float], term: float) -> None:
+    assert _one(ratio, advantage, **settings) == pytest.approx(term, rel=1e-6)
+
+
+def test_beta_without_reference_is_named() -> None:
+    tokens = Tokens(torch.zeros(1), torch.zeros(1), torch.ones(1), torch.tensor([0]))
+    with pytest.raises(ValueError, match="ref_logps_N=None"):
+        policy_loss(tokens, Window(1, 1), LossSettings(beta=0.1))
+
+
+def test_correction_by_hand() -> None:
+    row = torch.tensor([0, 0, 1])
+    trainer = torch.log(torch.tensor([0.8, 0.4, 0.9]))
+    sampler = torch.log(torch.tensor([0.4, 0.1, 0.9]))
+    expected = {
+        "token_truncate": [2.0, 3.0, 1.0],
+        "token_mask": [2.0, 0.0, 1.0],
+        "sequence_truncate": [3.0, 3.0, 1.0],
+        "sequence_mask": [0.0, 0.0, 1.0],
+    }
+    assert set(expected) == set(MODES)
+    for mode, weights in expected.items():
+        torch.testing.assert_close(correct(trainer, sampler, row, 2, mode, None, 3.0).weights_N, torch.tensor(weights))
+    unknown = correct(trainer, torch.tensor([torch.nan] * 3), row, 2, "token_mask", None, 3.0)
+    assert unknown.weights_N.tolist() == [1, 1, 1] and unknown.gap_M.numel() == 0 and unknown.kl == 0

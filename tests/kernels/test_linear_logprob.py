@@ -1,0 +1,104 @@
+"""Chunked log-probabilities against whole-logits PyTorch: values, every gradient, and memory."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from pronghorn.kernels.linear_logprob import chosen_logprobs
+from pronghorn.kernels.reference.linear_logprob import chosen_logprobs as reference
+
+CASES = [
+    pytest.param(temperature, softcap, scale, bias, id=f"t{temperature}-cap{softcap}-s{scale}-bias{bias}")
+    for temperature, softcap, scale, bias in itertools.product((1.0, 0.7), (None, 5.0), (1.0, 0.25), (False, True))
+]
+
+
+def _inputs(N: int, D: int, V: int, bias: bool, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(N * 1000 + V)
+    hidden = torch.randn(N, D, generator=generator, dtype=dtype)
+    weight = torch.randn(V, D, generator=generator, dtype=dtype) * 0.5
+    targets = torch.randint(V, (N,), generator=generator)
+    return hidden, weight, targets, torch.randn(V, generator=generator, dtype=dtype) if bias else None
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 2), (7, 5, 11), (33, 16, 129)])
+@pytest.mark.parametrize("temperature, softcap, scale, bias", CASES)
+def test_equals_whole_logits(
+    shape: tuple[int, int, int], temperature: float, softcap: float | None, scale: float, bias: bool
+) -> None:
+    hidden, weight, targets, bias_V = _inputs(*shape, bias)
+    results = []
+    for function in (chosen_logprobs, reference):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias_V) if x is not None]
+        logps, entropy = function(
+            leaves[0], leaves[1], targets, leaves[2] if bias else None, temperature, softcap, scale, 4, True
+        )
+        (logps * torch.linspace(-1, 2, len(logps), dtype=logps.dtype)).sum().backward()
+        results.append([logps.detach(), entropy, *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_gradcheck() -> None:
+    hidden, weight, targets, bias_V = _inputs(5, 4, 7, True)
+    leaves = tuple(x.requires_grad_() for x in (hidden, weight, bias_V))
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: chosen_logprobs(h, w, targets, b, temperature=0.8, softcap=3.0, scale=0.5, chunk=2)[0], leaves
+    )
+
+
+def test_frozen_head_gets_no_gradient_and_bfloat16_stays_near() -> None:
+    hidden, weight, targets, _ = _inputs(40, 32, 257, False)
+    exact = hidden.clone().requires_grad_()
+    reference(exact, weight, targets)[0].sum().backward()
+    rounded = hidden.bfloat16().requires_grad_()
+    frozen = weight.bfloat16()
+    logps, entropy = chosen_logprobs(rounded, frozen, targets, chunk=16)
+    assert logps.dtype == torch.float32 and entropy is None
+    logps.sum().backward()
+    assert frozen.grad is None and rounded.grad.dtype == torch.bfloat16
+    cosine = torch.cosine_similarity(rounded.grad.double().flatten(), exact.grad.flatten(), dim=0)
+    assert cosine > 0.999
+
+
+def test_no_rows() -> None:
+    hidden, weight, _, _ = _inputs(3, 4, 5, False)
+    empty = hidden[:0].clone().requires_grad_()
+    logps, entropy = chosen_logprobs(empty, weight, torch.empty(0, dtype=torch.int64), with_entropy=True)
+    assert logps.shape == entropy.shape == (0,)
+    logps.sum().backward()
+    assert empty.grad.shape == (0, 4)
+
+
+def test_logits_never_exist_whole() -> None:
+    """The largest tensor that forward and backward make holds a chunk of logits, not N x V of them."""
+    N, D, V, chunk = 512, 8, 1000, 32
+    hidden, weight, targets, _ = _inputs(N, D, V, False, torch.float32)
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return out
+
+    with Largest() as seen:
+        leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+        chosen_logprobs(*leaves, targets, chunk=chunk, with_entropy=True)[0].sum().backward()
+    assert seen.numel <= chunk * V < N * V
+    with Largest() as seen:
+        reference(hidden, weight, targets)
+    assert seen.numel == N * V  # the probe does see whole logits where they are made
+
+
+@pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"targets_N": torch.zeros(2, dtype=torch.int64)}])
+def test_bad_input(bad: dict) -> None:
+    arguments = {"hidden_ND": torch.ones(3, 2), "weight_VD": torch.ones(5, 2), "targets_N": torch.zeros(3).long()}
+    with pytest.raises(ValueError, match="temperature=0|shapes do not fit"):
+        chosen_logprobs(**{**arguments, **bad})
