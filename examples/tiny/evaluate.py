@@ -45,7 +45,9 @@ def evaluate(model: Any, tokenizer: Any, problems: Sequence[Problem], batch: int
     """Shares of the problems: `accuracy` (the rewards' correctness), `number`, and the two format rewards earned."""
     texts = greedy(model, tokenizer, problems, batch)
     count = len(problems)
-    right = correctness_reward_func(None, texts, [str(p.result) for p in problems])
+    # Without tags the reward takes the whole text for the answer: that is not an answer in the tags.
+    rewards = correctness_reward_func(None, texts, [str(p.result) for p in problems])
+    right = [reward if "<answer>" in text else 0.0 for reward, text in zip(rewards, texts)]
     share = {
         "accuracy": sum(r > 0 for r in right) / count,
         "number": sum(number_matches(t, p.result) for t, p in zip(texts, problems)) / count,

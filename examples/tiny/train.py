@@ -29,6 +29,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -166,6 +167,7 @@ def train(model: Any, tokenizer: Any, options: argparse.Namespace) -> float:
         optimizers=(optimizer, schedule),
         callbacks=[Progress(tokenizer, options.dev_every)],
     )
+    trainer.remove_callback(PrinterCallback)  # `Progress` prints the same in one line
     started = time.time()
     trainer.train()
     models.detach(model)
@@ -182,6 +184,8 @@ def save(model: Any, tokenizer: Any, options: argparse.Namespace, report: dict[s
         pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(out)
+    for file in out.glob("*.safetensors"):
+        file.chmod(0o644)  # written as 0600, which another user of an installed package could not read
     tokenizer.save_pretrained(out)
     kept = {key: value for key, value in report.items() if key != "samples"}
     (out / "evaluation.json").write_text(json.dumps(kept, indent=2) + "\n")

@@ -10,14 +10,19 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-# A minus counts as a sign only where nothing that could be its left operand stands before it.
-_NUMBER = re.compile(r"(?<![\w.,])(?:(?<![)\]])-)?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?![0-9])")
+# A run of digits with points and commas in it, whatever stands around it: a candidate is never overlooked. A minus is a
+# sign only where nothing that could be its left operand stands before it.
+_RUN = re.compile(r"(?P<sign>(?<![\w)\]])[-\u2212])?\$?(?P<run>(?<![\w.)])\.[0-9]+|[0-9]+(?:[.,][0-9]+)*)")
+_WHOLE = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+)?")
 
 
 def _numbers(text: str) -> list[Decimal]:
+    """All numbers of the text. A run that is no number, such as "42,43" or "1.2.3", counts as each of its pieces."""
     found = []
-    for match in _NUMBER.finditer(text):
-        found.append(Decimal(match.group().replace(",", "").replace("$", "")))
+    for match in _RUN.finditer(text):
+        run = match["run"]
+        pieces = [run.replace(",", "")] if _WHOLE.fullmatch(run) else re.findall("[0-9]+", run)
+        found += [Decimal(f"-{piece}" if match["sign"] else piece) for piece in pieces]
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pronghorn.config.errors import ConfigError
+from ..config.errors import ConfigError
 
 Message = dict[str, str]
 

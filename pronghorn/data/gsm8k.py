@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pronghorn.config.errors import ConfigError
+from ..config.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset

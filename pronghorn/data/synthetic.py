@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pronghorn.config.errors import ConfigError, nearest
-from pronghorn.data.templates import ITEMS, NAMES, TEMPLATES, Template
+from ..config.errors import ConfigError, nearest
+from .templates import ITEMS, NAMES, TEMPLATES, Template
 
 if TYPE_CHECKING:
     from datasets import Dataset

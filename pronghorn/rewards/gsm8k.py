@@ -78,3 +78,13 @@ def count_xml(text: str) -> float:
 def xmlcount_reward_func(completions: Sequence[Any], **kwargs: Any) -> list[float]:
     """`count_xml` of each completion: at most 0.5, and negative for long trailing text."""
     return [count_xml(completion_text(c)) for c in completions]
+
+
+FIVE_REWARDS = (
+    xmlcount_reward_func,
+    soft_format_reward_func,
+    strict_format_reward_func,
+    int_reward_func,
+    correctness_reward_func,
+)
+"""All five, in the demo's order."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pronghorn.config.errors import ConfigError
-from pronghorn.sft.packing import Example, concatenate
+from ..config.errors import ConfigError
+from .packing import Example, concatenate
 
 
 @dataclass(frozen=True)

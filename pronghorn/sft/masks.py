@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pronghorn.config.errors import ConfigError
-from pronghorn.sft.parts import template_parts
+from ..config.errors import ConfigError
+from .parts import template_parts
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from pronghorn.config.errors import ConfigError
-from pronghorn.sft.masks import IGNORE
+from ..config.errors import ConfigError
+from .masks import IGNORE
 
 Example = Mapping[str, Sequence[int]]
 
@@ -18,8 +18,9 @@ def concatenate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     Each example has `input_ids` and may have `labels` of the same length (default: the ids). Returns int64 tensors
     `input_ids`, `position_ids` and `labels`, each [1, T]. `position_ids` start again at 0 with each example, from which
     the forward knows that they never attend across one another; the label of each example's first token is -100, so
-    that the last token of one never predicts the next. Raises `ConfigError` for no or empty examples and for labels of
-    another length.
+    that the last token of one never predicts the next. A model that Pronghorn did not attach to must be called with
+    `use_cache=False`: with a cache, transformers does not tell packed rows apart. Raises `ConfigError` for no or empty
+    examples and for labels of another length.
     """
     if not examples:
         raise ConfigError("examples is empty: a packed row needs at least one")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pronghorn.config.errors import ConfigError
+from ..config.errors import ConfigError
 
 _REMEDY = "pass instruction_part and response_part yourself"
 
