@@ -109,7 +109,7 @@ def prompt_encoder(args: GRPOConfig, model: nn.Module, tokenizer: Any) -> Prompt
         wanted = f"max_prompt_length={prompt} + " if prompt else "a prompt + "
         raise ConfigError(
             f"max_seq_length={limit} is too small for {wanted}max_completion_length={completion}"
-            f"{f' = {prompt + completion}' if prompt else ''}; load the model with a larger max_seq_length or lower them"
+            f"{f' = {prompt + completion}' if prompt else ''}; load with a larger max_seq_length, or lower them"
         )
     kwargs = args.chat_template_kwargs or {}
     if not isinstance(kwargs, dict):

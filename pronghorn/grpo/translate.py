@@ -89,7 +89,8 @@ def _derived_batch(config: GRPOConfig) -> None:
     if config.generation_batch_size != derived:
         raise ConfigError(
             f"GRPOConfig: generation_batch_size={config.generation_batch_size} contradicts "
-            f"per_device_train_batch_size x steps_per_generation = {derived}; give one of generation_batch_size and steps_per_generation"
+            f"per_device_train_batch_size x steps_per_generation = {derived}; "
+            "give one of generation_batch_size and steps_per_generation"
         )
     config.generation_batch_size = None
 
