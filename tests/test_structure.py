@@ -22,11 +22,12 @@ MAY_IMPORT = {
     "models": GROUND | {"kernels", "quant", "lora"},
     "loader": GROUND | {"kernels", "quant", "weights", "lora", "models"},
     "data": GROUND,
+    "weights": GROUND,
     "rewards": GROUND,
     "report": GROUND,
     "export": GROUND | {"quant", "weights", "lora", "models"},
-    "rollout": GROUND | {"kernels", "quant", "lora", "models", "loader"},
-    "grpo": GROUND | {"kernels", "quant", "lora", "models", "loader", "rollout", "rewards", "data"},
+    "rollout": GROUND | {"data", "kernels", "quant", "lora", "models", "loader"},
+    "grpo": GROUND | {"weights", "kernels", "quant", "lora", "models", "loader", "rollout", "rewards", "data"},
     "sft": GROUND | {"kernels", "quant", "lora", "models", "loader", "data"},
     "doctor": GROUND | {"kernels"},
 }
@@ -45,18 +46,24 @@ def part_of(path: Path) -> str:
     return relative.parts[0].removesuffix(".py")
 
 
+def is_module(path: Path) -> bool:
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
 def imports(path: Path) -> list[tuple[int, str]]:
     """(line, dotted name below pronghorn) of every import of the package, lazy ones included."""
     found = []
-    here = ["pronghorn", *path.relative_to(PACKAGE).with_suffix("").parts]
-    package = here if path.name == "__init__.py" else here
+    package = ["pronghorn", *path.relative_to(PACKAGE).with_suffix("").parts]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level] if node.level else []
             stem = ".".join([*base, *([node.module] if node.module else [])])
-            names = [stem] if stem != "pronghorn" else [f"{stem}.{alias.name}" for alias in node.names]
+            folder = PACKAGE.joinpath(*stem.split(".")[1:])
+            names = [stem]
+            if stem.split(".")[0] == "pronghorn" and folder.is_dir():  # `from .rollout import base` names a module
+                names = [f"{stem}.{a.name}" if is_module(folder / a.name) else stem for a in node.names]
         else:
             continue
         found += [(node.lineno, name.removeprefix("pronghorn.")) for name in names if name.startswith("pronghorn.")]

@@ -49,10 +49,11 @@ class ModelState:
     use_gradient_checkpointing: bool | str = "auto"
     tokenizer: Any = None
     engine: Any = None
+    engine_name: str = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
         """A copied model gets its own settings and no engine: an engine belongs to the weights that it reads."""
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("engine", "tokenizer")}
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("engine", "engine_name", "tokenizer")}
         return ModelState(**copy.deepcopy(kept, memo), tokenizer=self.tokenizer)
 
 

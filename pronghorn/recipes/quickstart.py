@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from importlib import resources
@@ -20,6 +21,7 @@ from ..export.verify import verify_merged
 from ..grpo.config import GRPOConfig
 from ..grpo.trainer import GRPOTrainer
 from ..report import build as build_report
+from ..report.record import record
 from ..report.stats import decompose_gain, wilson_interval
 from ..rewards.gsm8k import FIVE_REWARDS
 from .console import StepBar, accuracy_table, bar
@@ -112,6 +114,7 @@ def run(config: QuickstartConfig | None = None, console: Console | None = None) 
     summary = summarize(config, before, after, rewards, matches, time.monotonic() - started)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     console.print(gain_in_words(summary))
+    record(output, dataclasses.asdict(config))
     report = build_report(output)
     try_it(model, config, console)
     console.print(f"summary {output / 'summary.json'}   report {report}   {summary['seconds']:.0f} s")
