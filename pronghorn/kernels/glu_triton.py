@@ -57,7 +57,7 @@ def _tile(rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     return row, column, (row < rows) & (column < COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # packed batches differ in length: one compilation serves all
 def _forward_kernel(
     gate_ptr, up_ptr, h_ptr, rows, gate_stride, up_stride,
     COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -69,7 +69,7 @@ def _forward_kernel(
     tl.store(h_ptr + row * COLUMNS + column, (value * up).to(h_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, h_ptr, rows, dh_stride, gate_stride, up_stride, dgate_stride,
     dup_stride, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, WANT_H: tl.constexpr,

@@ -33,7 +33,7 @@ def launch_config(D: int) -> Launch:
     return Launch(rows, columns, min(max(rows * columns // 512, 4), 16), 256)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # packed batches differ in length: one compilation serves all
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, normed_ptr, summed_ptr, rstd_ptr, rows, x_stride, residual_stride, eps, offset,
     D: tl.constexpr, RESIDUAL: tl.constexpr, CAST_FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -57,7 +57,7 @@ def _forward_kernel(
     tl.store(normed_ptr + row[:, None] * D + column, (unit * scale).to(normed_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     dnormed_ptr, dsummed_ptr, summed_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, rows,
     dnormed_stride, dsummed_stride, summed_stride, offset,
@@ -67,7 +67,8 @@ def _backward_kernel(
     column = tl.arange(0, COLUMNS)[None, :]
     scale = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset
     dweight = tl.zeros((1, COLUMNS), dtype=tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    tile = tl.program_id(0)
+    while tile < tl.cdiv(rows, ROWS):  # a range over run-time values fails in the interpreter of Triton 3.6
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & (column < D)
         x = tl.load(summed_ptr + row[:, None] * summed_stride + column, mask=inside, other=0.0)
@@ -83,6 +84,7 @@ def _backward_kernel(
             if CAST_FIRST:
                 unit = unit.to(x.dtype).to(tl.float32)
             dweight += tl.sum(dnormed * unit, axis=0)[None, :]
+        tile += tl.num_programs(0)
     if WEIGHT:
         tl.store(partial_ptr + tl.program_id(0) * D + column, dweight, mask=column < D)
 
