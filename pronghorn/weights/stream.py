@@ -16,7 +16,7 @@ from .shards import Entry, Shard, read_shard
 
 # Enough to keep disk, hash and copy busy at once; more only holds more memory.
 _MOST_THREADS = 8
-_CHUNK = 1 << 26
+_CHUNK = 1 << 22
 
 
 def threads() -> int:
