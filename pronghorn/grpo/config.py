@@ -101,7 +101,7 @@ class GRPOConfig(TRLGRPOConfig):
         said = list(self.translations or [])
         for line in [*lines, batch_line(self)]:
             if line not in said:
-                print(f"pronghorn: {line}")
+                print(f"Pronghorn: {line}")
                 said.append(line)
         self.translations = said
 

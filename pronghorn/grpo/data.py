@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from ..config.errors import ConfigError, nearest
-from ..rollout.text import encode_prompts
+from ..rollout.base import encode_prompts
 
 CHECKED_ROWS = 50_000
 """Prompts measured before training starts; the rest are measured when they are drawn."""
@@ -93,6 +93,6 @@ class PromptEncoder:
         over = sum(n > self.max_prompt_length for n in lengths)
         if over:
             print(
-                f"pronghorn: {over} of {len(lengths)} prompts in {name} are over "
+                f"Pronghorn: {over} of {len(lengths)} prompts in {name} are over "
                 f"max_prompt_length={self.max_prompt_length} and lose their first tokens (longest: {max(lengths)})"
             )

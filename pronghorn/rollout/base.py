@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from ..config.adapters import LIVE, AdapterChoice
 from ..config.errors import ConfigError, nearest
 from ..config.sampling import SamplingParams
+from .text import encode_prompts as encode_prompts  # what makes ids of prompts belongs to the protocol
 
 Progress = Callable[[int, int, int], None]
 """``progress(finished, total, tokens)``: completions done, completions asked for, tokens generated so far."""

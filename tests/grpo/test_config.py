@@ -35,7 +35,7 @@ def values(config: GRPOConfig) -> dict[str, Any]:
 def test_the_blogs_config_is_translated_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
     config = GRPOConfig(**BLOG)
     lines = capsys.readouterr().out.splitlines()
-    assert [f"pronghorn: {line}" for line in config.translations] == lines
+    assert [f"Pronghorn: {line}" for line in config.translations] == lines
     for wanted in (
         "use_vllm=True -> rollout_engine",
         "warmup_ratio=0.1 -> warmup_steps=0.1",

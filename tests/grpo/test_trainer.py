@@ -9,13 +9,26 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig
 from trl.trainer.grpo_config import GRPOConfig as TRLGRPOConfig
 
 from pronghorn.config.errors import ConfigError
 from pronghorn.grpo.config import GRPOConfig
+from pronghorn.grpo.setup import as_model
 from pronghorn.grpo.trainer import GRPOTrainer
 from pronghorn.models.state import state_of
-from tests.grpo.support import FakeEngine, adapter_weights, letters, llama, prompts, pronghorn_model, trainer
+from tests.grpo.support import (
+    FakeEngine,
+    adapter_weights,
+    config,
+    letters,
+    llama,
+    lora,
+    prompts,
+    pronghorn_model,
+    trainer,
+)
+from tests.helpers import tiny_llama
 
 TRL_NAMES = {
     "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "step_time", "entropy", "reward", "reward_std",
@@ -196,3 +209,35 @@ def test_a_faulty_reward_stops_before_any_optimizer_step(tmp_path: Path, fault: 
         made.train()
     assert made.state.global_step == 0
     assert all(torch.equal(w, before[n]) for n, w in adapter_weights(model).items())
+
+
+def test_a_folder_and_a_peft_config_train_in_four_bits(tmp_path: Path) -> None:
+    """``model`` as a path, ``peft_config`` as in TRL, the native engine, NF4 weights: the whole flow in one call."""
+    folder = tiny_llama(tmp_path)
+    args = config(tmp_path / "run", model_init_kwargs={"max_seq_length": 128, "load_in_4bit": True}, max_steps=2)
+    made = GRPOTrainer(str(folder), letters, args, prompts(), peft_config=lora(r=3))
+    frozen = {n: p.clone() for n, p in made.model.named_parameters() if "lora_" not in n}
+    before = adapter_weights(made.model)
+    assert before and all(w.dtype == torch.float32 and 3 in w.shape for w in before.values())
+    made.train()
+    assert all(torch.equal(p, frozen[n]) for n, p in made.model.named_parameters() if n in frozen)
+    assert any(not torch.equal(w, before[n]) for n, w in adapter_weights(made.model).items())
+    assert made.state.log_history[0]["sampling/sampling_logp_difference/max"] < 1e-3
+    with pytest.raises(ConfigError, match="already has an adapter"):
+        GRPOTrainer(made.model, letters, config(tmp_path), prompts(), peft_config=lora())
+    with pytest.raises(ConfigError, match="peft_config: use_qalora=True is not supported"):
+        as_model(str(folder), None, args, LoraConfig(use_qalora=True, target_modules=["q_proj"]))
+
+
+def test_full_fine_tuning_trains_and_resumes(tmp_path: Path) -> None:
+    init = {"max_seq_length": 128, "load_in_4bit": False, "full_finetuning": True}
+    settings: dict[str, Any] = {"model_init_kwargs": init, "save_strategy": "steps", "save_steps": 1}
+    folder, weights = tiny_llama(tmp_path), []
+    for name in ("whole", "cut"):
+        for stop in (2,) if name == "whole" else (1, 2):
+            args = config(tmp_path / name, max_steps=stop, lr_scheduler_type="constant", **settings)
+            made = GRPOTrainer(str(folder), letters, args, prompts())
+            made.train(resume_from_checkpoint=stop == 2 and name == "cut")
+        weights.append({n: p.detach().clone() for n, p in made.model.named_parameters()})
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
