@@ -1,7 +1,7 @@
 """Teach Llama-3.1-8B to reason on GSM8K: 4-bit model, LoRA, five rewards, GRPO, try it, save it. One GPU.
 
-    python examples/llama31_8b_grpo.py                                    # model and data from the hub
-    python examples/llama31_8b_grpo.py --model ./llama --dataset ./gsm8k --max-steps 10
+python examples/llama31_8b_grpo.py                                    # model and data from the hub
+python examples/llama31_8b_grpo.py --model ./llama --dataset ./gsm8k --max-steps 10
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def fast_generate(
         return engine.generate(ids, params, adapter=lora_request, progress=update)
 
 
-class _progress_bar:  # noqa: N801 - used as a function
+class _progress_bar:
     """A rich progress bar as a context manager that gives the engine's ``progress`` callback."""
 
     def __init__(self, total: int) -> None:
@@ -181,7 +181,7 @@ def add_methods(model: Any) -> None:
         setattr(model, function.__name__, MethodType(function, model))
 
 
-def PatchFastRL(algorithm: str = "GRPO", FastLanguageModel: Any = None, mode: str = "native") -> None:  # noqa: N802, N803
+def PatchFastRL(algorithm: str = "GRPO", FastLanguageModel: Any = None, mode: str = "native") -> None:
     """Make ``trl.GRPOTrainer`` and ``trl.GRPOConfig`` Pronghorn's, by name; no source changes.
 
     Args:

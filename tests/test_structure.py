@@ -22,7 +22,6 @@ MAY_IMPORT = {
     "models": GROUND | {"kernels", "quant", "lora"},
     "loader": GROUND | {"kernels", "quant", "weights", "lora", "models"},
     "data": GROUND,
-    "weights": GROUND,
     "rewards": GROUND,
     "report": GROUND,
     "export": GROUND | {"quant", "weights", "lora", "models"},

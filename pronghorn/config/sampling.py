@@ -85,7 +85,7 @@ class SamplingParams:
             if not fine:
                 raise ConfigError(f"SamplingParams: {name}={getattr(self, name)!r} is out of range; {_RANGES[name]}")
         if any("\ufffd" in s for s in stop):
-            raise ConfigError("SamplingParams: stop holds U+FFFD, which stands for undecodable bytes; use stop_token_ids")
+            raise ConfigError("SamplingParams: stop holds U+FFFD (undecodable bytes); use stop_token_ids")
 
     @property
     def greedy(self) -> bool:

@@ -19,13 +19,27 @@ def is_chat(prompt: Any) -> bool:
     )
 
 
-def render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-    """The chat as text. Raises `ConfigError` where the tokenizer has no chat template."""
+def render(
+    tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = True, **template_kwargs: Any
+) -> str:
+    """The chat as text, ended with the header of the assistant's turn unless ``add_generation_prompt`` is False.
+
+    A chat whose last message is the assistant's is continued there instead. ``template_kwargs`` are further variables
+    of the template. Raises ``ConfigError`` where the tokenizer has no chat template.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            "tokenizer.chat_template=None: a chat needs one; set tokenizer.chat_template or give plain strings"
+            "tokenizer.chat_template=None: a chat cannot be rendered; set tokenizer.chat_template, or pass a string"
         )
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+    goes_on = add_generation_prompt and messages[-1]["role"] == "assistant"
+    text: str = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt and not goes_on,
+        continue_final_message=goes_on,
+        **template_kwargs,
+    )
+    return text
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -35,6 +49,9 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=not written)["input_ids"])
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-    """The chat's token ids; templates that write BOS themselves, as Llama 3's does, do not get a second one."""
-    return list(tokenizer(render(tokenizer, messages, add_generation_prompt), add_special_tokens=False)["input_ids"])
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = True, **template_kwargs: Any
+) -> list[int]:
+    """The chat's token ids; the template is the whole text: one that writes BOS, as Llama 3's does, gets no second."""
+    text = render(tokenizer, messages, add_generation_prompt, **template_kwargs)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

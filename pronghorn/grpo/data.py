@@ -35,11 +35,6 @@ def as_dataset(given: Any, name: str) -> Dataset:
     return given
 
 
-def is_chat(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages rather than text or ids."""
-    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], dict)
-
-
 class PromptEncoder:
     """Token ids of prompts, truncated from the left to ``max_prompt_length``, within the model's length.
 

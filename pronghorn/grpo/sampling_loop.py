@@ -12,11 +12,12 @@ from torch import nn
 
 from ..config.errors import ConfigError
 from ..config.sampling import SamplingParams
+from ..data.chat import is_chat
 from ..rewards.runner import RewardRunner
 from ..rollout import base as rollout
 from .advantages import Advantages, group_advantages
 from .config import GRPOConfig
-from .data import PromptEncoder, is_chat
+from .data import PromptEncoder
 from .metrics import Metrics
 from .rollouts import Rollout, Sample
 

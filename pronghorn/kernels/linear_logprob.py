@@ -62,6 +62,20 @@ def chosen_logprobs(
     return logps_N, entropy_N if with_entropy else None
 
 
+def head_logits(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None) -> torch.Tensor:
+    """``hidden @ weight^T + bias``, ``[N, V]`` in float32 (float64 for float64), not rounded to 16 bits on the way.
+
+    A bfloat16 logit of 8 is off by up to 0.016, and so would be every log-probability; a GPU's matrix product hands out
+    its float32 accumulator as it is. Trainer and sampler both come through here.
+    """
+    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+    if hidden_ND.is_cuda and hidden_ND.dtype != dtype:
+        z_NV = torch.mm(hidden_ND, weight_VD.to(hidden_ND.dtype).T, out_dtype=dtype)
+    else:
+        z_NV = F.linear(hidden_ND, weight_VD.to(hidden_ND.dtype)).to(dtype)
+    return z_NV if bias_V is None else z_NV.add_(bias_V.to(dtype))
+
+
 def _scaled_logits(
     hidden_CD: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -71,8 +85,7 @@ def _scaled_logits(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``z_CV`` in float32 or float64, and ``dz/dlogit`` where it is not the constant ``scale / temperature``."""
-    z_CV = F.linear(hidden_CD, weight_VD, bias_V)
-    z_CV = z_CV.to(torch.promote_types(z_CV.dtype, torch.float32))
+    z_CV = head_logits(hidden_CD, weight_VD, bias_V)
     if scale != 1.0:
         z_CV = z_CV * scale
     slope_CV = None

@@ -54,6 +54,32 @@ def _check(x_TD: torch.Tensor, weight_D: torch.Tensor, residual_TD: torch.Tensor
         )
 
 
+def norm_forward(
+    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, offset: float = 0.0, cast_before_scale: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(normed_TD, rstd_T)`` without autograd, for a caller that writes its own backward; see :func:`rms_norm`."""
+    _check(x_TD, weight_D, None)
+    normed_TD, _, rstd_T = _path(x_TD).rms_norm_forward(x_TD, weight_D, eps, None, offset, cast_before_scale)
+    return normed_TD, rstd_T
+
+
+def norm_backward(
+    dnormed_TD: torch.Tensor,
+    dresidual_TD: torch.Tensor | None,
+    x_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    rstd_T: torch.Tensor,
+    offset: float = 0.0,
+    cast_before_scale: bool = True,
+) -> torch.Tensor:
+    """Gradient of x: through the norm, plus ``dresidual_TD``, the gradient that x got elsewhere. No weight gradient."""
+    dx_TD: torch.Tensor
+    dx_TD, _ = _path(x_TD).rms_norm_backward(
+        dnormed_TD, dresidual_TD, x_TD, weight_D, rstd_T, offset, cast_before_scale, False
+    )
+    return dx_TD
+
+
 class RMSNorm(torch.autograd.Function):
     """Saves x (or the sum), the weight and one float32 a row; gives gradients to x, the residual and the weight."""
 

@@ -42,13 +42,15 @@ def _layer_forward(
     if kwargs.get("past_key_values") is not None:
         # A recomputed forward would write its keys into the cache twice, so with a cache nothing is recomputed.
         return own(self, hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
-    return checkpointing.run(
-        self, own, self, hidden_states, *args, position_embeddings=position_embeddings, **kwargs
-    )
+    return checkpointing.run(self, own, self, hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
 
 
-def _checkpointing_enable(self: nn.Module, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-    """What trainers call by default. An explicit "off" of the user's stands; the plan is Pronghorn's own."""
+def _checkpointing_enable(self: Any, *_: Any, **__: Any) -> None:
+    """What trainers call by default. An explicit "off" of the user's stands; the plan is Pronghorn's own.
+
+    Arguments are transformers' settings of its own checkpointing (which differ between its versions), and say nothing
+    about Pronghorn's.
+    """
     state: ModelState | None = getattr(self, ATTRIBUTE, None)
     if state is not None and state.use_gradient_checkpointing in (False, "off"):
         logger.info("gradient checkpointing stays off: use_gradient_checkpointing=%r", state.use_gradient_checkpointing)
@@ -59,7 +61,7 @@ def _checkpointing_enable(self: nn.Module, gradient_checkpointing_kwargs: dict[s
     checkpointing.set_recompute(decoder(self).layers, True)
 
 
-def _checkpointing_disable(self: nn.Module) -> None:
+def _checkpointing_disable(self: Any) -> None:
     checkpointing.set_recompute(decoder(self).layers, False)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..kernels.linear_logprob import head_logits
 from .attention import Attention
 from .registry import spec_for
 from .tree import unwrap
@@ -68,28 +70,26 @@ def head(model: nn.Module) -> Head:
     return Head(lm_head.weight, lm_head.bias, spec.logit_scale)
 
 
-def _lora_head(lm_head: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _lora_head(lm_head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight ``W + scaling * B @ A`` of a head under LoRA, differentiable, and the bias."""
-    layer: object = lm_head
-    base = layer.get_base_layer()  # type: ignore[attr-defined]
+    base = lm_head.get_base_layer()
     weight_VD = base.weight
     active = [] if lm_head.disable_adapters or lm_head.merged else lm_head.active_adapters
     for name in active:
-        if name not in lm_head.lora_A:  # type: ignore[operator]
+        if name not in lm_head.lora_A:
             continue
-        dropout = lm_head.lora_dropout[name]  # type: ignore[index]
-        if lm_head.training and getattr(dropout, "p", 0.0) > 0:
+        if lm_head.training and getattr(lm_head.lora_dropout[name], "p", 0.0) > 0:
             raise NotImplementedError("lora_dropout on lm_head: set it to 0, or leave lm_head out of target_modules")
-        a_rD = lm_head.lora_A[name].weight.to(weight_VD.dtype)  # type: ignore[index]
-        b_Vr = lm_head.lora_B[name].weight.to(weight_VD.dtype)  # type: ignore[index]
-        weight_VD = weight_VD + (b_Vr @ a_rD) * lm_head.scaling[name]  # type: ignore[index]
+        a_rD = lm_head.lora_A[name].weight.to(weight_VD.dtype)
+        b_Vr = lm_head.lora_B[name].weight.to(weight_VD.dtype)
+        weight_VD = weight_VD + (b_Vr @ a_rD) * lm_head.scaling[name]
     return weight_VD, base.bias
 
 
 def logits(model: nn.Module, hidden_ND: torch.Tensor) -> torch.Tensor:
-    """Logits ``[N, V]`` of the given hidden states, in the head's dtype."""
+    """Logits ``[N, V]`` of the given hidden states in float32 (float64 for float64), as the trainer computes them."""
     out = head(model)
-    logits_NV = torch.nn.functional.linear(hidden_ND, out.weight_VD, out.bias_V)
+    logits_NV = head_logits(hidden_ND, out.weight_VD, out.bias_V)
     if out.scale != 1.0:
         logits_NV = logits_NV * out.scale
     if out.softcap is not None:

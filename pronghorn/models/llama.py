@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from .attention import Attention
 from .rope import apply_rope
 from .spec import ModelSpec, RopeTE
 
 
-def block(layer: nn.Module, hidden_TD: torch.Tensor, rope_TE: RopeTE, attention: Attention) -> torch.Tensor:
+def block(layer: Any, hidden_TD: torch.Tensor, rope_TE: RopeTE, attention: Attention) -> torch.Tensor:
     """One decoder layer over packed tokens.
 
     It calls the layer's own sub-modules, so adapters, ``disable_adapter``, dropout and forward hooks on them act as

@@ -28,7 +28,8 @@ def spec_for(config: Any) -> ModelSpec:
         close = nearest(model_type, _FAMILIES)
         hint = f" (did you mean {close!r}?)" if close else ""
         raise ConfigError(
-            f"model_type={model_type!r} is not a family that Pronghorn knows{hint}; known: {', '.join(known_families())}"
+            f"model_type={model_type!r} is not a family that Pronghorn knows{hint}; "
+            f"known: {', '.join(known_families())}"
         )
     module = importlib.import_module(f".{_FAMILIES[model_type]}", __package__)
     spec: ModelSpec = module.SPEC

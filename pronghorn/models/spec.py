@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
 
 from .attention import Attention
 
 RopeTE = tuple[torch.Tensor, torch.Tensor]
 """Rotary cos and sin, each ``[T, E]`` in the compute dtype."""
 
-Block = Callable[[nn.Module, torch.Tensor, RopeTE, Attention], torch.Tensor]
+Block = Callable[[Any, torch.Tensor, RopeTE, Attention], torch.Tensor]
 """``block(layer, hidden_TD, rope_TE, attention) -> hidden_TD``: one decoder layer over packed tokens."""
 
 

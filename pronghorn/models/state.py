@@ -53,7 +53,8 @@ class ModelState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
         """A copied model gets its own settings and no engine: an engine belongs to the weights that it reads."""
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("engine", "engine_name", "tokenizer")}
+        apart = ("engine", "engine_name", "tokenizer")
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         return ModelState(**copy.deepcopy(kept, memo), tokenizer=self.tokenizer)
 
 

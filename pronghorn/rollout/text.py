@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config.errors import ConfigError
+from ..data.chat import encode_chat, encode_text, is_chat
 
 
 def _is_ids(prompt: Any) -> bool:
@@ -16,20 +17,11 @@ def _is_int(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
 
-def _is_chat(prompt: Any) -> bool:
-    return (
-        isinstance(prompt, Sequence)
-        and not isinstance(prompt, str)
-        and len(prompt) > 0
-        and all(isinstance(m, Mapping) and "role" in m and "content" in m for m in prompt)
-    )
-
-
 def as_prompts(prompts: Any) -> list[Any]:
     """A list of prompts from a list, or from a single string, chat or id list."""
     if hasattr(prompts, "tolist"):
         prompts = prompts.tolist()
-    if isinstance(prompts, str) or _is_chat(prompts):
+    if isinstance(prompts, str) or is_chat(prompts):
         return [prompts]
     if isinstance(prompts, Mapping) or not isinstance(prompts, Sequence):
         raise ConfigError(
@@ -74,43 +66,15 @@ def _encode(
     elif isinstance(prompt, Mapping) and "prompt" in prompt:  # vLLM's TextPrompt
         prompt = prompt["prompt"]
     if isinstance(prompt, str):
-        return _encode_text(tokenizer, prompt)
+        return encode_text(tokenizer, prompt)
     if _is_ids(prompt):
         _check_ids(tokenizer, row, prompt)
         return list(prompt)
-    if _is_chat(prompt):
-        return _encode_chat(tokenizer, prompt, add_generation_prompt, template_kwargs)
+    if is_chat(prompt):
+        return encode_chat(tokenizer, prompt, add_generation_prompt, **template_kwargs)
     raise ConfigError(
         f"prompts[{row}]={prompt!r} is neither a string, nor a chat (a list of role/content dicts), nor a list of ids"
     )
-
-
-def _encode_text(tokenizer: Any, text: str) -> list[int]:
-    bos = getattr(tokenizer, "bos_token", None)
-    ids: list[int] = list(tokenizer(text, add_special_tokens=True)["input_ids"])
-    if bos and text.startswith(bos):
-        bos_id = tokenizer.bos_token_id
-        while len(ids) > 1 and ids[0] == ids[1] == bos_id:
-            del ids[0]
-    return ids
-
-
-def _encode_chat(tokenizer: Any, chat: Sequence[Any], add_generation_prompt: bool, kwargs: dict[str, Any]) -> list[int]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            "the tokenizer has no chat_template, so a chat cannot be rendered; set tokenizer.chat_template, or pass "
-            "a string"
-        )
-    goes_on = add_generation_prompt and chat[-1]["role"] == "assistant"
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in chat],
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt and not goes_on,
-        continue_final_message=goes_on,
-        **kwargs,
-    )
-    # The template is the whole text: special tokens beside those it writes would be a second BOS.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _check_ids(tokenizer: Any, row: int, ids: Sequence[int]) -> None:

@@ -54,5 +54,5 @@ def test_what_is_no_prompt_is_refused(tokenizer):
         encode_prompts(tokenizer, 7)
     bare = tiny_tokenizer()
     bare.chat_template = None
-    with pytest.raises(ConfigError, match="no chat_template"):
+    with pytest.raises(ConfigError, match="chat_template=None"):
         encode_prompts(bare, CHAT)
