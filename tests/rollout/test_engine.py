@@ -274,10 +274,18 @@ def test_out_of_memory_names_the_remedy(loaded):
 
 def test_logits_that_are_no_numbers_raise(tmp_path):
     model, tokenizer = load(tiny_llama(tmp_path))
+    engine = base.create("native", model, tokenizer)
+    params = SamplingParams(n=2, max_tokens=20, seed=1)
+    expected = [c.token_ids for c in engine.generate([PROMPT], params)[0].outputs]
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    kept = weight.detach().clone()
     with torch.no_grad():
-        model.lm_head.weight[3] = float("nan")
+        weight[3] = float("nan")
     with pytest.raises(FloatingPointError, match="not numbers"):
-        base.create("native", model, tokenizer).generate([PROMPT], SamplingParams())
+        engine.generate([PROMPT], params)
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert [c.token_ids for c in engine.generate([PROMPT], params)[0].outputs] == expected, "no NaN stays behind"
 
 
 def test_the_engine_of_a_model_is_made_once_and_follows_its_wrapper(tmp_path):

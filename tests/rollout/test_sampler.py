@@ -192,3 +192,27 @@ def test_tokens_of_probability_zero_are_never_drawn():
     logits[:, 4] = logits[:, 9] = 1.0
     tokens = sample(logits, rows([row(SamplingParams(), seed=b) for b in range(1000)])).tokens_B
     assert set(tokens.tolist()) == {4, 9}
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+def test_truncation_over_a_large_vocabulary(spread):
+    """Flat rows need more than the candidates sorted first; a neighbour that does must not change the others."""
+    vocab = 3000
+    logits = torch.randn(5, vocab) * spread
+    logits[4] *= 10
+    settings_of = [
+        SamplingParams(top_p=0.9),
+        SamplingParams(top_k=700, top_p=0.5),
+        SamplingParams(top_k=40),
+        SamplingParams(),
+        SamplingParams(top_p=0.3),
+    ]
+    sequences = [row(p, seed=b) for b, p in enumerate(settings_of)]
+    drawn = sample(logits, rows(sequences, vocab))
+    for b, p in enumerate(settings_of):
+        probs = exact(logits[b], p, set(), set())
+        token = int(drawn.tokens_B[b])
+        assert drawn.token_logps_B[b].item() == pytest.approx(math.log(probs[token]), abs=1e-4)
+        alone = sample(logits[b : b + 1], rows([sequences[b]], vocab))
+        assert torch.equal(alone.tokens_B, drawn.tokens_B[b : b + 1])
+        assert torch.equal(alone.token_logps_B, drawn.token_logps_B[b : b + 1])

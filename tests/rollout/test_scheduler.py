@@ -82,12 +82,17 @@ shapes = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    shape=shapes, spare=st.integers(0, 40), size=st.integers(1, 5), rows=st.integers(1, 9), budget=st.integers(1, 40)
+    shape=shapes,
+    spare=st.integers(0, 40),
+    size=st.integers(1, 5),
+    rows=st.integers(1, 9),
+    budget=st.integers(1, 40),
+    together=st.integers(1, 5),
 )
-def test_every_sequence_ends_with_its_own_keys_and_no_block_leaks(shape, spare, size, rows, budget):
+def test_every_sequence_ends_with_its_own_keys_and_no_block_leaks(shape, spare, size, rows, budget, together):
     sequences = make(shape)
     blocks = BlockManager(max(blocks_for(s.longest, size) for s in sequences) + spare, size)
-    scheduler, model = Scheduler(blocks, rows, budget), Model(blocks)
+    scheduler, model = Scheduler(blocks, rows, budget, together), Model(blocks)
     for sequence in sequences:
         scheduler.add(sequence)
     done: list[Sequence] = []
@@ -219,3 +224,20 @@ def test_the_scheduler_needs_no_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_admission_waits_for_several_free_rows_once_full():
+    sequences = make([(4, i, [2 + i % 8]) for i in range(24)])
+    blocks = BlockManager(200, 4)
+    scheduler, model = Scheduler(blocks, 8, 1000, 4), Model(blocks)
+    for sequence in sequences:
+        scheduler.add(sequence)
+    admitted = []
+    while (step := scheduler.next_step()) is not None:
+        if step.prefill:
+            admitted.append(len(step.prefill))
+        for sequence in model.run(step):
+            sequence.output.append(1)
+            if len(sequence.output) == sequence.max_new:
+                scheduler.finish(sequence)
+    assert sum(admitted) == 24 and admitted[0] == 8 and min(admitted[:-1]) >= 4

@@ -17,6 +17,7 @@ from ...models.state import state_of
 from ...models.tree import unwrap
 from ..base import Logprob, Progress, RequestOutput
 from .blocks import BlockManager
+from .held import Buffers
 from .kv_cache import KVCache, KVShape, capacity
 from .outputs import request_outputs
 from .plan import blocks_needed, make_sequences
@@ -71,6 +72,7 @@ class NativeEngine:
         self.num_kv_blocks = num_kv_blocks
         self.cache: KVCache | None = None
         self.scheduler: Scheduler | None = None
+        self._buffers = Buffers()
         self._requests = itertools.count()
 
     def generate(
@@ -98,21 +100,24 @@ class NativeEngine:
     def _run(self, sequences: list[Sequence], vocab: int, progress: Progress | None) -> None:
         cache = self._ready_cache(sequences)
         blocks = BlockManager(cache.num_blocks, self.block_size)
-        scheduler = Scheduler(blocks, self.max_num_seqs, self.max_prefill_tokens)
+        together = max(1, self.max_num_seqs // 8)
+        scheduler = Scheduler(blocks, self.max_num_seqs, self.max_prefill_tokens, together)
         self.scheduler = scheduler
-        runner = Runner(self.model, cache)
+        runner = Runner(self.model, cache, self._buffers)
         try:
             for sequence in sequences:
                 scheduler.add(sequence)
             self._loop(scheduler, runner, len(sequences), vocab, progress)
         except torch.OutOfMemoryError as error:
-            runner.forget()
-            self.cache = None
+            self.cache, self._buffers = None, Buffers()
             raise torch.OutOfMemoryError(
                 f"generation of {len(sequences)} completions ran out of memory on {cache.shape.device} with a KV cache "
                 f"of {cache.bytes / 2**30:.2f} GiB; lower gpu_memory_utilization (now {self.utilization}), the number "
                 f"of samples, or max_tokens: {error}"
             ) from error
+        except FloatingPointError:
+            self.release()  # masked or not, a NaN left in the cache would spread
+            raise
         finally:
             scheduler.abort()
 
@@ -154,6 +159,7 @@ class NativeEngine:
 
     def release(self) -> None:
         """Give the KV cache's memory back to the device; the next call makes it again."""
+        self._buffers = Buffers()
         if self.cache is None:
             return
         on_gpu = self.cache.shape.device.type == "cuda"

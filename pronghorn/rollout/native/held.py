@@ -10,6 +10,8 @@ Rows sit in slots: group p, place j is slot ``p * width + j``. All copies and su
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .kv_cache import KVCache
@@ -19,16 +21,38 @@ _ROOM = 64  # new tokens that fit behind the longest row before everything is ga
 _REFILL = 0.75  # gather again when fewer of the slots than this are alive
 
 
+class Buffers:
+    """Memory that outlives one gathering: fresh pages from the system cost more than the copy into them.
+
+    What was there before stays behind the new content; it is finite, and masked.
+    """
+
+    def __init__(self) -> None:
+        self._flat: dict[tuple[str, int], torch.Tensor] = {}
+
+    def take(self, use: str, layer: int, size: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A contiguous tensor of ``size``; the last one taken for the same use and layer is void."""
+        count = math.prod(size)
+        flat = self._flat.get((use, layer))
+        if flat is None or flat.numel() < count or flat.dtype != dtype:
+            self._flat.pop((use, layer), None)
+            del flat
+            flat = self._flat[use, layer] = torch.zeros(count + count // 8, dtype=dtype)
+        return flat[:count].view(size)
+
+
 class HeldDecode:
     """Decode attention over a fixed set of rows; rows may leave, none may join.
 
     Args:
         cache: the paged cache, which stays the truth: every new token is written there too.
         rows: sequences with block tables that hold all but their newest token.
+        buffers: memory to gather into; only the newest HeldDecode on it is valid.
     """
 
-    def __init__(self, cache: KVCache, rows: list[Sequence]) -> None:
+    def __init__(self, cache: KVCache, rows: list[Sequence], buffers: Buffers) -> None:
         self.cache = cache
+        self.buffers = buffers
         size = cache.block_size
         self.width, groups = _choose_groups(rows, size)
         self.groups = len(groups)
@@ -44,27 +68,25 @@ class HeldDecode:
                 tables[p * self.width + j] = row.table[shared[p] :]
         longest = max(len(row) - int(self.prefix[self.slot_of[id(row)]]) for row in rows)
         self.room = -(-(longest + _ROOM) // size) * size
-        group_tables = [group[0].table[:n] for group, n in zip(groups, shared)]
-        self.prefix_keys, self.prefix_values = self._collect(group_tables, max(shared) * size)
-        self.own_keys, self.own_values = self._collect(tables, self.room)
         self.prefix_room = max(shared) * size
-        self.alive = slots
+        group_tables = [group[0].table[:n] for group, n in zip(groups, shared)]
+        self.prefix_keys, self.prefix_values = self._collect("prefix", group_tables, self.prefix_room)
+        self.own_keys, self.own_values = self._collect("own", tables, self.room)
 
-    def _collect(self, tables: list[list[int]], room: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Per layer, keys and values ``[len(tables), K, room, E]`` of the blocks in ``tables``, zero behind them."""
-        used = max((len(table) for table in tables), default=0)
-        used = min(used, room // self.cache.block_size)
-        blocks = torch.tensor(
-            [[*table[:used], *[0] * (used - len(table))] for table in tables], dtype=torch.int64
-        ).flatten()
+    def _collect(self, use: str, tables: list[list[int]], room: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Per layer, keys and values ``[len(tables), K, room, E]`` of the blocks in ``tables``."""
+        size = self.cache.block_size
+        used = min(max(len(table) for table in tables), room // size)
+        blocks = torch.tensor([[*table[:used], *[0] * (used - len(table))] for table in tables], dtype=torch.int64)
         out: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        for pages, held in ((self.cache.keys, out[0]), (self.cache.values, out[1])):
-            for layer in pages:
-                _, size, K, E = layer.shape
-                copy = torch.zeros(len(tables), K, room, E)
+        for name, pages, held in (("keys", self.cache.keys, out[0]), ("values", self.cache.values, out[1])):
+            for index, layer in enumerate(pages):
+                _, _, K, E = layer.shape
+                copy = self.buffers.take(f"{use} {name}", index, (len(tables), K, room, E))
                 if used:
-                    tokens = layer.index_select(0, blocks).view(len(tables), used * size, K, E)
-                    copy[:, :, : used * size] = tokens.transpose(1, 2)
+                    found = self.buffers.take("scratch", 0, (blocks.numel(), size, K, E), layer.dtype)
+                    torch.index_select(layer, 0, blocks.flatten(), out=found)
+                    copy[:, :, : used * size] = found.view(len(tables), used * size, K, E).transpose(1, 2)
                 held.append(copy)
         return out
 
@@ -91,7 +113,10 @@ class HeldDecode:
         self.cache_slots_B = torch.tensor([row.table[p // size] * size + p % size for row, p in zip(rows, at)])
         total = self.groups * self.width
         self.slots_B: torch.Tensor | None = slots_B
-        self.slot_index_B, self.own_B, self.longest = slots_B, own_B, longest
+        self.longest = longest
+        heads = torch.arange(self.cache.shape.kv_heads)
+        # Where the new token's heads go, in rows of E of the held ``[slots, K, room, E]``.
+        self.own_rows_BK = ((slots_B.unsqueeze(1) * len(heads) + heads) * self.room + own_B.unsqueeze(1)).flatten()
         if len(rows) == total and torch.equal(slots_B, torch.arange(total)):
             self.slots_B = None
         self.bias = self._bias(slots_B, own_B, longest)
@@ -112,13 +137,13 @@ class HeldDecode:
         self, layer_idx: int, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Store the B new tokens' keys and values, then attend: ``[B, H, E]``."""
-        self.cache.write(layer_idx, self.cache_slots_B, k_TKE, v_TKE)
-        own_keys, own_values = self.own_keys[layer_idx], self.own_values[layer_idx]
-        own_keys[self.slot_index_B, :, self.own_B] = k_TKE.float()
-        own_values[self.slot_index_B, :, self.own_B] = v_TKE.float()
         B, H, E = q_THE.shape
         P, W, K, L = self.groups, self.width, k_TKE.shape[1], self.longest
         R = H // K
+        self.cache.write(layer_idx, self.cache_slots_B, k_TKE, v_TKE)
+        own_keys, own_values = self.own_keys[layer_idx], self.own_values[layer_idx]
+        own_keys.view(-1, E).index_copy_(0, self.own_rows_BK, k_TKE.float().reshape(B * K, E))
+        own_values.view(-1, E).index_copy_(0, self.own_rows_BK, v_TKE.float().reshape(B * K, E))
         q = q_THE.float() * scale
         if self.slots_B is not None:
             q = q.new_zeros(P * W, H, E).index_copy_(0, self.slots_B, q)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...models.forward import hidden_states, logits
 from .attention import GatheredDecode, PrefillAttention
-from .held import HeldDecode
+from .held import Buffers, HeldDecode
 from .kv_cache import KVCache
 from .request import Sequence
 from .scheduler import Step
@@ -43,11 +43,13 @@ class Runner:
     Args:
         model: the Pronghorn model, with or without PEFT.
         cache: where keys and values go.
+        buffers: memory for the CPU's decode attention.
     """
 
-    def __init__(self, model: Any, cache: KVCache) -> None:
+    def __init__(self, model: Any, cache: KVCache, buffers: Buffers) -> None:
         self.model = model
         self.cache = cache
+        self.buffers = buffers
         self.device = cache.shape.device
         self.held: HeldDecode | None = None
 
@@ -87,12 +89,7 @@ class Runner:
         if self.device.type != "cpu":
             return GatheredDecode(self.cache, [row.table for row in rows], [len(row) for row in rows])
         if self.held is None or not self.held.serves(rows) or not self.held.prepare(rows):
-            self.held = None  # its memory goes first
-            self.held = HeldDecode(self.cache, rows)
+            self.held = HeldDecode(self.cache, rows, self.buffers)
             if not self.held.prepare(rows):
                 raise RuntimeError("held keys and values have no room for one token: a fault of the runner")
         return self.held
-
-    def forget(self) -> None:
-        """Drop what was gathered from the cache."""
-        self.held = None

@@ -54,12 +54,16 @@ class Scheduler:
         blocks: the blocks to hand out.
         max_rows: most sequences that run at once.
         prefill_tokens: most prompt tokens that one prefill step computes.
+        admit_together: once full, admit again only when so many rows are free (or all that wait fit): each admission
+            interrupts decoding and, on the CPU, makes it gather its keys and values anew.
     """
 
-    def __init__(self, blocks: BlockManager, max_rows: int, prefill_tokens: int) -> None:
+    def __init__(self, blocks: BlockManager, max_rows: int, prefill_tokens: int, admit_together: int = 1) -> None:
         self.blocks = blocks
         self.max_rows = max_rows
         self.prefill_tokens = prefill_tokens
+        self.admit_together = admit_together
+        self._filling = True
         self.waiting: list[Sequence] = []  # by order
         self.running: list[Sequence] = []  # by order
         self.preemptions = 0
@@ -115,7 +119,14 @@ class Scheduler:
         budget = self.prefill_tokens
         for sequence in [s for s in self.running if s.computed < len(s) - 1 or not s.output]:
             budget -= self._chunk(step, sequence, budget)
-        while budget > 0 and self.waiting and self._admit(self.waiting[0]):
+        free = self.max_rows - len(self.running)
+        if self.running and not self._filling and free < min(self.admit_together, len(self.waiting)):
+            return
+        self._filling = True
+        while budget > 0 and self.waiting:
+            if not self._admit(self.waiting[0]):
+                self._filling = False
+                break
             sequence = self.waiting.pop(0)
             bisect.insort(self.running, sequence, key=_order)
             budget -= self._chunk(step, sequence, budget)
