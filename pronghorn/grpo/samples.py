@@ -27,24 +27,33 @@ def tail(text: str, characters: int) -> str:
 
 
 def sample_table(samples: Sequence[Sample], step: int, prompt_characters: int = 240) -> Table:
-    """A rich table with one row a sample: end of the prompt, completion, each reward, advantage."""
-    names = list(samples[0].rewards) if samples else []
-    extra = sorted({name for sample in samples for name in sample.extra})
-    table = Table(title=f"Completions at step {step}", show_lines=True)
-    table.add_column("prompt", overflow="fold", ratio=2)
-    table.add_column("completion", overflow="fold", ratio=3)
-    for name in (*names, *extra, "advantage"):
-        table.add_column(name.removesuffix("_reward_func"), justify="right")
+    """A rich table with one row a sample: end of the prompt, completion, rewards by name, advantage.
+
+    The rewards share a column, a line each, so that five of them still leave room for the text at 80 columns.
+    """
+    table = Table(title=f"Completions at step {step}", show_lines=True, expand=True)
+    table.add_column("prompt", overflow="fold", ratio=4)
+    table.add_column("completion", overflow="fold", ratio=5)
+    table.add_column("rewards", justify="right", no_wrap=True)
+    table.add_column("adv.", justify="right", no_wrap=True)
     for sample in samples:
-        scores = [sample.rewards.get(name) for name in names]
+        lines = [f"{_short(name)} {_number(score)}" for name, score in sample.rewards.items()]
+        lines += [f"{name} {value}" for name, value in sorted(sample.extra.items())]
         table.add_row(
             Text(tail(as_text(sample.prompt), prompt_characters)),
-            Text(as_text(sample.completion)),
-            *("none" if score is None else f"{score:.3g}" for score in scores),
-            *(Text(str(sample.extra.get(name, ""))) for name in extra),
+            Text(as_text(sample.completion).rstrip()),
+            Text("\n".join(lines)),
             f"{sample.advantage:+.2f}",
         )
     return table
+
+
+def _short(name: str) -> str:
+    return name.removesuffix("_reward_func")
+
+
+def _number(score: float | None) -> str:
+    return "none" if score is None else f"{score:6.3g}"
 
 
 def print_samples(samples: Sequence[Sample], step: int, count: int | None, unique_prompts: bool = False) -> None:

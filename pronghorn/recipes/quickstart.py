@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
+from transformers import PrinterCallback
 
 from ..api import FastLanguageModel
 from ..config.quickstart import QuickstartConfig
@@ -57,7 +58,10 @@ def trainer_arguments(config: QuickstartConfig, output: Path) -> GRPOConfig:
         save_strategy="no",
         max_grad_norm=0.1,
         log_completions=True,
-        num_completions_to_print=4,
+        log_completions_steps=config.sample_every,
+        num_completions_to_print=3,
+        log_unique_prompts=True,
+        disable_tqdm=True,
         seed=config.seed,
         report_to="none",
         bf16=False,
@@ -76,6 +80,7 @@ def train(model: Any, tokenizer: Any, config: QuickstartConfig, console: Console
         train_dataset=data,
         callbacks=[steps],
     )
+    trainer.remove_callback(PrinterCallback)  # the bar shows what it would print
     trainer.train()
     return steps.rewards
 
