@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import datasets
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback
+from transformers.utils import logging as hub_logging
 
 from ..report.stats import wilson_interval
 from .evaluate import Evaluation
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' own progress bars and deprecation notices out of a run's output; restored afterwards."""
+    bars = hub_logging.is_progress_bar_enabled()
+    datasets_bars = datasets.is_progress_bar_enabled()
+    hub_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if bars:
+            hub_logging.enable_progress_bar()
+        if datasets_bars:
+            datasets.enable_progress_bars()
 
 
 def bar(console: Console, **options: Any) -> Progress:

@@ -25,7 +25,7 @@ from ..report import build as build_report
 from ..report.record import record
 from ..report.stats import decompose_gain, wilson_interval
 from ..rewards.gsm8k import FIVE_REWARDS
-from .console import StepBar, accuracy_table, bar
+from .console import StepBar, accuracy_table, bar, quiet
 from .evaluate import Evaluation, evaluate
 
 MODEL = "tiny-arithmetic"
@@ -87,8 +87,11 @@ def train(model: Any, tokenizer: Any, config: QuickstartConfig, console: Console
 
 def run(config: QuickstartConfig | None = None, console: Console | None = None) -> dict[str, Any]:
     """Run the flow; returns what it wrote to ``summary.json`` in ``config.output_dir``."""
-    config = config or QuickstartConfig()
-    console = console or Console()
+    with quiet():
+        return _run(config or QuickstartConfig(), console or Console())
+
+
+def _run(config: QuickstartConfig, console: Console) -> dict[str, Any]:
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
