@@ -1,0 +1,97 @@
+"""Write the README's measured tables from ``benchmarks/results``: ``python -m benchmarks.readme`` (``--check`` only
+compares, for the tests)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import RESULTS
+
+README = RESULTS.parent.parent / "README.md"
+BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+
+# (title, results file, case, metrics with their headings)
+TABLES = [
+    (
+        "The flow above at its own settings: 8B in 4 bits, rank 32, 6 completions of 200 tokens a step",
+        "grpo",
+        "grpo/blog",
+        [("s_per_step", "s a step"), ("load_s", "load, s"), ("first_step_s", "first step, s"), ("used_gb", "GPU GB")],
+    ),
+]
+# (results file, case prefix, heading): one line a case, ours against each peer.
+KERNELS = [("nf4", "kernel/nf4_dequantize/", "NF4 dequantize"), ("elementwise", "kernel/", "element-wise kernels")]
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """The newest record of that name, whatever the GPU."""
+    found = sorted(RESULTS.glob(f"*/{name}.json"), key=lambda path: json.loads(path.read_text())["date"])
+    record: dict[str, Any] | None = json.loads(found[-1].read_text()) if found else None
+    return record
+
+
+def values(record: dict[str, Any], case: str) -> dict[str, dict[str, float]]:
+    """``{impl: {metric: value}}`` of one case."""
+    rows: dict[str, dict[str, float]] = {}
+    for row in record["rows"]:
+        if row["case"] == case:
+            rows.setdefault(row["impl"], {})[row["metric"]] = row["value"]
+    return rows
+
+
+def flow_table(title: str, name: str, case: str, metrics: list[tuple[str, str]]) -> list[str]:
+    record = load(name)
+    if record is None:
+        return []
+    peers = ", ".join(f"{peer} {version}" for peer, version in record["peers"].items())
+    lines = [f"**{title}** ({record['gpu']}, commit {record['commit']}, {record['date']}; {peers or 'no peer'})", ""]
+    lines += ["| | " + " | ".join(heading for _, heading in metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
+    for impl, found in values(record, case).items():
+        cells = [f"{found[metric]:.1f}" if metric in found else "" for metric, _ in metrics]
+        lines.append(f"| {impl} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def kernel_table() -> list[str]:
+    lines = ["| kernel (median ms) | Pronghorn | peer in the same run | floor |", "|---|---|---|---|"]
+    heads = []
+    for name, prefix, _ in KERNELS:
+        record = load(name)
+        if record is None:
+            continue
+        heads.append(f"{name}: {record['gpu']}, commit {record['commit']}, {record['date']}")
+        for case in dict.fromkeys(row["case"] for row in record["rows"] if row["case"].startswith(prefix)):
+            rows = values(record, case)
+            ours = rows.pop("pronghorn", None)
+            if ours is None or not rows or "ms" not in ours:
+                continue
+            peers = ", ".join(f"{impl} {found['ms']:.3f}" for impl, found in rows.items())
+            floor = f"{ours['floor_ms']:.3f}" if "floor_ms" in ours else ""
+            lines.append(f"| {case.removeprefix('kernel/')} | {ours['ms']:.3f} | {peers} | {floor} |")
+    return [f"**Kernels** ({'; '.join(heads)})", "", *lines, ""] if heads else []
+
+
+def render() -> str:
+    lines: list[str] = []
+    for table in TABLES:
+        lines += flow_table(*table)
+    return "\n".join([*lines, *kernel_table()]).strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="exit with 1 where the README does not say the same")
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    wanted = f"{before}{BEGIN}\n{render()}\n{END}{rest.split(END)[1]}"
+    if parser.parse_args().check:
+        sys.exit(0 if wanted == text else "README.md is stale: run python -m benchmarks.readme")
+    Path(README).write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()
