@@ -12,12 +12,16 @@ from packaging.specifiers import SpecifierSet
 from .base import Check
 
 _DISTRIBUTION = "pronghorn"
+_NOT_INSTALLED = "pronghorn runs from a folder and is not installed, so nothing says which versions it needs"
 
 
 def python_version() -> list[Check]:
     """The interpreter against ``Requires-Python``."""
     version = platform.python_version()
-    wanted = metadata.metadata(_DISTRIBUTION)["Requires-Python"]
+    try:
+        wanted = metadata.metadata(_DISTRIBUTION)["Requires-Python"]
+    except metadata.PackageNotFoundError:
+        return [Check("python", "fail", f"Python {version}; {_NOT_INSTALLED}", "pip install .")]
     where = f"Python {version} at {sys.executable}"
     if SpecifierSet(wanted).contains(version, prereleases=True):
         return [Check("python", "ok", where)]
@@ -26,7 +30,10 @@ def python_version() -> list[Check]:
 
 def versions() -> list[Check]:
     """Each dependency against Pronghorn's range, then against what the other dependencies ask of it."""
-    wanted = requirements(_DISTRIBUTION)
+    try:
+        wanted = requirements(_DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return [Check("packages", "fail", _NOT_INSTALLED, "pip install .")]
     checks = [check for requirement in wanted if (check := _against(requirement)) is not None]
     if not checks:
         shown = ", ".join(f"{one.name} {metadata.version(one.name)}" for one in wanted)

@@ -83,3 +83,10 @@ def test_an_old_interpreter_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages.platform, "python_version", lambda: "3.10.14")
     (check,) = packages.python_version()
     assert check.status == "fail" and "3.10.14" in check.detail
+
+
+def test_running_from_a_folder_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "_DISTRIBUTION", "pronghorn-that-is-not-installed")
+    for checks in (packages.python_version(), packages.versions()):
+        assert [(c.status, c.remedy) for c in checks] == [("fail", "pip install .")]
+        assert "not installed" in checks[0].detail
