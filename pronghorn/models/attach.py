@@ -17,6 +17,7 @@ from ..config.errors import ConfigError
 from . import checkpointing
 from .attention import Attention
 from .causal_lm import causal_lm_forward
+from .packed_layer import run_layer
 from .registry import spec_for
 from .state import ATTRIBUTE, ModelState
 from .tree import decoder, unwrap
@@ -36,8 +37,8 @@ def _layer_forward(
 ) -> Any:
     """A decoder layer: packed tokens run the family's block, anything else transformers' own forward."""
     if packed_attention is not None:
-        block = spec_for(self.self_attn.config).block  # type: ignore[union-attr]
-        return checkpointing.run(self, block, self, hidden_states, position_embeddings, packed_attention)
+        assert position_embeddings is not None
+        return run_layer(self, hidden_states, position_embeddings, packed_attention)
     own = type(self).forward
     if kwargs.get("past_key_values") is not None:
         # A recomputed forward would write its keys into the cache twice, so with a cache nothing is recomputed.

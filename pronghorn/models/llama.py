@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .attention import Attention
+from .fused_block import Parts, read_parts
 from .rope import apply_rope
 from .spec import ModelSpec, RopeTE
 
@@ -35,10 +36,16 @@ def block(layer: Any, hidden_TD: torch.Tensor, rope_TE: RopeTE, attention: Atten
     return hidden_TD + layer.mlp(layer.post_attention_layernorm(hidden_TD))
 
 
+def parts(layer: Any) -> Parts | str:
+    """The layer's pieces for the fused path, or why it cannot take it."""
+    return read_parts(layer, layer.self_attn.config.hidden_act)
+
+
 SPEC = ModelSpec(
     family="Llama",
     model_types=("llama",),
     architectures=("LlamaForCausalLM",),
     projections=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     block=block,
+    read_parts=parts,
 )

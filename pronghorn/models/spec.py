@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .attention import Attention
+from .fused_block import Parts
 
 RopeTE = tuple[torch.Tensor, torch.Tensor]
 """Rotary cos and sin, each ``[T, E]`` in the compute dtype."""
@@ -27,6 +28,7 @@ class ModelSpec:
         architectures: transformers' classes that it serves.
         projections: names of the linear layers inside a decoder layer: what NF4 replaces and LoRA may target.
         block: the decoder layer as a function of packed tokens.
+        read_parts: a decoder layer's pieces for the fused path, or in words why its own sub-modules have to be called.
         logit_scale: multiplies the logits (1 where a family has none).
     """
 
@@ -35,6 +37,7 @@ class ModelSpec:
     architectures: tuple[str, ...]
     projections: tuple[str, ...]
     block: Block = field(repr=False)
+    read_parts: Callable[[Any], Parts | str] = field(repr=False)
     logit_scale: float = 1.0
 
     def is_projection(self, module_name: str) -> bool:
