@@ -16,61 +16,41 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .projection import Projection
-
-
-def _stacked_a(projections: Sequence[Projection], dtype: torch.dtype) -> torch.Tensor | None:
-    """The A of every projection that has one, ``[R, I]`` in ``dtype``."""
-    parts = [p.a_rI.detach().to(dtype) for p in projections if p.a_rI is not None]
-    if not parts:
-        return None
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _columns(projections: Sequence[Projection]) -> list[slice]:
-    """Where each projection's rank lies among the R columns."""
-    spans, start = [], 0
-    for p in projections:
-        spans.append(slice(start, start + p.rank))
-        start += p.rank
-    return spans
+from .projection import Group
 
 
 @torch.no_grad()
-def project(x_TI: torch.Tensor, projections: Sequence[Projection]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+def project(x_TI: torch.Tensor, group: Group) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """``([y_TO for each projection], low_TR)`` in x's dtype; ``low_TR`` is ``x A^T`` of all, None without adapters."""
-    a_RI = _stacked_a(projections, x_TI.dtype)
-    low_TR = None if a_RI is None else x_TI @ a_RI.T
+    low_TR = None if group.a_RI is None else x_TI @ group.a_RI.T
     outputs = []
-    for p, span in zip(projections, _columns(projections)):
+    for p, b_Or, span in zip(group.members, group.bs_Or, group.spans):
         bias = None if p.base.bias is None else p.base.bias.to(x_TI.dtype)
         y_TO = F.linear(x_TI, p.weight(x_TI.dtype), bias)
-        if p.b_Or is not None and low_TR is not None:
-            y_TO.addmm_(low_TR[:, span], p.b_Or.to(x_TI.dtype).T, alpha=p.scaling)
+        if b_Or is not None and low_TR is not None:
+            y_TO.addmm_(low_TR[:, span], b_Or.T, alpha=p.scaling)
         outputs.append(y_TO)
     return outputs, low_TR
 
 
 @torch.no_grad()
 def input_gradient(
-    dys_TO: Sequence[torch.Tensor], projections: Sequence[Projection], need_dx: bool = True
+    dys_TO: Sequence[torch.Tensor], group: Group, need_dx: bool = True
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """``(dx_TI, g_TR)``: the gradient of the common input, and :math:`s\\, dy B` of every adapter.
 
     It needs nothing that forward saved. ``dx_TI`` is None unless ``need_dx``, ``g_TR`` is None without adapters.
     """
-    dtype, rank = dys_TO[0].dtype, sum(p.rank for p in projections)
-    g_TR = dys_TO[0].new_empty(dys_TO[0].shape[0], rank) if rank else None
+    g_TR = dys_TO[0].new_empty(dys_TO[0].shape[0], group.rank) if group.a_RI is not None else None
     dx_TI = None
-    for p, span, dy_TO in zip(projections, _columns(projections), dys_TO):
-        if p.b_Or is not None and g_TR is not None:
-            torch.mm(dy_TO, p.b_Or.to(dtype) * p.scaling, out=g_TR[:, span])
+    for p, b_Or, span, dy_TO in zip(group.members, group.bs_Or, group.spans, dys_TO):
+        if b_Or is not None and g_TR is not None:
+            torch.mm(dy_TO, b_Or * p.scaling, out=g_TR[:, span])
         if need_dx:
-            weight_OI = p.weight(dtype)
+            weight_OI = p.weight(dy_TO.dtype)
             dx_TI = dy_TO @ weight_OI if dx_TI is None else dx_TI.addmm_(dy_TO, weight_OI)
-    a_RI = _stacked_a(projections, dtype)
-    if dx_TI is not None and g_TR is not None and a_RI is not None:
-        dx_TI.addmm_(g_TR, a_RI)
+    if dx_TI is not None and g_TR is not None and group.a_RI is not None:
+        dx_TI.addmm_(g_TR, group.a_RI)
     return dx_TI, g_TR
 
 
@@ -80,20 +60,19 @@ def adapter_gradients(
     g_TR: torch.Tensor | None,
     x_TI: torch.Tensor,
     low_TR: torch.Tensor | None,
-    projections: Sequence[Projection],
+    group: Group,
 ) -> list[torch.Tensor | None]:
     """``[dA, dB of each projection]`` in the masters' dtype, None without an adapter.
 
     ``g_TR`` is from :func:`input_gradient`; ``low_TR`` is forward's, or None to make ``x A^T`` again.
     """
-    gradients: list[torch.Tensor | None] = [None] * (2 * len(projections))
-    a_RI = _stacked_a(projections, x_TI.dtype)
-    if g_TR is None or a_RI is None:
+    gradients: list[torch.Tensor | None] = [None] * (2 * len(group.members))
+    if g_TR is None or group.a_RI is None:
         return gradients
     if low_TR is None:
-        low_TR = x_TI @ a_RI.T
+        low_TR = x_TI @ group.a_RI.T
     da_RI = _outer(g_TR, x_TI)
-    for i, (p, span, dy_TO) in enumerate(zip(projections, _columns(projections), dys_TO)):
+    for i, (p, span, dy_TO) in enumerate(zip(group.members, group.spans, dys_TO)):
         if p.a_rI is not None and p.b_Or is not None:
             gradients[2 * i] = da_RI[span].to(p.a_rI.dtype)
             gradients[2 * i + 1] = _outer(dy_TO, low_TR[:, span]).mul_(p.scaling).to(p.b_Or.dtype)
@@ -104,12 +83,12 @@ def project_backward(
     dys_TO: Sequence[torch.Tensor],
     x_TI: torch.Tensor,
     low_TR: torch.Tensor | None,
-    projections: Sequence[Projection],
+    group: Group,
     need_dx: bool = True,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """:func:`input_gradient` and :func:`adapter_gradients` together: ``(dx_TI, [dA, dB of each projection])``."""
-    dx_TI, g_TR = input_gradient(dys_TO, projections, need_dx)
-    return dx_TI, adapter_gradients(dys_TO, g_TR, x_TI, low_TR, projections)
+    dx_TI, g_TR = input_gradient(dys_TO, group, need_dx)
+    return dx_TI, adapter_gradients(dys_TO, g_TR, x_TI, low_TR, group)
 
 
 def _outer(left_TM: torch.Tensor, right_TN: torch.Tensor) -> torch.Tensor:

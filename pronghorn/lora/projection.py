@@ -40,6 +40,40 @@ class Projection:
         return self.base.weight if self.base.weight.dtype == dtype else self.base.weight.to(dtype)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Projections that read one input, their adapters rounded to the compute dtype.
+
+    Attributes:
+        members: the projections.
+        a_RI: the A of all of them, one under another, ``[R, I]``; None where none has an adapter.
+        bs_Or: the B of each, or None.
+        spans: where each projection's rank lies among the R rows of ``a_RI``.
+    """
+
+    members: tuple[Projection, ...]
+    a_RI: torch.Tensor | None
+    bs_Or: tuple[torch.Tensor | None, ...]
+    spans: tuple[slice, ...]
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.a_RI is None else self.a_RI.shape[0]
+
+
+@torch.no_grad()
+def group(projections: tuple[Projection, ...], dtype: torch.dtype) -> Group:
+    """``projections`` with their masters rounded to ``dtype``, as ``LoraLinear`` rounds them in each forward."""
+    parts = [p.a_rI.detach().to(dtype) for p in projections if p.a_rI is not None]
+    a_RI = None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
+    bs_Or = tuple(None if p.b_Or is None else p.b_Or.detach().to(dtype) for p in projections)
+    spans, start = [], 0
+    for p in projections:
+        spans.append(slice(start, start + p.rank))
+        start += p.rank
+    return Group(projections, a_RI, bs_Or, tuple(spans))
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether anything outside watches calls of ``module`` itself."""
     return any(getattr(module, name, None) for name in _HOOKS)

@@ -75,9 +75,9 @@ def _packed_loss(
     """Mean negative log-probability of the labels over ``denominator`` tokens (default: the labelled ones)."""
     batch = pack(input_ids_BS, attention_mask_BS, position_ids_BS, labels_BS)
     assert batch.targets_T is not None
+    scored = (batch.targets_T != IGNORE).nonzero().squeeze(-1)  # before the walk: it waits for the device
     attention = PackedAttention(batch.row_lengths, batch.input_ids_T.device)
     hidden_TD = hidden_states(model, batch.input_ids_T, batch.positions_T, attention)
-    scored = (batch.targets_T != IGNORE).nonzero().squeeze(-1)
     out = head(model)
     logps_N, _ = chosen_logprobs(
         hidden_TD.index_select(0, scored),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -23,7 +23,7 @@ from ..kernels.glu import ACTIVATIONS, glu, glu_backward_
 from ..kernels.rms_norm import norm_backward, norm_forward
 from ..kernels.rope import rotate_
 from ..lora.fused import adapter_gradients, input_gradient, project, project_backward
-from ..lora.projection import Projection, hooked, read_projection
+from ..lora.projection import Group, Projection, group, hooked, read_projection
 from .attention import Attention
 
 
@@ -40,6 +40,15 @@ class Keep(enum.Enum):
     ALL = "all"
 
 
+class Groups(NamedTuple):
+    """A layer's projections by their common input, at a compute dtype."""
+
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
+
+
 @dataclass(frozen=True)
 class Parts:
     """A layer's pieces: its projections in the order q, k, v, o, gate, up, down, its norms and its sizes."""
@@ -53,21 +62,10 @@ class Parts:
     layer_idx: int
     activation: str
 
-    @property
-    def qkv(self) -> tuple[Projection, ...]:
-        return self.projections[:3]
-
-    @property
-    def o(self) -> tuple[Projection, ...]:
-        return self.projections[3:4]
-
-    @property
-    def gate_up(self) -> tuple[Projection, ...]:
-        return self.projections[4:6]
-
-    @property
-    def down(self) -> tuple[Projection, ...]:
-        return self.projections[6:]
+    def rounded(self, dtype: torch.dtype) -> Groups:
+        """The projections by their common inputs, adapters rounded to ``dtype``."""
+        p = self.projections
+        return Groups(*(group(part, dtype) for part in (p[:3], p[3:4], p[4:6], p[6:])))
 
     def trainables(self) -> list[torch.Tensor | None]:
         """A and B of every projection, in order."""
@@ -95,32 +93,60 @@ def read_parts(layer: Any, activation: str) -> Parts | str:
     return Parts(tuple(found), *norms, eps, attn.head_dim, attn.scaling, attn.layer_idx, activation)
 
 
+def _qkv(
+    parts: Parts, groups: Groups, rope_TE: tuple[torch.Tensor, torch.Tensor], hidden_TD: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """Rotated q and k, and v, by heads; and ``x A^T`` of the three."""
+    normed_TD, _ = norm_forward(hidden_TD, parts.norm1_D, parts.eps)
+    outputs, low = project(normed_TD, groups.qkv)
+    q_THE, k_TKE, v_TKE = (t.view(t.shape[0], -1, parts.head_dim) for t in outputs)
+    rotate_(q_THE, k_TKE, *rope_TE)
+    return (q_THE, k_TKE, v_TKE), low
+
+
 class _Attended:
     """The differentiable attention core, run apart from the outer graph; its own backward frees its own graph."""
 
-    def __init__(self, parts: Parts, attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.inputs = tuple(t.detach().requires_grad_() for t in (q, k, v))
+    def __init__(self, parts: Parts, attention: Attention, qkv: tuple[torch.Tensor, ...]) -> None:
+        self.inputs = tuple(t.detach().requires_grad_() for t in qkv)
         with torch.enable_grad():
             q, k, v = self.inputs
             self.output = attention(parts.layer_idx, q, k, v, parts.scale)
+
+    @property
+    def flat_TI(self) -> torch.Tensor:
+        return self.output.detach().reshape(self.output.shape[0], -1)
 
     def backward(self, do_THE: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(self.output, self.inputs, do_THE)
 
 
-def _heads(x_TI: torch.Tensor, head_dim: int) -> torch.Tensor:
-    return x_TI.view(x_TI.shape[0], -1, head_dim)
+@torch.no_grad()
+def layer_forward(
+    parts: Parts,
+    groups: Groups,
+    hidden_TD: torch.Tensor,
+    rope_TE: tuple[torch.Tensor, torch.Tensor],
+    attention: Attention,
+) -> torch.Tensor:
+    """One decoder layer without gradients: what a rollout runs at every token."""
+    (q_THE, k_TKE, v_TKE), _ = _qkv(parts, groups, rope_TE, hidden_TD)
+    o_THE = attention(parts.layer_idx, q_THE, k_TKE, v_TKE, parts.scale)
+    (middle_TD,), _ = project(o_THE.reshape(hidden_TD.shape[0], -1), groups.o)
+    middle_TD.add_(hidden_TD)
+    out_TD, _ = _mlp(parts, groups, middle_TD)
+    return out_TD
 
 
-def _attend(
-    parts: Parts, attention: Attention, rope_TE: tuple[torch.Tensor, torch.Tensor], hidden_TD: torch.Tensor
-) -> tuple[_Attended, torch.Tensor | None]:
-    """The first half up to the attention's output; also ``x A^T`` of q, k, v."""
-    normed_TD, _ = norm_forward(hidden_TD, parts.norm1_D, parts.eps)
-    (q, k, v), low = project(normed_TD, parts.qkv)
-    q_THE, k_TKE, v_TKE = (_heads(t, parts.head_dim) for t in (q, k, v))
-    rotate_(q_THE, k_TKE, *rope_TE)
-    return _Attended(parts, attention, q_THE, k_TKE, v_TKE), low
+def _mlp(
+    parts: Parts, groups: Groups, middle_TD: torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """The second half with its residual; also gate, up and their ``x A^T``."""
+    normed_TD, _ = norm_forward(middle_TD, parts.norm2_D, parts.eps)
+    (gate_TI, up_TI), low = project(normed_TD, groups.gate_up)
+    del normed_TD
+    (out_TD,), _ = project(glu(gate_TI, up_TI, parts.activation), groups.down)
+    return out_TD.add_(middle_TD), (gate_TI, up_TI, low)
 
 
 class _FusedBlock(torch.autograd.Function):
@@ -136,24 +162,22 @@ class _FusedBlock(torch.autograd.Function):
         keep: Keep,
         *trainables: torch.Tensor | None,
     ) -> torch.Tensor:
-        attended, low_qkv = _attend(parts, attention, rope_TE, hidden_TD)
-        o_TI = attended.output.detach().reshape(hidden_TD.shape[0], -1)
-        (y_TD,), low_o = project(o_TI, parts.o)
-        middle_TD = y_TD.add_(hidden_TD)
-        normed_TD, _ = norm_forward(middle_TD, parts.norm2_D, parts.eps)
-        (gate_TI, up_TI), low_gu = project(normed_TD, parts.gate_up)
-        del normed_TD
-        product_TI = glu(gate_TI, up_TI, parts.activation)
-        (out_TD,), _ = project(product_TI, parts.down)
-        out_TD.add_(middle_TD)
+        groups = parts.rounded(hidden_TD.dtype)
+        qkv, low_qkv = _qkv(parts, groups, rope_TE, hidden_TD)
+        attended = _Attended(parts, attention, qkv)
+        del qkv
+        (middle_TD,), low_o = project(attended.flat_TI, groups.o)
+        middle_TD.add_(hidden_TD)
         ctx.rope, ctx.attention, ctx.parts, ctx.keep = rope_TE, attention, parts, keep
         ctx.attended = ctx.lows = ctx.gated = None
         kept = [hidden_TD]
         if keep is not Keep.INPUT:
             ctx.attended, ctx.lows = attended, (low_qkv, low_o)
             kept.append(middle_TD)
+        del attended
+        out_TD, gated = _mlp(parts, groups, middle_TD)
         if keep is Keep.ALL:
-            ctx.gated = (gate_TI, up_TI, low_gu)
+            ctx.gated = gated
         ctx.save_for_backward(*kept)
         return out_TD
 
@@ -162,49 +186,56 @@ class _FusedBlock(torch.autograd.Function):
     def backward(ctx: Any, dout_TD: torch.Tensor) -> Any:
         parts: Parts = ctx.parts
         hidden_TD, *rest = ctx.saved_tensors
-        T = hidden_TD.shape[0]
+        T, (cos_TE, sin_TE) = hidden_TD.shape[0], ctx.rope
+        groups = parts.rounded(hidden_TD.dtype)
         if ctx.attended is None:
-            attended, low_qkv = _attend(parts, ctx.attention, ctx.rope, hidden_TD)
-            o_TI = attended.output.detach().reshape(T, -1)
-            (y_TD,), low_o = project(o_TI, parts.o)
-            middle_TD = y_TD.add_(hidden_TD)
+            qkv, low_qkv = _qkv(parts, groups, ctx.rope, hidden_TD)
+            attended = _Attended(parts, ctx.attention, qkv)
+            del qkv
+            (middle_TD,), low_o = project(attended.flat_TI, groups.o)
+            middle_TD.add_(hidden_TD)
         else:
-            attended, (low_qkv, low_o) = ctx.attended, ctx.lows
-            o_TI = attended.output.detach().reshape(T, -1)
-            (middle_TD,) = rest
-        normed_TD, rstd_T = norm_forward(middle_TD, parts.norm2_D, parts.eps)
-        if ctx.gated is None:
-            (gate_TI, up_TI), low_gu = project(normed_TD, parts.gate_up)
-        else:
-            gate_TI, up_TI, low_gu = ctx.gated
-        dproduct_TI, g_down = input_gradient((dout_TD,), parts.down)
-        assert dproduct_TI is not None
-        product_TI = glu_backward_(dproduct_TI, gate_TI, up_TI, want_h=True, activation=parts.activation)
-        assert product_TI is not None
-        del dproduct_TI
-        d_down = adapter_gradients((dout_TD,), g_down, product_TI, None, parts.down)
-        del product_TI
-        dnormed_TD, d_gate_up = project_backward((gate_TI, up_TI), normed_TD, low_gu, parts.gate_up)
-        del gate_TI, up_TI, normed_TD
+            attended, (low_qkv, low_o), (middle_TD,) = ctx.attended, ctx.lows, rest
+            ctx.attended = None
+        dmiddle_TD, d_gate_up, d_down = _mlp_backward(parts, groups, middle_TD, dout_TD, ctx.gated)
         ctx.gated = None
-        assert dnormed_TD is not None
-        dmiddle_TD = norm_backward(dnormed_TD, dout_TD, middle_TD, parts.norm2_D, rstd_T)
-        del dnormed_TD
-        do_TI, d_o = project_backward((dmiddle_TD,), o_TI, low_o, parts.o)
+        do_TI, d_o = project_backward((dmiddle_TD,), attended.flat_TI, low_o, groups.o)
         assert do_TI is not None
         dq_THE, dk_TKE, dv_TKE = attended.backward(do_TI.view_as(attended.output))
-        del attended, o_TI, do_TI
-        ctx.attended = None
-        cos_TE, sin_TE = ctx.rope
+        del attended, do_TI
         rotate_(dq_THE, dk_TKE, cos_TE, sin_TE, transpose=True)
         normed_TD, rstd_T = norm_forward(hidden_TD, parts.norm1_D, parts.eps)
         dqkv = [t.reshape(T, -1) for t in (dq_THE, dk_TKE, dv_TKE)]
-        need_dx = ctx.needs_input_grad[0]
-        dnormed_TD, d_qkv = project_backward(dqkv, normed_TD, low_qkv, parts.qkv, need_dx)
+        dnormed_TD, d_qkv = project_backward(dqkv, normed_TD, low_qkv, groups.qkv, ctx.needs_input_grad[0])
         dhidden_TD = None
         if dnormed_TD is not None:
             dhidden_TD = norm_backward(dnormed_TD, dmiddle_TD, hidden_TD, parts.norm1_D, rstd_T)
         return dhidden_TD, None, None, None, None, *d_qkv, *d_o, *d_gate_up, *d_down
+
+
+def _mlp_backward(
+    parts: Parts,
+    groups: Groups,
+    middle_TD: torch.Tensor,
+    dout_TD: torch.Tensor,
+    gated: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
+) -> tuple[torch.Tensor, list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """Gradient of h', and of the adapters of gate, up and down; overwrites gate and up."""
+    normed_TD, rstd_T = norm_forward(middle_TD, parts.norm2_D, parts.eps)
+    if gated is None:
+        (gate_TI, up_TI), low = project(normed_TD, groups.gate_up)
+    else:
+        gate_TI, up_TI, low = gated
+    dproduct_TI, g_down = input_gradient((dout_TD,), groups.down)
+    assert dproduct_TI is not None
+    product_TI = glu_backward_(dproduct_TI, gate_TI, up_TI, want_h=True, activation=parts.activation)
+    assert product_TI is not None
+    del dproduct_TI
+    d_down = adapter_gradients((dout_TD,), g_down, product_TI, None, groups.down)
+    del product_TI
+    dnormed_TD, d_gate_up = project_backward((gate_TI, up_TI), normed_TD, low, groups.gate_up)
+    assert dnormed_TD is not None
+    return norm_backward(dnormed_TD, dout_TD, middle_TD, parts.norm2_D, rstd_T), d_gate_up, d_down
 
 
 def fused_block(

@@ -1,15 +1,23 @@
-"""Which way a decoder layer runs over packed tokens: fused where it trains and can be, else by its own sub-modules."""
+"""Which way a decoder layer runs over packed tokens: fused where it can be, else by its own sub-modules."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import checkpointing
 from .attention import Attention
-from .fused_block import Keep, fused_block
+from .fused_block import Groups, Keep, Parts, fused_block, layer_forward
 from .registry import spec_for
+from .state import ATTRIBUTE
+from .tree import layers, unwrap
+
+PREPARED = "pronghorn_prepared"
+"""Attribute of a layer while :func:`prepared` holds: its parts and its adapters in the compute dtype."""
 
 
 def run_layer(
@@ -17,21 +25,46 @@ def run_layer(
 ) -> torch.Tensor:
     """One decoder layer over packed tokens, ``[T, D]`` to ``[T, D]``.
 
-    Where gradients are wanted the layer is one fused node, unless something on it needs its own sub-modules called
-    (dropout, DoRA, hooks, trained norms or base weights): that slower way is said in one line, with the reason.
+    The layer is one fused node, unless something on it needs its own sub-modules called (dropout, DoRA, hooks, trained
+    norms or base weights): that slower way is said in one line, with the reason.
     """
+    ready: tuple[Parts, Groups] | None = layer.__dict__.get(PREPARED)
+    if ready is not None and not torch.is_grad_enabled():
+        return layer_forward(*ready, hidden_TD, rope_TE, attention)
     spec = spec_for(layer.self_attn.config)
-    if torch.is_grad_enabled():
-        parts = spec.read_parts(layer)
-        if not isinstance(parts, str):
-            keep = Keep.INPUT if checkpointing.should_recompute(layer) else Keep.ALL
-            return fused_block(parts, hidden_TD, rope_TE, attention, keep)
+    parts = spec.read_parts(layer)
+    if isinstance(parts, str):
         _say_once(layer, parts)
-    return checkpointing.run(layer, spec.block, layer, hidden_TD, rope_TE, attention)
+        return checkpointing.run(layer, spec.block, layer, hidden_TD, rope_TE, attention)
+    if not torch.is_grad_enabled():
+        return layer_forward(parts, parts.rounded(hidden_TD.dtype), hidden_TD, rope_TE, attention)
+    keep = Keep.INPUT if checkpointing.should_recompute(layer) else Keep.ALL
+    return fused_block(parts, hidden_TD, rope_TE, attention, keep)
+
+
+@contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """Read every layer once and round its adapters once, for many forwards without gradients under one policy.
+
+    Weights, active adapter, training flags and hooks must not change inside. The rounded adapters (2 bytes a parameter)
+    are gone afterwards, so the next optimizer step shows in the next rollout.
+    """
+    state = getattr(unwrap(model), ATTRIBUTE, None)
+    found = []
+    try:
+        for layer in layers(model):
+            parts = spec_for(unwrap(model).config).read_parts(layer)
+            if state is not None and not isinstance(parts, str):
+                layer.__dict__[PREPARED] = (parts, parts.rounded(state.compute_dtype))
+                found.append(layer)
+        yield
+    finally:
+        for layer in found:
+            layer.__dict__.pop(PREPARED, None)
 
 
 def _say_once(layer: Any, reason: str) -> None:
     if getattr(layer, "pronghorn_unfused", None) != reason:
         layer.pronghorn_unfused = reason
         if layer.self_attn.layer_idx == 0:
-            print(f"Pronghorn: layers train by their own modules, slower than fused, because of {reason}", flush=True)
+            print(f"Pronghorn: layers run by their own modules, slower than fused, because of {reason}", flush=True)

@@ -13,6 +13,7 @@ import torch
 from ...config.adapters import LIVE, AdapterChoice, Live
 from ...config.errors import ConfigError
 from ...config.sampling import SamplingParams
+from ...models.packed_layer import prepared
 from ...models.state import state_of
 from ...models.tree import unwrap
 from ..base import Logprob, Progress, RequestOutput
@@ -93,7 +94,7 @@ class NativeEngine:
         vocab = base.config.vocab_size
         sequences = make_sequences(prompts, params, self.max_seq_length, vocab, eos_ids(base, self.tokenizer))
         if sequences:
-            with _adapter(self.model, adapter), rollout_mode(self.model):
+            with _adapter(self.model, adapter), rollout_mode(self.model), prepared(self.model):
                 self._run(sequences, vocab, progress)
         return request_outputs(sequences, len(prompts), self._requests, self.tokenizer)
 
