@@ -14,7 +14,7 @@ import statistics
 import time
 from typing import Any
 
-from benchmarks.results import arguments, start
+from benchmarks.results import arguments, peer_results, start
 
 CASE = "grpo/blog"
 
@@ -49,7 +49,20 @@ def main() -> None:
     from pronghorn import FastLanguageModel, GRPOConfig, GRPOTrainer
     from pronghorn.data.gsm8k import get_gsm8k_questions
 
-    results = start("grpo", (), args)
+    peers = peer_results(args.peer)
+    results = start("grpo", tuple(peers), args)
+    for name, runs in peers.items():
+        for run in runs:
+            steps = run["step_s"]
+            results.add(
+                CASE,
+                name,
+                s_per_step=statistics.median(steps[2:]),
+                load_s=run["load_s"],
+                first_step_s=steps[0],
+                peak_gb=run["peak_gb"],
+                used_gb=run["used_gb"],
+            )
     model, tokenizer = FastLanguageModel.from_pretrained(
         args.model, max_seq_length=512, load_in_4bit=True, fast_inference=True, max_lora_rank=32
     )

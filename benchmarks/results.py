@@ -15,6 +15,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -99,7 +100,24 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder that gets <gpu>/<name>.json")
     parser.add_argument("--commit", default=None, help="what is measured; git is asked where this is left out")
+    parser.add_argument("--peer", action="append", default=[], help="name=LOG of a peer measured in the same run")
     return parser
+
+
+def peer_results(given: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """``name=LOG`` options to what each peer's script printed as ``RESULT {json}``, in the same run as ours.
+
+    Raises:
+        SystemExit: a log without a result.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for option in given:
+        name, _, log = option.partition("=")
+        lines = [line for line in Path(log).read_text().splitlines() if line.startswith("RESULT ")]
+        if not lines:
+            raise SystemExit(f"--peer {option}: {log} holds no RESULT line; see what the peer's script said there")
+        found.setdefault(name, []).extend(json.loads(line.removeprefix("RESULT ")) for line in lines)
+    return found
 
 
 def start(name: str, peers: tuple[str, ...], args: argparse.Namespace) -> Results:

@@ -14,7 +14,7 @@ import statistics
 import time
 from typing import Any
 
-from benchmarks.results import Results, arguments, start
+from benchmarks.results import Results, arguments, peer_results, start
 
 MEMORY = {"memory": "same-memory", "auto": "auto-memory", "off": "free-memory"}
 
@@ -83,7 +83,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    results = start("sft", (), args)
+    peers = peer_results(args.peer)
+    results = start("sft", tuple(name for name in peers if name != "hf"), args)
+    for name, runs in peers.items():
+        for run in runs:
+            case = f"sft/{run['quant']}/{run['bs']}x{run['seq']}/same-memory"
+            results.add(
+                case,
+                name,
+                tokens_per_s=run["tok_s"],
+                step_s=run["step_s"],
+                peak_gb=run["peak_gb"],
+                base_gb=run["base_gb"],
+            )
     for case in args.cases.split(","):
         for checkpointing in args.checkpointing.split(","):
             measure(results, args.model, case, checkpointing, args.steps, args.profile)
