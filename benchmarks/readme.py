@@ -22,7 +22,21 @@ TABLES = [
         "grpo/blog",
         [("s_per_step", "s a step"), ("load_s", "load, s"), ("first_step_s", "first step, s"), ("used_gb", "GPU GB")],
     ),
+    (
+        "A training step, 8B in 4 bits, rank 32, 2 x 2048 tokens, layer inputs kept only",
+        "sft",
+        "sft/nf4/2x2048/same-memory",
+        [("tokens_per_s", "tokens/s"), ("peak_gb", "peak GB"), ("base_gb", "of it weights")],
+    ),
+    (
+        "The same with nothing recomputed",
+        "sft",
+        "sft/nf4/2x2048/free-memory",
+        [("tokens_per_s", "tokens/s"), ("peak_gb", "peak GB")],
+    ),
 ]
+# How the peers' short names read.
+NAMES = {"trl": "TRL + PEFT + bitsandbytes", "hf": "transformers + PEFT + bitsandbytes", "pronghorn": "**Pronghorn**"}
 # (results file, case prefix, heading): one line a case, ours against each peer.
 KERNELS = [("nf4", "kernel/nf4_dequantize/", "NF4 dequantize"), ("elementwise", "kernel/", "element-wise kernels")]
 
@@ -43,6 +57,12 @@ def values(record: dict[str, Any], case: str) -> dict[str, dict[str, float]]:
     return rows
 
 
+def _cell(metric: str, found: dict[str, float]) -> str:
+    if metric not in found:
+        return ""
+    return f"{found[metric]:,.0f}" if metric == "tokens_per_s" else f"{found[metric]:.1f}"
+
+
 def flow_table(title: str, name: str, case: str, metrics: list[tuple[str, str]]) -> list[str]:
     record = load(name)
     if record is None:
@@ -51,8 +71,8 @@ def flow_table(title: str, name: str, case: str, metrics: list[tuple[str, str]])
     lines = [f"**{title}** ({record['gpu']}, commit {record['commit']}, {record['date']}; {peers or 'no peer'})", ""]
     lines += ["| | " + " | ".join(heading for _, heading in metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
     for impl, found in values(record, case).items():
-        cells = [f"{found[metric]:.1f}" if metric in found else "" for metric, _ in metrics]
-        lines.append(f"| {impl} | " + " | ".join(cells) + " |")
+        cells = [_cell(metric, found) for metric, _ in metrics]
+        lines.append(f"| {NAMES.get(impl, impl)} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 

@@ -84,7 +84,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     peers = peer_results(args.peer)
-    results = start("sft", tuple(name for name in peers if name != "hf"), args)
+    packages = {"hf": ("transformers", "peft", "bitsandbytes"), "liger": ("liger-kernel",), "unsloth": ("unsloth",)}
+    results = start("sft", tuple(name for peer in peers for name in packages[peer]), args)
     for name, runs in peers.items():
         for run in runs:
             case = f"sft/{run['quant']}/{run['bs']}x{run['seq']}/same-memory"
