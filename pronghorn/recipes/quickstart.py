@@ -24,7 +24,7 @@ from ..grpo.trainer import GRPOTrainer
 from ..report import build as build_report
 from ..report.record import record
 from ..report.stats import decompose_gain, wilson_interval
-from ..rewards.gsm8k import FIVE_REWARDS
+from ..rewards.gsm8k import FIVE_REWARDS, correctness_reward_func
 from .console import StepBar, accuracy_table, bar, quiet
 from .evaluate import Evaluation, evaluate
 
@@ -54,6 +54,8 @@ def trainer_arguments(config: QuickstartConfig, output: Path) -> GRPOConfig:
         per_device_train_batch_size=config.prompts_per_step * config.num_generations,
         num_generations=config.num_generations,
         max_completion_length=config.max_completion_length,
+        reward_weights=[1.0 if f is correctness_reward_func else config.format_weight for f in FIVE_REWARDS],
+        scale_rewards="none",  # a group whose rewards differ by a hundredth should not weigh as one that differs by 2
         max_steps=config.steps,
         save_strategy="no",
         max_grad_norm=0.1,
