@@ -17,7 +17,7 @@ class QuickstartConfig:
         seed: of the adapter, the training problems and the samples.
         prompts_per_step, num_generations: their product is the completions of a step.
         learning_rate: of LoRA on a model of a few million weights: far above the 5e-6 of an 8B model.
-            On the dev split 8e-4 unlearned arithmetic, 3e-4 did not.
+            On the dev split 8e-4 unlearned arithmetic (docs/log.md).
         lora_rank: rank and alpha.
         format_weight: of each of the four format rewards against 1 of correctness. At 1, a wrong answer in the tags
             earns more than a right one without them, and arithmetic is unlearned while the format is learned.
