@@ -12,7 +12,6 @@ output is never recomputed: its gradient needs only its input, which :math:`\phi
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,19 +24,7 @@ from ..kernels.rope import rotate_
 from ..lora.fused import adapter_gradients, input_gradient, project, project_backward
 from ..lora.projection import Group, Projection, group, hooked, read_projection
 from .attention import Attention
-
-
-class Keep(enum.Enum):
-    """What a layer keeps between forward and backward, besides its input.
-
-    INPUT: nothing; everything but the last projection is computed again.
-    ATTENTION: q, k, v, the attention's output and h'; only gate and up are computed again.
-    ALL: those and gate and up; only norms and element-wise products are computed again.
-    """
-
-    INPUT = "input"
-    ATTENTION = "attention"
-    ALL = "all"
+from .keep import Keep
 
 
 class Groups(NamedTuple):

@@ -11,7 +11,8 @@ from torch import nn
 
 from . import checkpointing
 from .attention import Attention
-from .fused_block import Groups, Keep, Parts, fused_block, layer_forward
+from .fused_block import Groups, Parts, fused_block, layer_forward
+from .keep import Keep
 from .registry import spec_for
 from .state import ATTRIBUTE
 from .tree import layers, unwrap

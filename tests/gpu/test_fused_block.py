@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pronghorn.lora.config import register
 from pronghorn.models.attention import PackedAttention
-from pronghorn.models.fused_block import Keep, fused_block, read_parts
+from pronghorn.models.fused_block import fused_block, read_parts
+from pronghorn.models.keep import Keep
 from pronghorn.models.llama import block
 from pronghorn.quant.linear4bit import Linear4bit
 
