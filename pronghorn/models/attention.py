@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from ..kernels.attention import Choice, attention_backward, attention_forward, choose
+from ..kernels.spans import Spans
 
 
 class Attention(Protocol):
@@ -24,44 +27,88 @@ class Attention(Protocol):
 class PackedAttention:
     """Causal attention over rows that lie one after another without padding; no row sees another.
 
-    Rows are spread to ``[B, S]`` with the padding on the right, where a causal mask alone keeps every real token from
-    seeing it, so no mask tensor is needed and every SDPA backend applies. Rows of equal length need no spreading.
-
     Args:
         row_lengths: tokens of each row, in order; their sum is T.
         device: where the tokens are.
+        window: a token sees at most the last ``window`` tokens of its row, itself included; None for all.
+        softcap: scores go through ``softcap * tanh(score / softcap)``; on the CPU only.
+
+    Raises:
+        ValueError: a row without tokens.
     """
 
-    def __init__(self, row_lengths: Sequence[int], device: torch.device | str) -> None:
+    def __init__(
+        self,
+        row_lengths: Sequence[int],
+        device: torch.device | str,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> None:
         self.row_lengths = [int(n) for n in row_lengths]
-        self.rows = len(self.row_lengths)
-        self.longest = max(self.row_lengths)
-        self.tokens = sum(self.row_lengths)
-        self.slots: torch.Tensor | None = None
-        if self.tokens != self.rows * self.longest:
-            slots = [
-                torch.arange(n) + row * self.longest for row, n in enumerate(self.row_lengths)
-            ]  # token t lives in slot slots[t] of the padded [B * S]
-            self.slots = torch.cat(slots).to(device, non_blocking=True)
+        if not self.row_lengths or min(self.row_lengths) < 1:
+            raise ValueError(f"row_lengths={self.row_lengths}: every row needs a token; leave empty rows out")
+        self.device, self.softcap = torch.device(device), softcap
+        lengths = tuple(self.row_lengths)
+        self.window = None if window is None or window >= max(lengths) else window
+        self.own = Spans(lengths, lengths, causal=True, device=self.device, window=self.window)
 
-    def _spread(self, x: torch.Tensor) -> torch.Tensor:
-        """``[T, H, E]`` to ``[B, H, S, E]``."""
-        heads, dim = x.shape[1:]
-        if self.slots is not None:
-            x = x.new_zeros(self.rows * self.longest, heads, dim).index_copy(0, self.slots, x)
-        return x.view(self.rows, self.longest, heads, dim).transpose(1, 2)
+    def choice(self, dtype: torch.dtype, head_dim: int) -> Choice:
+        """Which kernels run for inputs of this kind, and why."""
+        gpu = self.device.type == "cuda"
+        capability = torch.cuda.get_device_capability(self.device) if gpu else None
+        length = self.own.max_q if self.own.equal else None
+        return choose(capability, dtype, head_dim, length, self.window, self.softcap)
+
+    @torch.no_grad()
+    def forward(
+        self, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """``o_THE`` in q's dtype and the log-sum-exps that :meth:`backward` needs; nothing is recorded for autograd."""
+        path = self.choice(q_THE.dtype, q_THE.shape[2]).path
+        o_THE, lse = attention_forward(q_THE, k_TKE, v_TKE, self.own, scale, path, self.softcap)
+        return o_THE, (lse,)
+
+    @torch.no_grad()
+    def backward(
+        self,
+        do_THE: torch.Tensor,
+        q_THE: torch.Tensor,
+        k_TKE: torch.Tensor,
+        v_TKE: torch.Tensor,
+        o_THE: torch.Tensor,
+        stats: tuple[torch.Tensor, ...],
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``(dq_THE, dk_TKE, dv_TKE)`` in the inputs' dtypes, from :meth:`forward`'s inputs and what it returned."""
+        path = self.choice(q_THE.dtype, q_THE.shape[2]).path
+        args = (do_THE, q_THE, k_TKE, v_TKE, o_THE)
+        return attention_backward(*args, stats[0], self.own, scale, path, self.softcap)
 
     def __call__(
         self, layer_idx: int, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Attend within each row; see :class:`Attention`."""
-        o_BHSE = F.scaled_dot_product_attention(
-            self._spread(q_THE),
-            self._spread(k_TKE),
-            self._spread(v_TKE),
-            is_causal=True,
-            scale=scale,
-            enable_gqa=q_THE.shape[1] != k_TKE.shape[1],
-        )
-        o_SHE = o_BHSE.transpose(1, 2).reshape(self.rows * self.longest, *q_THE.shape[1:])
-        return o_SHE if self.slots is None else o_SHE.index_select(0, self.slots)
+        """Attend within each row, differentiably; see :class:`Attention`."""
+        if not torch.is_grad_enabled():
+            return self.forward(q_THE, k_TKE, v_TKE, scale)[0]
+        o_THE: torch.Tensor = _Attended.apply(q_THE, k_TKE, v_TKE, self, scale)
+        return o_THE
+
+
+class _Attended(torch.autograd.Function):
+    """:class:`PackedAttention` as one node."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, core: PackedAttention, scale: float
+    ) -> torch.Tensor:
+        o_THE, stats = core.forward(q_THE, k_TKE, v_TKE, scale)
+        ctx.save_for_backward(q_THE, k_TKE, v_TKE, o_THE, *stats)
+        ctx.core, ctx.scale = core, scale
+        return o_THE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do_THE: torch.Tensor) -> Any:
+        q_THE, k_TKE, v_TKE, o_THE, *stats = ctx.saved_tensors
+        grads = ctx.core.backward(do_THE, q_THE, k_TKE, v_TKE, o_THE, tuple(stats), ctx.scale)
+        return *grads, None, None

@@ -1,0 +1,127 @@
+"""Attention over spans of packed tokens, forward and backward: which path runs, and why.
+
+- ``cudnn``: cuDNN's fused attention, about twice as fast as flash on Hopper; spans of one length only, since it builds
+  a plan for every shape.
+- ``flash``: FlashAttention-2 (arXiv:2307.08691) as torch ships it, spans of any length.
+- ``reference``: plain PyTorch in chunks of queries; the CPU, and whatever the other two do not take.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+from pronghorn.kernels.reference import attention as reference
+from pronghorn.kernels.spans import Spans
+
+CUDNN_TAKES_GROUPED_HEADS = True
+"""Whether cuDNN reads K < H key/value heads as they are; else they are repeated for it and their gradients summed."""
+
+CUDNN_MIN_LENGTH = 512
+"""Below this many tokens a row flash is no slower, and a plan for the shape not worth building."""
+
+
+class Path(Enum):
+    """Who computes attention."""
+
+    CUDNN = "cudnn"
+    FLASH = "flash"
+    REFERENCE = "reference"
+
+
+class Choice(NamedTuple):
+    """A path, and in words why it and not a faster one."""
+
+    path: Path
+    reason: str
+
+
+def choose(
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    equal_causal_length: int | None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Choice:
+    """The path for inputs of this kind; plain facts in, so that ``doctor`` and the log can ask too.
+
+    Args:
+        capability: of the GPU; None for the CPU.
+        equal_causal_length: tokens of every row, if all rows have as many and see nothing else; None otherwise.
+
+    Raises:
+        ValueError: a softcap on a GPU.
+    """
+    if capability is None:
+        return Choice(Path.REFERENCE, "tensors on the CPU")
+    if softcap is not None:
+        raise ValueError(
+            f"softcap={softcap}: no attention kernel on the GPU caps its scores; run on the CPU, or without softcap"
+        )
+    if dtype not in (torch.bfloat16, torch.float16):
+        return Choice(Path.REFERENCE, f"{dtype}: the fused kernels take bfloat16 and float16")
+    if capability < (8, 0):
+        return Choice(Path.REFERENCE, f"compute capability {capability[0]}.{capability[1]}: flash needs 8.0")
+    if head_dim > 256 or head_dim % 8:
+        return Choice(Path.REFERENCE, f"head_dim={head_dim}: flash takes multiples of 8 up to 256")
+    if head_dim > 192 and capability not in ((8, 0), (9, 0), (10, 0)):
+        return Choice(Path.REFERENCE, f"head_dim={head_dim}: flash's backward needs 8.0, 9.0 or 10.0 above 192")
+    if window is not None:
+        return Choice(Path.FLASH, f"window={window}")
+    if capability < (9, 0) or head_dim > 128:
+        return Choice(Path.FLASH, f"head_dim={head_dim} on {capability[0]}.{capability[1]}: cuDNN is no faster")
+    if equal_causal_length is None:
+        return Choice(Path.FLASH, "rows of unequal length")
+    if equal_causal_length < CUDNN_MIN_LENGTH:
+        return Choice(Path.FLASH, f"rows of {equal_causal_length} tokens")
+    return Choice(Path.CUDNN, "rows of one length on Hopper or newer")
+
+
+def attention_forward(
+    q_THE: torch.Tensor,
+    k_UKE: torch.Tensor,
+    v_UKE: torch.Tensor,
+    spans: Spans,
+    scale: float,
+    path: Path,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(o_THE, lse)`` of T queries over U keys, H query heads sharing K kv heads (H divisible by K).
+
+    ``lse`` is the log-sum-exp of each query's scores in nats, float32 (float64 for float64), ``[H, T]``; from cuDNN
+    ``[B, H, S, 1]``.
+    """
+    if path is Path.REFERENCE:
+        return reference.attention_forward(q_THE, k_UKE, v_UKE, spans, scale, softcap)
+    from pronghorn.kernels import attention_cuda
+
+    run = attention_cuda.cudnn_forward if path is Path.CUDNN else attention_cuda.flash_forward
+    return run(q_THE, k_UKE, v_UKE, spans, scale)
+
+
+def attention_backward(
+    do_THE: torch.Tensor,
+    q_THE: torch.Tensor,
+    k_UKE: torch.Tensor,
+    v_UKE: torch.Tensor,
+    o_THE: torch.Tensor,
+    lse: torch.Tensor,
+    spans: Spans,
+    scale: float,
+    path: Path,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(dq_THE, dk_UKE, dv_UKE)`` in the inputs' dtypes.
+
+    ``o`` and ``lse`` may be those of a softmax over more keys than ``spans`` hold: the result is then these keys' share
+    of dq, and their whole dk and dv (see :mod:`pronghorn.kernels.shared_prefix`).
+    """
+    if path is Path.REFERENCE:
+        return reference.attention_backward(do_THE, q_THE, k_UKE, v_UKE, o_THE, lse, spans, scale, softcap)
+    from pronghorn.kernels import attention_cuda
+
+    run = attention_cuda.cudnn_backward if path is Path.CUDNN else attention_cuda.flash_backward
+    return run(do_THE, q_THE, k_UKE, v_UKE, o_THE, lse, spans, scale)

@@ -1,0 +1,77 @@
+"""Which queries meet which keys: packed tokens cut into spans, as the attention kernels take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+
+
+def on_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``values`` as a tensor on ``device``; on a GPU the copy is queued and the host goes on."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Queries and keys in equally many spans, one after another; the queries of span i see only keys of span i.
+
+    Attributes:
+        q_lengths, k_lengths: queries and keys of each span, each at least 1.
+        causal: query n of a span sees its keys up to n (``k_lengths`` must equal ``q_lengths``); else all of them.
+        window: a query sees at most the last ``window`` keys up to its own; None for all. Causal spans only.
+        device: where the tokens are.
+    """
+
+    q_lengths: tuple[int, ...]
+    k_lengths: tuple[int, ...]
+    causal: bool
+    device: torch.device
+    window: int | None = None
+
+    @cached_property
+    def max_q(self) -> int:
+        return max(self.q_lengths)
+
+    @cached_property
+    def max_k(self) -> int:
+        return max(self.k_lengths)
+
+    @cached_property
+    def equal(self) -> bool:
+        """All spans have as many queries as each other, and as many keys."""
+        return len(set(self.q_lengths)) == 1 and len(set(self.k_lengths)) == 1
+
+    @cached_property
+    def cu_q(self) -> torch.Tensor:
+        """int32 ``[spans + 1]``: where each span's queries begin, and the end."""
+        return on_device([0, *accumulate(self.q_lengths)], torch.int32, self.device)
+
+    @cached_property
+    def cu_k(self) -> torch.Tensor:
+        """int32 ``[spans + 1]``: where each span's keys begin, and the end."""
+        if self.k_lengths == self.q_lengths:
+            return self.cu_q
+        return on_device([0, *accumulate(self.k_lengths)], torch.int32, self.device)
+
+    @cached_property
+    def q_slots(self) -> torch.Tensor | None:
+        """int64: the slot of each query in spans padded on the right to the longest; None where none is padded."""
+        return self._slots(self.q_lengths)
+
+    @cached_property
+    def k_slots(self) -> torch.Tensor | None:
+        """int64: the slot of each key in padded spans; None where none is padded."""
+        return self.q_slots if self.k_lengths == self.q_lengths else self._slots(self.k_lengths)
+
+    def _slots(self, lengths: tuple[int, ...]) -> torch.Tensor | None:
+        longest = max(lengths)
+        if longest * len(lengths) == sum(lengths):
+            return None
+        return on_device(
+            [row * longest + i for row, n in enumerate(lengths) for i in range(n)], torch.int64, self.device
+        )

@@ -1,0 +1,136 @@
+"""Attention of packed rows in float64 against torch's own with an explicit mask: values and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pronghorn.kernels.attention import Path, choose
+from pronghorn.kernels.reference import attention as reference
+from pronghorn.models.attention import PackedAttention
+
+SCALE = 0.3
+
+
+def visible(
+    lengths: Sequence[int], prefix: Sequence[int | None] | None = None, window: int | None = None
+) -> torch.Tensor:
+    """``[T, T]`` bool, which query sees which key; a row stands behind its prefix row."""
+    row = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)])
+    before = [0 if p is None else lengths[p] for p in (prefix or [None] * len(lengths))]
+    position = torch.tensor([before[i] + j for i, n in enumerate(lengths) for j in range(n)])
+    above = torch.tensor([-1 if p is None else p for p in (prefix or [None] * len(lengths))])
+    seen = (row[:, None] == row) & (position[:, None] >= position)
+    seen |= above[row][:, None] == row
+    if window is not None:
+        seen &= position[:, None] - position < window
+    return seen
+
+
+def qkv(T: int, H: int, K: int, E: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(T + H)
+    return [torch.randn(T, n, E, generator=generator, dtype=dtype, requires_grad=True) for n in (H, K, K)]
+
+
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    o = F.scaled_dot_product_attention(
+        *(t.transpose(0, 1) for t in (q, k, v)), attn_mask=seen, scale=SCALE, enable_gqa=True
+    )
+    return o.transpose(0, 1)
+
+
+def compare(attention: PackedAttention, seen: torch.Tensor, H: int = 4, K: int = 2, E: int = 8) -> None:
+    inputs = qkv(seen.shape[0], H, K, E)
+    expected = plain(*inputs, seen)
+    probe = torch.randn_like(expected)
+    gradients = torch.autograd.grad((expected * probe).sum(), inputs)
+    got = attention(0, *inputs, SCALE)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(torch.autograd.grad((got * probe).sum(), inputs), gradients):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+    detached = [t.detach() for t in inputs]
+    o, stats = attention.forward(*detached, SCALE)
+    assert not o.requires_grad and torch.equal(o, got)
+    for mine, theirs in zip(attention.backward(probe, *detached, o, stats, SCALE), gradients):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+ROWS = [[1], [7], [5, 5, 5], [7, 1, 12], [1, 1], [3, 17, 1, 2]]
+
+
+@pytest.mark.parametrize("lengths", ROWS, ids=str)
+@pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2), (6, 1)])
+def test_rows_do_not_see_each_other(lengths: list[int], H: int, K: int) -> None:
+    compare(PackedAttention(lengths, "cpu"), visible(lengths), H, K)
+
+
+@pytest.mark.parametrize("window", [1, 3, 12, 50])
+def test_a_window_hides_what_is_further_back(window: int) -> None:
+    lengths = [7, 1, 12]
+    compare(PackedAttention(lengths, "cpu", window=window), visible(lengths, window=window))
+
+
+def test_scores_in_chunks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "SCORES", 200)
+    lengths = [7, 1, 12]
+    compare(PackedAttention(lengths, "cpu"), visible(lengths))
+    compare(PackedAttention(lengths, "cpu", window=4), visible(lengths, window=4))
+
+
+def test_softcap_against_autograd() -> None:
+    lengths, cap = [5, 3], 0.7
+    q, k, v = qkv(8, 2, 2, 4)
+    scores = torch.tanh(torch.einsum("the,uhe->htu", q, k) * SCALE / cap) * cap
+    expected = torch.einsum("htu,uhe->the", scores.masked_fill(~visible(lengths), float("-inf")).softmax(-1), v)
+    got = PackedAttention(lengths, "cpu", softcap=cap)(0, q, k, v, SCALE)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    probe = torch.randn_like(got)
+    gradients: list[Callable] = [torch.autograd.grad((o * probe).sum(), [q, k, v]) for o in (got, expected)]
+    for mine, theirs in zip(*gradients):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_float32_and_strided_inputs() -> None:
+    lengths = [9, 4]
+    whole = torch.randn(13, 8, 16)
+    q, k, v = whole.split([4, 2, 2], dim=1)
+    expected = plain(*(t.double() for t in (q, k, v)), visible(lengths))
+    got, (lse,) = PackedAttention(lengths, "cpu").forward(q, k, v, SCALE)
+    assert got.dtype == lse.dtype == torch.float32 and lse.shape == (4, 13)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_infinity_stays_in_its_row() -> None:
+    lengths = [3, 6]
+    q, k, v = (t.detach().clone() for t in qkv(9, 2, 2, 4))
+    attention = PackedAttention(lengths, "cpu")
+    clean = attention.forward(q, k, v, SCALE)[0]
+    v[1], k[2] = float("inf"), float("nan")
+    o, stats = attention.forward(q, k, v, SCALE)
+    assert torch.equal(o[3:], clean[3:]) and o[:3].isnan().any()
+    for gradient in attention.backward(torch.ones_like(q), q, k, v, o, stats, SCALE):
+        assert gradient[3:].isfinite().all() and not gradient[:3].isfinite().all()
+
+
+def test_empty_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="empty rows"):
+        PackedAttention([3, 0], "cpu")
+
+
+def test_choice_of_path() -> None:
+    hopper, bf16 = (9, 0), torch.bfloat16
+    assert choose(None, bf16, 128, 2048).path is Path.REFERENCE
+    assert choose(hopper, bf16, 128, 2048).path is Path.CUDNN
+    assert choose(hopper, bf16, 128, None).path is Path.FLASH
+    assert choose(hopper, bf16, 128, 64).path is Path.FLASH
+    assert choose(hopper, bf16, 256, 2048).path is Path.FLASH
+    assert choose(hopper, bf16, 128, 2048, window=64).path is Path.FLASH
+    assert choose((8, 6), bf16, 128, 2048).path is Path.FLASH
+    assert choose((8, 6), bf16, 256, 2048).path is Path.REFERENCE
+    assert "head_dim=512" in choose(hopper, bf16, 512, 2048).reason
+    assert "float32" in choose(hopper, torch.float32, 64, 2048).reason
+    with pytest.raises(ValueError, match="softcap"):
+        choose(hopper, bf16, 128, 2048, softcap=30.0)
