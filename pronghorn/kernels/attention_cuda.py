@@ -43,10 +43,11 @@ def flash_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(dq_THE, dk_UKE, dv_UKE)`` by varlen flash."""
+    do_THE = do_THE.contiguous()
     unused = lse_HT.new_empty(0)
     seed = torch.empty(2, dtype=torch.uint64, device=lse_HT.device)  # of a dropout that there is not
     dq_THE, dk_UKE, dv_UKE = aten._flash_attention_backward(
-        do_THE.contiguous(), q_THE, k_UKE, v_UKE, o_THE, lse_HT, spans.cu_q, spans.cu_k, *_lengths(spans), 0.0, spans.causal,
+        do_THE, q_THE, k_UKE, v_UKE, o_THE, lse_HT, spans.cu_q, spans.cu_k, *_lengths(spans), 0.0, spans.causal,
         seed, unused, scale=scale, **_window(spans),
     )  # fmt: skip
     return dq_THE, dk_UKE, dv_UKE

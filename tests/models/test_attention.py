@@ -80,6 +80,65 @@ def test_scores_in_chunks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(PackedAttention(lengths, "cpu", window=4), visible(lengths, window=4))
 
 
+GROUPS: list[tuple[list[int], list[int | None]]] = [
+    ([5, 3], [None, 0]),
+    ([5, 3, 1, 7], [None, 0, 0, 0]),
+    ([1, 1, 1], [None, 0, 0]),
+    ([4, 5, 3, 1, 2, 6, 1, 9, 4, 4], [None, None, 1, 1, None, None, 5, 5, 5, None]),
+    ([2, 3, 3, 7, 3], [None, 0, 0, None, 3]),
+]
+
+
+@pytest.mark.parametrize(("lengths", "prefix"), GROUPS, ids=str)
+@pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2)])
+def test_completions_see_their_prompt(lengths: list[int], prefix: list[int | None], H: int, K: int) -> None:
+    compare(PackedAttention(lengths, "cpu", prefix), visible(lengths, prefix), H, K)
+
+
+def test_a_shared_prompt_is_a_repeated_one() -> None:
+    """Completions behind one prompt, and each behind a copy of it: equal outputs, and the copies' summed gradients."""
+    prompt, completions = 6, [4, 1, 9]
+    lengths = [prompt, *completions]
+    inputs = qkv(sum(lengths), 4, 2, 8)
+    index, at = [], prompt
+    for n in completions:
+        index += [*range(prompt), *range(at, at + n)]
+        at += n
+    repeated = [t.detach()[index].requires_grad_() for t in inputs]
+    plainly = PackedAttention([prompt + n for n in completions], "cpu")(0, *repeated, SCALE)
+    shared = PackedAttention(lengths, "cpu", [None, 0, 0, 0])(0, *inputs, SCALE)
+    torch.testing.assert_close(shared[index], plainly, rtol=1e-12, atol=1e-12)
+    probe = torch.randn_like(plainly)
+    expected = torch.autograd.grad((plainly * probe).sum(), repeated)
+    got = torch.autograd.grad((shared[index] * probe).sum(), inputs)
+    for mine, theirs in zip(got, expected):
+        summed = torch.zeros_like(mine).index_add_(0, torch.tensor(index), theirs)
+        torch.testing.assert_close(mine, summed, rtol=1e-11, atol=1e-12)
+
+
+def test_a_window_over_a_shared_prefix() -> None:
+    attention = PackedAttention([5, 3, 2], "cpu", [None, 0, 0], window=8)
+    assert attention.window is None  # none of these rows reaches further
+    with pytest.raises(ValueError, match="window=7"):
+        PackedAttention([5, 3, 2], "cpu", [None, 0, 0], window=7)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "prefix"),
+    [
+        ([3, 2, 2], [None, None, 0]),
+        ([3, 2, 2], [None, 0, 1]),
+        ([2, 2], [0, None]),
+        ([2, 2], [None, 1]),
+        ([2], [None, 0]),
+    ],
+    ids=str,
+)
+def test_prefixes_elsewhere_are_refused(lengths: list[int], prefix: list[int | None]) -> None:
+    with pytest.raises(ValueError, match="prefix"):
+        PackedAttention(lengths, "cpu", prefix)
+
+
 def test_softcap_against_autograd() -> None:
     lengths, cap = [5, 3], 0.7
     q, k, v = qkv(8, 2, 2, 4)
