@@ -18,10 +18,11 @@ _PUBLIC = {
     "ConfigError": "pronghorn.config.errors",
     "GRPOConfig": "pronghorn.grpo.config",
     "GRPOTrainer": "pronghorn.grpo.trainer",
+    "train_on_responses_only": "pronghorn.sft.responses",
 }
 
 __all__ = ["ConfigError", "FastLanguageModel", "GRPOConfig", "GRPOTrainer", "PatchFastRL", "SamplingParams",
-           "is_bfloat16_supported"]  # fmt: skip
+           "is_bfloat16_supported", "train_on_responses_only"]  # fmt: skip
 
 if TYPE_CHECKING:
     from .api import FastLanguageModel, PatchFastRL
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .env import is_bfloat16_supported
     from .grpo.config import GRPOConfig
     from .grpo.trainer import GRPOTrainer
+    from .sft.responses import train_on_responses_only
 
 
 def __getattr__(name: str) -> Any:

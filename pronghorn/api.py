@@ -16,6 +16,7 @@ from .config.lora import LoraDefaults
 from .config.sampling import SamplingParams
 from .models import state_of
 from .rollout import base as rollout
+from .sft.trl_head import install as answer_trl_sft
 
 
 class FastLanguageModel:
@@ -176,9 +177,10 @@ _METHODS = (fast_generate, save_lora, load_lora, save_pretrained_merged, push_to
 
 
 def add_methods(model: Any) -> None:
-    """Bind the public methods to this instance; its class stays as it is."""
+    """Bind the public methods to this instance, and let TRL's SFTTrainer be answered; its class stays as it is."""
     for function in _METHODS:
         setattr(model, function.__name__, MethodType(function, model))
+    answer_trl_sft(model)
 
 
 def PatchFastRL(algorithm: str = "GRPO", FastLanguageModel: Any = None, mode: str = "native") -> None:

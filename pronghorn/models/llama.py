@@ -6,34 +6,43 @@ from typing import Any
 
 import torch
 
+from ..config.errors import ConfigError
+from ..lora.projection import hooked
 from .attention import Attention
 from .fused_block import Parts, read_parts
-from .rope import apply_rope
+from .modules import add_and_norm, gated_mlp, norm, rotated
 from .spec import ModelSpec, RopeTE
 
 
 def block(layer: Any, hidden_TD: torch.Tensor, rope_TE: RopeTE, attention: Attention) -> torch.Tensor:
-    """One decoder layer over packed tokens.
+    """One decoder layer over packed tokens, projection by projection: what runs where the layer cannot be one node.
 
-    It calls the layer's own sub-modules, so adapters, ``disable_adapter``, dropout and forward hooks on them act as
-    they do in transformers; only the attention core and the token layout are Pronghorn's.
+    The projections are the layer's own modules, so adapters, ``disable_adapter``, dropout and hooks on them act as they
+    do in transformers, and base weights train. Norms, rotation and the gate run Pronghorn's kernels on the layer's
+    parameters, or the modules themselves where something hooks them.
 
     Args:
         layer: a ``LlamaDecoderLayer``.
         hidden_TD: residual stream of T packed tokens.
         rope_TE: rotary cos and sin of each token.
         attention: the attention core, which knows which tokens see which.
+
+    Raises:
+        ConfigError: a hook on the attention module, which would never run: packed tokens have no mask to call it with.
     """
     attn = layer.self_attn
+    if hooked(attn):
+        raise ConfigError(
+            f"a hook on {type(attn).__name__} would not run: packed tokens pass it by; hook its projections or the "
+            "decoder layer, or pronghorn.models.detach(model) first"
+        )
     T = hidden_TD.shape[0]
-    normed_TD = layer.input_layernorm(hidden_TD)
-    q_THE = attn.q_proj(normed_TD).view(T, -1, attn.head_dim)
-    k_TKE = attn.k_proj(normed_TD).view(T, -1, attn.head_dim)
+    normed_TD = norm(layer.input_layernorm, hidden_TD)
+    q_THE, k_TKE = rotated(attn, normed_TD, rope_TE)
     v_TKE = attn.v_proj(normed_TD).view(T, -1, attn.head_dim)
-    q_THE, k_TKE = apply_rope(q_THE, k_TKE, rope_TE)
     o_THE = attention(attn.layer_idx, q_THE, k_TKE, v_TKE, attn.scaling)
-    hidden_TD = hidden_TD + attn.o_proj(o_THE.reshape(T, -1))
-    return hidden_TD + layer.mlp(layer.post_attention_layernorm(hidden_TD))
+    normed_TD, hidden_TD = add_and_norm(layer.post_attention_layernorm, attn.o_proj(o_THE.reshape(T, -1)), hidden_TD)
+    return hidden_TD + gated_mlp(layer.mlp, normed_TD, attn.config.hidden_act)
 
 
 def parts(layer: Any) -> Parts | str:
