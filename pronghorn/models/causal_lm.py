@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..config.errors import ConfigError
-from ..kernels.linear_logprob import chosen_logprobs
+from ..kernels.linear_cross_entropy import linear_cross_entropy
 from .attention import PackedAttention
 from .forward import head, hidden_states
 from .packed import IGNORE, pack
@@ -129,14 +129,12 @@ def _packed_loss(
     attention = PackedAttention(batch.row_lengths, batch.input_ids_T.device)
     hidden_TD = hidden_states(model, batch.input_ids_T, batch.positions_T, attention)
     out = head(model)
-    logps_N, _ = chosen_logprobs(
+    return linear_cross_entropy(
         hidden_TD.index_select(0, scored),
         out.weight_VD,
         batch.targets_T.index_select(0, scored),
+        max(len(scored), 1) if denominator is None else denominator,
         bias_V=out.bias_V,
         softcap=out.softcap,
         scale=out.scale,
     )
-    if denominator is None:
-        denominator = max(len(scored), 1)
-    return -logps_N.sum() / denominator

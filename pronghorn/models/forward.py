@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels.linear_logprob import head_logits
+from ..kernels.head import head_logits
 from .attention import Attention
 from .registry import spec_for
 from .tree import unwrap

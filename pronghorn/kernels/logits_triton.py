@@ -1,0 +1,150 @@
+"""The Triton side of the logits of a chunk: one program a row, two sweeps, the gradient written over the logits.
+
+The formulas are in ``logits.py``. The first sweep goes up the row, the second down, so that it starts with what the L2
+cache still holds: a row of 128,256 floats is 0.5 MB, and one program fills an SM, so 68 MB of rows are under way.
+"""
+
+# mypy: allow-untyped-defs
+# (A kernel's parameters are pointers and scalars whose types Triton takes from the call.)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def launch_config(V: int) -> tuple[int, int]:
+    """Columns of a block, 8 of them a thread at full size, and warps: 32 KB a block, another one on its way."""
+    block = min(max(triton.next_power_of_2(V), 128), 8192)
+    return block, min(max(block // 256, 1), 32)
+
+
+@triton.jit
+def _logit(x, bias_ptr, column, inside, scale, softcap, inverse_temperature, BIAS: tl.constexpr, CAP: tl.constexpr):
+    """The distribution's logit ``z`` of each raw product, -inf outside of the row, and ``dz/dx`` (one, or one each)."""
+    if BIAS:
+        x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    slope = scale * inverse_temperature
+    if CAP:
+        u = x * (scale / softcap)
+        decay = tl.exp(-2.0 * tl.abs(u))
+        size = (1.0 - decay) / (1.0 + decay)
+        z = tl.where(u < 0, -size, size) * (softcap * inverse_temperature)
+        slope = slope * (1.0 - size * size)
+    else:
+        z = x * slope
+    return tl.where(inside, z, float("-inf")), slope
+
+
+@triton.jit
+def _stats_kernel(
+    x_ptr, gradient_ptr, targets_ptr, bias_ptr, weights_ptr, logps_ptr, entropy_ptr,
+    weights_stride, scale, softcap, inverse_temperature, ignore_index,
+    V: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, IGNORE: tl.constexpr, WEIGHTS: tl.constexpr,
+    ENTROPY: tl.constexpr, GRADIENT: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    BLOCKS: tl.constexpr = (V + BLOCK - 1) // BLOCK
+    row = tl.program_id(0).to(tl.int64)
+    x_row = x_ptr + row * V
+    lanes = tl.arange(0, BLOCK)
+    target = tl.load(targets_ptr + row)
+    known = (target >= 0) & (target < V)
+    # Read before anything is written. An unknown target's log-probability is NaN, not that of some other token.
+    chosen = tl.load(x_row + target, mask=known, other=float("nan"))
+    chosen, _ = _logit(chosen, bias_ptr, target, known, scale, softcap, inverse_temperature, BIAS, CAP)
+    chosen = tl.where(known, chosen, float("nan"))
+
+    # Each lane keeps its own maximum, sum and weighted sum: one exponential an element, and no exchange between threads
+    # before the end. The maximum starts finite, so that a logit of -inf (a masked token) is not -inf - -inf.
+    peaks = tl.full((BLOCK,), -3.4028234663852886e38, dtype=tl.float32)
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    moments = tl.zeros((BLOCK,), dtype=tl.float32)
+    ahead = tl.load(x_row + lanes, mask=lanes < V, other=0.0)
+    for block in range(BLOCKS):
+        x = ahead
+        column = block * BLOCK + lanes
+        ahead = tl.load(x_row + column + BLOCK, mask=column + BLOCK < V, other=0.0)
+        z, _ = _logit(x, bias_ptr, column, column < V, scale, softcap, inverse_temperature, BIAS, CAP)
+        higher = z > peaks
+        distance = -tl.abs(z - peaks)
+        factor = tl.exp(distance)  # NaN for a NaN, and for inf - inf: it stays in the sum
+        if ENTROPY:
+            distance = tl.maximum(distance, -200.0)  # the factor is 0 there, and 0 * -inf is not 0
+            moments = tl.where(higher, factor * (moments + sums * distance), moments + factor * distance)
+        sums = tl.where(higher, sums * factor + 1.0, sums + factor)
+        peaks = tl.where(higher, z, peaks)
+    peak = tl.max(peaks, axis=0)
+    distance = peaks - peak
+    factor = tl.exp(distance)
+    total = tl.sum(sums * factor, axis=0)
+    log_total = tl.log(total)
+    logp = (chosen - peak) - log_total
+    ignored = target == ignore_index
+    if IGNORE:
+        logp = tl.where(ignored, 0.0, logp)
+    tl.store(logps_ptr + row, logp)
+    if ENTROPY:
+        moment = tl.sum(factor * (moments + sums * tl.maximum(distance, -200.0)), axis=0)
+        tl.store(entropy_ptr + row, log_total - moment / total)
+
+    if GRADIENT:
+        row_weight = tl.where(known, 1.0, float("nan"))
+        if WEIGHTS:
+            row_weight *= tl.load(weights_ptr + row * weights_stride).to(tl.float32)
+        # A narrow gradient lies in the back half of its row: V values of 2 bytes, from byte 2V of the row's 4V on.
+        # Blocks run downwards, and a block that starts at column k writes no byte below 2V + 2k. Columns below k, all
+        # that is still to be read, end at byte 4k, and 4k <= 2V + 2k since k <= V. So a write meets columns of its own
+        # block and of those above it only, and these have been read: by each thread before it reaches the barrier, and
+        # no thread writes before all have reached it. Reading a block ahead only makes that earlier. (No write leaves
+        # its row, so programs do not meet; a wide gradient takes the place of its own column.)
+        out_row = gradient_ptr + (row * 2 * V + V if NARROW else row * V)
+        first: tl.constexpr = (BLOCKS - 1) * BLOCK
+        ahead = tl.load(x_row + first + lanes, mask=first + lanes < V, other=0.0)
+        for block in range(BLOCKS):
+            x = ahead
+            column = first - block * BLOCK + lanes
+            ahead = tl.load(x_row + column - BLOCK, mask=column >= BLOCK, other=0.0)
+            z, slope = _logit(x, bias_ptr, column, column < V, scale, softcap, inverse_temperature, BIAS, CAP)
+            p = tl.exp((z - peak) - log_total)
+            d = tl.where(column == target, 1.0 - p, -p) * slope * row_weight
+            if IGNORE:
+                d = tl.where(ignored, 0.0, d)
+            tl.debug_barrier()
+            tl.store(out_row + column, d.to(gradient_ptr.dtype.element_ty), mask=column < V)
+
+
+def logit_stats_(
+    x_CV: torch.Tensor,
+    targets_C: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    weights_C: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int | None,
+    with_entropy: bool,
+    gradient: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """As :func:`pronghorn.kernels.logits.logit_stats_`; overwrites ``x_CV`` where a gradient is asked."""
+    C, V = x_CV.shape
+    if x_CV.dtype != torch.float32 or gradient not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"the logits kernel takes float32 and gives float32 or 16 bits, not {x_CV.dtype} to {gradient}"
+        )
+    logps_C = x_CV.new_empty(C)
+    entropy_C = x_CV.new_empty(C) if with_entropy else None
+    narrow = gradient not in (None, torch.float32)
+    written = x_CV.view(gradient) if narrow and gradient is not None else x_CV
+    if C:
+        block, num_warps = launch_config(V)
+        _stats_kernel[(C,)](
+            x_CV, written, targets_C.contiguous(), bias_V, weights_C, logps_C, entropy_C,
+            0 if weights_C is None else weights_C.stride(0), float(scale), float(softcap or 1), 1 / temperature,
+            -1 if ignore_index is None else ignore_index,
+            V=V, BIAS=bias_V is not None, CAP=softcap is not None, IGNORE=ignore_index is not None,
+            WEIGHTS=weights_C is not None, ENTROPY=with_entropy, GRADIENT=gradient is not None, NARROW=narrow,
+            BLOCK=block, num_warps=num_warps, num_stages=1,
+        )  # fmt: skip
+    gradient_CV = None if gradient is None else written[:, V:] if narrow else x_CV
+    return logps_C, entropy_C, gradient_CV
