@@ -19,9 +19,6 @@ from pronghorn.kernels.spans import Spans
 CUDNN_TAKES_GROUPED_HEADS = True
 """Whether cuDNN reads K < H key/value heads as they are; else they are repeated for it and their gradients summed."""
 
-CUDNN_MIN_LENGTH = 512
-"""Below this many tokens a row flash is no slower, and a plan for the shape not worth building."""
-
 
 class Path(Enum):
     """Who computes attention."""
@@ -29,6 +26,15 @@ class Path(Enum):
     CUDNN = "cudnn"
     FLASH = "flash"
     REFERENCE = "reference"
+
+
+def worth_a_plan(length: int) -> bool:
+    """Whether cuDNN gains on rows of ``length`` tokens: each new shape costs it 100 ms, so lengths must come again.
+
+    Multiples of 128 are lengths that somebody chose; at 4,096 tokens a step is long enough for any length. By length
+    alone, so that a resumed run takes the paths of the uninterrupted one.
+    """
+    return length >= 4096 or (length >= 512 and length % 128 == 0)
 
 
 class Choice(NamedTuple):
@@ -75,8 +81,8 @@ def choose(
         return Choice(Path.FLASH, f"head_dim={head_dim} on {capability[0]}.{capability[1]}: cuDNN is no faster")
     if equal_causal_length is None:
         return Choice(Path.FLASH, "rows of unequal length")
-    if equal_causal_length < CUDNN_MIN_LENGTH:
-        return Choice(Path.FLASH, f"rows of {equal_causal_length} tokens")
+    if not worth_a_plan(equal_causal_length):
+        return Choice(Path.FLASH, f"rows of {equal_causal_length} tokens: no cuDNN plan for a length of chance")
     return Choice(Path.CUDNN, "rows of one length on Hopper or newer")
 
 
