@@ -10,6 +10,7 @@ from torch import nn
 
 from ..kernels.head import head_logits
 from .attention import Attention
+from .modules import norm
 from .registry import spec_for
 from .tree import unwrap
 
@@ -46,7 +47,7 @@ def hidden_states(
     rope_TE = (cos_1TE[0], sin_1TE[0])
     for layer in stack.layers:
         hidden_TD = layer(hidden_TD, position_embeddings=rope_TE, packed_attention=attention)
-    return stack.norm(hidden_TD)
+    return norm(stack.norm, hidden_TD)
 
 
 def head(model: nn.Module) -> Head:

@@ -1,4 +1,4 @@
-"""``train_on_responses_only`` on trainers: right labels on every data set, packed ones too; refusals with the remedy."""
+"""``train_on_responses_only`` on trainers: right labels on every data set, packed ones too, and what is refused."""
 
 from __future__ import annotations
 
