@@ -56,6 +56,7 @@ def measure(results: Results, folder: str, case: str, checkpointing: str, steps:
         ids = torch.randint(5, 16000, (batch, length), device="cuda")
         seconds.append(step(model, optimizer, trained, ids))
     median = statistics.median(seconds[2:])
+    raw = {f"raw_step_s_{number}": value for number, value in enumerate(seconds)}
     results.add(
         f"sft/{case}/{MEMORY[checkpointing]}",
         "pronghorn",
@@ -64,8 +65,8 @@ def measure(results: Results, folder: str, case: str, checkpointing: str, steps:
         first_step_s=seconds[0],
         peak_gb=torch.cuda.max_memory_allocated() / 2**30,
         base_gb=base / 2**30,
+        **raw,
     )
-    print("raw step seconds", [round(s, 4) for s in seconds])
     if profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
             step(model, optimizer, trained, ids)

@@ -63,6 +63,13 @@ def _overwritable(gate_TI: torch.Tensor, up_TI: torch.Tensor) -> bool:
     return all(t.requires_grad and not t.is_leaf for t in (gate_TI, up_TI)) and _apart(gate_TI, up_TI)
 
 
+def glu_forward(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    """``activation(gate) * up``, contiguous, without autograd, for a caller that writes its own backward."""
+    _check(gate_TI, up_TI, activation)
+    h_TI: torch.Tensor = _path(gate_TI).glu_forward(gate_TI, up_TI, activation)
+    return h_TI
+
+
 def glu_backward_(
     dh_TI: torch.Tensor,
     gate_TI: torch.Tensor,

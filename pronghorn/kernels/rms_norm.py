@@ -63,6 +63,15 @@ def norm_forward(
     return normed_TD, rstd_T
 
 
+def add_norm_forward(
+    x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(normed_TD, summed_TD, rstd_T)`` of ``x + residual`` without autograd; see :func:`rms_norm`."""
+    _check(x_TD, weight_D, residual_TD)
+    normed_TD, summed_TD, rstd_T = _path(x_TD).rms_norm_forward(x_TD, weight_D, eps, residual_TD, 0.0, True)
+    return normed_TD, summed_TD, rstd_T
+
+
 def norm_backward(
     dnormed_TD: torch.Tensor,
     dresidual_TD: torch.Tensor | None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,36 +44,102 @@ class Projection:
 
 @dataclass(frozen=True)
 class Group:
-    """Projections that read one input, their adapters rounded to the compute dtype.
+    """Projections that read one input, their adapters rounded to the compute dtype; outputs lie side by side.
 
     Attributes:
         members: the projections.
         a_RI: the A of all of them, one under another, ``[R, I]``; None where none has an adapter.
         bs_Or: the B of each, or None.
         spans: where each projection's rank lies among the R rows of ``a_RI``.
+        columns: where each projection's outputs lie in ``[T, O]``, O being the sum of all.
     """
 
     members: tuple[Projection, ...]
     a_RI: torch.Tensor | None
     bs_Or: tuple[torch.Tensor | None, ...]
     spans: tuple[slice, ...]
+    columns: tuple[slice, ...]
 
     @property
     def rank(self) -> int:
         return 0 if self.a_RI is None else self.a_RI.shape[0]
 
+    @property
+    def outputs(self) -> int:
+        return self.columns[-1].stop
+
+
+def _spans(sizes: list[int]) -> tuple[slice, ...]:
+    ends = list(itertools.accumulate(sizes))
+    return tuple(slice(end - size, end) for size, end in zip(sizes, ends))
+
 
 @torch.no_grad()
-def group(projections: tuple[Projection, ...], dtype: torch.dtype) -> Group:
-    """``projections`` with their masters rounded to ``dtype``, as ``LoraLinear`` rounds them in each forward."""
-    parts = [p.a_rI.detach().to(dtype) for p in projections if p.a_rI is not None]
-    a_RI = None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
-    bs_Or = tuple(None if p.b_Or is None else p.b_Or.detach().to(dtype) for p in projections)
-    spans, start = [], 0
-    for p in projections:
-        spans.append(slice(start, start + p.rank))
-        start += p.rank
-    return Group(projections, a_RI, bs_Or, tuple(spans))
+def groups(parts: Sequence[tuple[Projection, ...]], dtype: torch.dtype) -> list[Group]:
+    """Each tuple of projections as a :class:`Group`, masters rounded to ``dtype`` as ``LoraLinear`` rounds them.
+
+    All masters are rounded by one call into one buffer: a layer has 14 of them, and a launch each would cost more
+    than the rounding.
+    """
+    masters: list[torch.Tensor] = []
+    for projections in parts:
+        masters += [p.a_rI.detach() for p in projections if p.a_rI is not None]
+        masters += [p.b_Or.detach() for p in projections if p.b_Or is not None]
+    rounded: list[torch.Tensor] = []
+    flat = torch.empty(0)
+    if masters:
+        flat = torch.empty(sum(m.numel() for m in masters), dtype=dtype, device=masters[0].device)
+        rounded = [piece.view(m.shape) for piece, m in zip(flat.split([m.numel() for m in masters]), masters)]
+        torch._foreach_copy_(rounded, masters)
+    made, at, start = [], 0, 0
+    for projections in parts:
+        adapted = [p for p in projections if p.a_rI is not None]
+        rank = sum(p.rank for p in adapted)
+        a_RI = None
+        if adapted:
+            width = rounded[at].shape[1]
+            a_RI = flat[start : start + rank * width].view(rank, width)
+            start += rank * width + sum(p.b_Or.numel() for p in adapted if p.b_Or is not None)
+            at += len(adapted)
+        bs_Or: list[torch.Tensor | None] = []
+        for p in projections:
+            bs_Or.append(None if p.b_Or is None else rounded[at])
+            at += p.b_Or is not None
+        ranks, widths = [p.rank for p in projections], [p.base.out_features for p in projections]
+        made.append(Group(projections, a_RI, tuple(bs_Or), _spans(ranks), _spans(widths)))
+    return made
+
+
+STACK = 1 << 25
+"""Weights of so many elements at most are dequantized side by side and multiplied at once (64 MiB in 16 bits)."""
+
+Weights = list[tuple[slice, torch.Tensor]]
+"""Pieces of a group's stacked weight: ``(output columns, W [columns, I])``."""
+
+
+def weights(group: Group, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The group's weights in ``dtype``, piece by piece: ``(columns, W)``, each piece made when it is asked for.
+
+    4-bit neighbours of together at most :data:`STACK` elements come as one piece: a small product fills a GPU badly.
+    """
+    members = list(zip(group.members, group.columns))
+    while members:
+        run = [members.pop(0)]
+        size = run[0][0].base.out_features * run[0][0].base.in_features
+        while members and isinstance(run[0][0].base, Linear4bit) and isinstance(members[0][0].base, Linear4bit):
+            size += members[0][0].base.out_features * members[0][0].base.in_features
+            if size > STACK:
+                break
+            run.append(members.pop(0))
+        columns = slice(run[0][1].start, run[-1][1].stop)
+        if len(run) == 1:
+            yield columns, run[0][0].weight(dtype)
+            continue
+        base = run[0][0].base
+        stacked = torch.empty(columns.stop - columns.start, base.in_features, dtype=dtype, device=base.weight.device)
+        for p, own in run:
+            p.weight(dtype, stacked[own.start - columns.start : own.stop - columns.start])
+        yield columns, stacked
 
 
 def hooked(module: nn.Module) -> bool:

@@ -5,107 +5,72 @@ With :math:`n_i` the norms, :math:`P` LoRA projections, R the rotation and :math
 .. math:: q, k, v = P_{qkv}(n_1(h)), \quad h' = h + P_o(\mathrm{attn}(Rq, Rk, v)), \quad
           g, u = P_{gu}(n_2(h')), \quad h'' = h' + P_d(\phi(g) u).
 
-Backward walks it in reverse with what :class:`Keep` says was kept, and makes the rest again. The last projection's
-output is never recomputed: its gradient needs only its input, which :math:`\phi(g) u` gives back in the pass that makes
-:math:`dg` and :math:`du`. The gradients of g and u overwrite g and u.
+Backward walks it in reverse with what :class:`Keep` says was kept, on the GPU or in host memory, and makes the rest
+again. The last projection's output is never recomputed: its gradient needs only its input, which :math:`\phi(g) u`
+gives back in the pass that makes :math:`dg` and :math:`du`. The gradients of g and u overwrite g and u. The low-rank
+products :math:`x A^T` are kept at every level: 2.7% of a layer's input at rank 32 and hidden size 4096.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..kernels.glu import ACTIVATIONS, glu, glu_backward_
-from ..kernels.rms_norm import norm_backward, norm_forward
+from ..kernels.rms_norm import add_norm_forward, norm_backward, norm_forward
 from ..kernels.rope import rotate_
-from ..lora.fused import adapter_gradients, input_gradient, project, project_backward
-from ..lora.projection import Group, Projection, group, hooked, read_projection
-from .attention import Attention
+from ..lora.fused import adapter_gradients, input_gradient, lower, project, project_backward
+from .attention import Attention, PackedAttention
+from .fused_mlp import Lows, Middle, mlp_backward, mlp_forward
 from .keep import Keep
+from .offload import HostStore, Stored
+from .parts import Groups, Held, Parts
 
-
-class Groups(NamedTuple):
-    """A layer's projections by their common input, at a compute dtype."""
-
-    qkv: Group
-    o: Group
-    gate_up: Group
-    down: Group
+RopeTE = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Parts:
-    """A layer's pieces: its projections in the order q, k, v, o, gate, up, down, its norms and its sizes."""
+class Saving:
+    """How one layer trains.
 
-    projections: tuple[Projection, ...]
-    norm1_D: torch.Tensor
-    norm2_D: torch.Tensor
-    eps: float
-    head_dim: int
-    scale: float
-    layer_idx: int
-    activation: str
+    Attributes:
+        keep: what is kept from forward to backward.
+        store: where kept tensors go, or None to leave them on the GPU.
+        mlp_rows: rows of one tile of the MLP; None for all at once.
+        held: weights that stay in memory dequantized.
+    """
 
-    def rounded(self, dtype: torch.dtype) -> Groups:
-        """The projections by their common inputs, adapters rounded to ``dtype``."""
-        p = self.projections
-        return Groups(*(group(part, dtype) for part in (p[:3], p[3:4], p[4:6], p[6:])))
-
-    def trainables(self) -> list[torch.Tensor | None]:
-        """A and B of every projection, in order."""
-        return [t for p in self.projections for t in (p.a_rI, p.b_Or)]
-
-
-def read_parts(layer: Any, activation: str) -> Parts | str:
-    """``layer`` (Llama's names) as :class:`Parts`, or in words why its own sub-modules have to be called."""
-    attn, mlp = layer.self_attn, layer.mlp
-    if activation not in ACTIVATIONS:
-        return f"hidden_act={activation!r}"
-    for module in (attn, mlp, layer.input_layernorm, layer.post_attention_layernorm):
-        if hooked(module):
-            return f"a hook on {type(module).__name__}"
-    norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
-    if any(w.requires_grad for w in norms):
-        return "a norm that trains"
-    found = []
-    for module in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-        projection = read_projection(module)
-        if isinstance(projection, str):
-            return projection
-        found.append(projection)
-    eps = float(layer.input_layernorm.variance_epsilon)
-    return Parts(tuple(found), *norms, eps, attn.head_dim, attn.scaling, attn.layer_idx, activation)
+    keep: Keep = Keep.ALL
+    store: HostStore | None = None
+    mlp_rows: int | None = None
+    held: Held = Held()
 
 
 def _qkv(
-    parts: Parts, groups: Groups, rope_TE: tuple[torch.Tensor, torch.Tensor], hidden_TD: torch.Tensor
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """Rotated q and k, and v, by heads; and ``x A^T`` of the three."""
-    normed_TD, _ = norm_forward(hidden_TD, parts.norm1_D, parts.eps)
-    outputs, low = project(normed_TD, groups.qkv)
-    q_THE, k_TKE, v_TKE = (t.view(t.shape[0], -1, parts.head_dim) for t in outputs)
+    parts: Parts, groups: Groups, held: Held, rope_TE: RopeTE, normed_TD: torch.Tensor, low_TR: torch.Tensor | None
+) -> torch.Tensor:
+    """Rotated q and k, and v, side by side: ``[T, (H + 2K) E]``."""
+    qkv_TO = project(normed_TD, groups.qkv, low_TR, held.qkv)
+    q_THE, k_TKE, _ = _heads(parts, qkv_TO)
     rotate_(q_THE, k_TKE, *rope_TE)
-    return (q_THE, k_TKE, v_TKE), low
+    return qkv_TO
 
 
-class _Attended:
-    """The differentiable attention core, run apart from the outer graph; its own backward frees its own graph."""
+def _heads(parts: Parts, qkv_TO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views ``[T, H, E]``, ``[T, K, E]`` and ``[T, K, E]``."""
+    H, K = parts.heads
+    heads = qkv_TO.view(qkv_TO.shape[0], H + 2 * K, parts.head_dim)
+    return heads[:, :H], heads[:, H : H + K], heads[:, H + K :]
 
-    def __init__(self, parts: Parts, attention: Attention, qkv: tuple[torch.Tensor, ...]) -> None:
-        self.inputs = tuple(t.detach().requires_grad_() for t in qkv)
-        with torch.enable_grad():
-            q, k, v = self.inputs
-            self.output = attention(parts.layer_idx, q, k, v, parts.scale)
 
-    @property
-    def flat_TI(self) -> torch.Tensor:
-        return self.output.detach().reshape(self.output.shape[0], -1)
-
-    def backward(self, do_THE: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(self.output, self.inputs, do_THE)
+def _middle(parts: Parts, attended_TD: torch.Tensor, hidden_TD: torch.Tensor, rows: int | None) -> Middle:
+    """h' and, unless tiled, its norm in the same pass."""
+    if rows is not None and rows < hidden_TD.shape[0]:
+        return Middle(attended_TD.add_(hidden_TD))
+    normed_TD, sum_TD, rstd_T = add_norm_forward(attended_TD, hidden_TD, parts.norm2_D, parts.eps)
+    return Middle(sum_TD, normed_TD, rstd_T)
 
 
 @torch.no_grad()
@@ -113,27 +78,19 @@ def layer_forward(
     parts: Parts,
     groups: Groups,
     hidden_TD: torch.Tensor,
-    rope_TE: tuple[torch.Tensor, torch.Tensor],
+    rope_TE: RopeTE,
     attention: Attention,
+    held: Held = Held(),  # noqa: B008 - immutable
 ) -> torch.Tensor:
     """One decoder layer without gradients: what a rollout runs at every token."""
-    (q_THE, k_TKE, v_TKE), _ = _qkv(parts, groups, rope_TE, hidden_TD)
-    o_THE = attention(parts.layer_idx, q_THE, k_TKE, v_TKE, parts.scale)
-    (middle_TD,), _ = project(o_THE.reshape(hidden_TD.shape[0], -1), groups.o)
-    middle_TD.add_(hidden_TD)
-    out_TD, _ = _mlp(parts, groups, middle_TD)
-    return out_TD
-
-
-def _mlp(
-    parts: Parts, groups: Groups, middle_TD: torch.Tensor
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """The second half with its residual; also gate, up and their ``x A^T``."""
-    normed_TD, _ = norm_forward(middle_TD, parts.norm2_D, parts.eps)
-    (gate_TI, up_TI), low = project(normed_TD, groups.gate_up)
+    normed_TD, _ = norm_forward(hidden_TD, parts.norm1_D, parts.eps)
+    qkv_TO = _qkv(parts, groups, held, rope_TE, normed_TD, lower(normed_TD, groups.qkv))
     del normed_TD
-    (out_TD,), _ = project(glu(gate_TI, up_TI, parts.activation), groups.down)
-    return out_TD.add_(middle_TD), (gate_TI, up_TI, low)
+    o_TI = attention(parts.layer_idx, *_heads(parts, qkv_TO), parts.scale).reshape(hidden_TD.shape[0], -1)
+    del qkv_TO
+    attended_TD = project(o_TI, groups.o, lower(o_TI, groups.o), held.o)
+    middle = _middle(parts, attended_TD, hidden_TD, None)
+    return mlp_forward(parts, groups, held, middle, Lows.empty(groups, hidden_TD), None)[0]
 
 
 class _FusedBlock(torch.autograd.Function):
@@ -143,91 +100,116 @@ class _FusedBlock(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_TD: torch.Tensor,
-        rope_TE: tuple[torch.Tensor, torch.Tensor],
-        attention: Attention,
+        rope_TE: RopeTE,
+        attention: PackedAttention,
         parts: Parts,
-        keep: Keep,
+        saving: Saving,
         *trainables: torch.Tensor | None,
     ) -> torch.Tensor:
-        groups = parts.rounded(hidden_TD.dtype)
-        qkv, low_qkv = _qkv(parts, groups, rope_TE, hidden_TD)
-        attended = _Attended(parts, attention, qkv)
-        del qkv
-        (middle_TD,), low_o = project(attended.flat_TI, groups.o)
-        middle_TD.add_(hidden_TD)
-        ctx.rope, ctx.attention, ctx.parts, ctx.keep = rope_TE, attention, parts, keep
-        ctx.attended = ctx.lows = ctx.gated = None
-        kept = [hidden_TD]
+        groups, held, keep = parts.rounded(hidden_TD.dtype), saving.held, saving.keep
+        lows = Lows.empty(groups, hidden_TD)
+        normed_TD, _ = norm_forward(hidden_TD, parts.norm1_D, parts.eps)
+        qkv_TO = _qkv(parts, groups, held, rope_TE, normed_TD, lower(normed_TD, groups.qkv, lows.qkv))
+        del normed_TD
+        o_THE, stats = attention.forward(*_heads(parts, qkv_TO), parts.scale)
+        o_TI = o_THE.reshape(hidden_TD.shape[0], -1)
+        attended_TD = project(o_TI, groups.o, lower(o_TI, groups.o, lows.o), held.o)
+        middle = _middle(parts, attended_TD, hidden_TD, saving.mlp_rows)
+        del attended_TD
+        kept = [hidden_TD, lows.table_TR]
         if keep is not Keep.INPUT:
-            ctx.attended, ctx.lows = attended, (low_qkv, low_o)
-            kept.append(middle_TD)
-        del attended
-        out_TD, gated = _mlp(parts, groups, middle_TD)
-        if keep is Keep.ALL:
-            ctx.gated = gated
-        ctx.save_for_backward(*kept)
+            kept += [o_TI.contiguous(), *stats]
+        if keep in (Keep.ATTENTION, Keep.ALL):
+            kept += [qkv_TO, middle.sum_TD]
+        del o_THE, o_TI, qkv_TO
+        out_TD, gate_up_TI = mlp_forward(
+            parts, groups, held, middle, lows, None if keep is Keep.ALL else saving.mlp_rows
+        )
+        if keep is Keep.ALL and gate_up_TI is not None:
+            kept.append(gate_up_TI)
+        ctx.rope, ctx.attention, ctx.parts, ctx.saving, ctx.stats = rope_TE, attention, parts, saving, len(stats)
+        if saving.store is not None:
+            ctx.kept = saving.store.save(kept)
+        else:
+            ctx.kept = kept
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TD: torch.Tensor) -> Any:
         parts: Parts = ctx.parts
-        hidden_TD, *rest = ctx.saved_tensors
-        T, (cos_TE, sin_TE) = hidden_TD.shape[0], ctx.rope
+        saving: Saving = ctx.saving
+        held, keep = saving.held, saving.keep
+        hidden_TD, table_TR, *rest = _taken(ctx)
+        T = hidden_TD.shape[0]
         groups = parts.rounded(hidden_TD.dtype)
-        if ctx.attended is None:
-            qkv, low_qkv = _qkv(parts, groups, ctx.rope, hidden_TD)
-            attended = _Attended(parts, ctx.attention, qkv)
-            del qkv
-            (middle_TD,), low_o = project(attended.flat_TI, groups.o)
-            middle_TD.add_(hidden_TD)
-        else:
-            attended, (low_qkv, low_o), (middle_TD,) = ctx.attended, ctx.lows, rest
-            ctx.attended = None
-        dmiddle_TD, d_gate_up, d_down = _mlp_backward(parts, groups, middle_TD, dout_TD, ctx.gated)
-        ctx.gated = None
-        do_TI, d_o = project_backward((dmiddle_TD,), attended.flat_TI, low_o, groups.o)
-        assert do_TI is not None
-        dq_THE, dk_TKE, dv_TKE = attended.backward(do_TI.view_as(attended.output))
-        del attended, do_TI
-        rotate_(dq_THE, dk_TKE, cos_TE, sin_TE, transpose=True)
+        lows = Lows(groups, table_TR)
         normed_TD, rstd_T = norm_forward(hidden_TD, parts.norm1_D, parts.eps)
-        dqkv = [t.reshape(T, -1) for t in (dq_THE, dk_TKE, dv_TKE)]
-        dnormed_TD, d_qkv = project_backward(dqkv, normed_TD, low_qkv, groups.qkv, ctx.needs_input_grad[0])
+        qkv_TO = o_TI = gate_up_TI = None
+        stats: tuple[torch.Tensor, ...] = ()
+        middle: Middle | None = None
+        if keep is not Keep.INPUT:
+            o_TI, stats = rest[0], tuple(rest[1 : 1 + ctx.stats])
+        if keep in (Keep.ATTENTION, Keep.ALL):
+            qkv_TO, middle = rest[1 + ctx.stats], Middle(rest[2 + ctx.stats])
+        if keep is Keep.ALL:
+            gate_up_TI = rest[3 + ctx.stats]
+        del rest
+        if qkv_TO is None:
+            qkv_TO = _qkv(parts, groups, held, ctx.rope, normed_TD, lows.qkv)
+        if o_TI is None:
+            o_THE, stats = ctx.attention.forward(*_heads(parts, qkv_TO), parts.scale)
+            o_TI = o_THE.reshape(T, -1)
+            del o_THE
+        if middle is None:
+            middle = _middle(parts, project(o_TI, groups.o, lows.o, held.o), hidden_TD, saving.mlp_rows)
+        dmiddle_TD, d_gate_up, d_down = mlp_backward(
+            parts, groups, held, middle, dout_TD, lows, gate_up_TI, saving.mlp_rows
+        )
+        del middle, gate_up_TI, dout_TD
+        do_TI, g_o = input_gradient(dmiddle_TD, groups.o, held.o)
+        d_o = adapter_gradients(dmiddle_TD, g_o, o_TI, lows.o, groups.o)
+        assert do_TI is not None
+        dqkv_TO = _attention_backward(parts, ctx.attention, ctx.rope, do_TI, qkv_TO, o_TI, stats)
+        del do_TI, qkv_TO, o_TI, stats
+        dnormed_TD, d_qkv = project_backward(
+            dqkv_TO, normed_TD, lows.qkv, groups.qkv, held.qkv, ctx.needs_input_grad[0]
+        )
         dhidden_TD = None
         if dnormed_TD is not None:
             dhidden_TD = norm_backward(dnormed_TD, dmiddle_TD, hidden_TD, parts.norm1_D, rstd_T)
         return dhidden_TD, None, None, None, None, *d_qkv, *d_o, *d_gate_up, *d_down
 
 
-def _mlp_backward(
+def _taken(ctx: Any) -> list[Any]:
+    """What forward kept, once."""
+    kept, ctx.kept = ctx.kept, None
+    if kept is None:
+        raise RuntimeError("backward ran twice through one fused layer: what it kept is overwritten; run forward again")
+    return kept.take() if isinstance(kept, Stored) else kept
+
+
+def _attention_backward(
     parts: Parts,
-    groups: Groups,
-    middle_TD: torch.Tensor,
-    dout_TD: torch.Tensor,
-    gated: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
-) -> tuple[torch.Tensor, list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """Gradient of h', and of the adapters of gate, up and down; overwrites gate and up."""
-    normed_TD, rstd_T = norm_forward(middle_TD, parts.norm2_D, parts.eps)
-    if gated is None:
-        (gate_TI, up_TI), low = project(normed_TD, groups.gate_up)
-    else:
-        gate_TI, up_TI, low = gated
-    dproduct_TI, g_down = input_gradient((dout_TD,), groups.down)
-    assert dproduct_TI is not None
-    product_TI = glu_backward_(dproduct_TI, gate_TI, up_TI, want_h=True, activation=parts.activation)
-    assert product_TI is not None
-    del dproduct_TI
-    d_down = adapter_gradients((dout_TD,), g_down, product_TI, None, groups.down)
-    del product_TI
-    dnormed_TD, d_gate_up = project_backward((gate_TI, up_TI), normed_TD, low, groups.gate_up)
-    assert dnormed_TD is not None
-    return norm_backward(dnormed_TD, dout_TD, middle_TD, parts.norm2_D, rstd_T), d_gate_up, d_down
+    attention: PackedAttention,
+    rope_TE: RopeTE,
+    do_TI: torch.Tensor,
+    qkv_TO: torch.Tensor,
+    o_TI: torch.Tensor,
+    stats: tuple[torch.Tensor, ...],
+) -> torch.Tensor:
+    """Gradient of q, k and v before their rotation, side by side ``[T, (H + 2K) E]``."""
+    q_THE, k_TKE, v_TKE = _heads(parts, qkv_TO)
+    grads = attention.backward(do_TI.view_as(q_THE), q_THE, k_TKE, v_TKE, o_TI.view_as(q_THE), stats, parts.scale)
+    dqkv_TO = torch.cat(grads, dim=1).view(qkv_TO.shape[0], -1)
+    dq_THE, dk_TKE, _ = _heads(parts, dqkv_TO)
+    rotate_(dq_THE, dk_TKE, *rope_TE, transpose=True)
+    return dqkv_TO
 
 
 def fused_block(
-    parts: Parts, hidden_TD: torch.Tensor, rope_TE: tuple[torch.Tensor, torch.Tensor], attention: Attention, keep: Keep
+    parts: Parts, hidden_TD: torch.Tensor, rope_TE: RopeTE, attention: PackedAttention, saving: Saving
 ) -> torch.Tensor:
-    """One decoder layer over packed tokens, ``[T, D]`` to ``[T, D]``, keeping what ``keep`` says for backward."""
-    result: torch.Tensor = _FusedBlock.apply(hidden_TD, rope_TE, attention, parts, keep, *parts.trainables())
+    """One decoder layer over packed tokens, ``[T, D]`` to ``[T, D]``, keeping what ``saving`` says for backward."""
+    result: torch.Tensor = _FusedBlock.apply(hidden_TD, rope_TE, attention, parts, saving, *parts.trainables())
     return result

@@ -9,8 +9,8 @@ import torch
 from ..config.errors import ConfigError
 from ..lora.projection import hooked
 from .attention import Attention
-from .fused_block import Parts, read_parts
 from .modules import add_and_norm, gated_mlp, norm, rotated
+from .parts import Parts, read_parts
 from .spec import ModelSpec, RopeTE
 
 

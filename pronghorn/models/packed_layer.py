@@ -9,16 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config.errors import ConfigError
 from . import checkpointing
-from .attention import Attention
-from .fused_block import Groups, Parts, fused_block, layer_forward
-from .keep import Keep
+from .attention import Attention, PackedAttention
+from .fused_block import Saving, fused_block, layer_forward
+from .offload import host_store
+from .parts import Groups, Held, Parts, held_weights
 from .registry import spec_for
 from .state import ATTRIBUTE
 from .tree import layers, unwrap
 
 PREPARED = "pronghorn_prepared"
 """Attribute of a layer while :func:`prepared` holds: its parts and its adapters in the compute dtype."""
+
+HELD = "pronghorn_held"
+"""Attribute of a layer whose dequantized weights stay in memory, as the plan may have it: their key, and they."""
 
 
 def run_layer(
@@ -39,8 +44,42 @@ def run_layer(
         return checkpointing.run(layer, spec.block, layer, hidden_TD, rope_TE, attention)
     if not torch.is_grad_enabled():
         return layer_forward(parts, parts.rounded(hidden_TD.dtype), hidden_TD, rope_TE, attention)
-    keep = Keep.INPUT if checkpointing.should_recompute(layer) else Keep.ALL
-    return fused_block(parts, hidden_TD, rope_TE, attention, keep)
+    if not isinstance(attention, PackedAttention):
+        raise ConfigError(
+            f"attention={type(attention).__name__} has no backward pass: train with PackedAttention, or run this walk "
+            "under torch.no_grad()"
+        )
+    return fused_block(parts, hidden_TD, rope_TE, attention, _saving(layer, parts, hidden_TD))
+
+
+def _saving(layer: Any, parts: Parts, hidden_TD: torch.Tensor) -> Saving:
+    """What the plan says for this layer, now."""
+    own, step = checkpointing.plan_for(layer), checkpointing.step_plan_for(layer)
+    store = host_store(hidden_TD.device.index) if own.host and hidden_TD.is_cuda else None
+    if step is None or not step.cached_weights:
+        layer.__dict__.pop(HELD, None)
+        return Saving(own.keep, store, None if step is None else step.mlp_rows)
+    return Saving(own.keep, store, step.mlp_rows, _held(layer, parts, hidden_TD.dtype))
+
+
+class _HeldWeights:
+    """Dequantized weights of one layer and what they were made from; a deep copy of the model makes its own."""
+
+    def __init__(self, key: object, weights: Held) -> None:
+        self.key, self.weights = key, weights
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _HeldWeights:
+        return _HeldWeights(None, Held())
+
+
+def _held(layer: Any, parts: Parts, dtype: torch.dtype) -> Held:
+    """The layer's weights in ``dtype``, made once, and again if something wrote to the 4-bit ones."""
+    key = (dtype, *((id(p.base.weight), p.base.weight._version) for p in parts.projections))
+    found: _HeldWeights | None = layer.__dict__.get(HELD)
+    if found is None or found.key != key:
+        layer.__dict__.pop(HELD, None)
+        found = layer.__dict__[HELD] = _HeldWeights(key, held_weights(parts.rounded(dtype), dtype))
+    return found.weights
 
 
 @contextmanager

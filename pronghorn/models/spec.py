@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .attention import Attention
-from .fused_block import Parts
+from .parts import Parts
 
 RopeTE = tuple[torch.Tensor, torch.Tensor]
 """Rotary cos and sin, each ``[T, E]`` in the compute dtype."""

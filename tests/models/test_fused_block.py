@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from pronghorn.lora import projection
 from pronghorn.lora.config import register
 from pronghorn.models.attention import PackedAttention
-from pronghorn.models.fused_block import fused_block, read_parts
+from pronghorn.models.fused_block import Saving, fused_block
 from pronghorn.models.keep import Keep
 from pronghorn.models.llama import block
+from pronghorn.models.parts import held_weights, read_parts
 from pronghorn.quant.linear4bit import Linear4bit
 from tests.models.test_attach import make, relative
 
@@ -43,9 +46,17 @@ def inputs(model: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor],
     return hidden, (cos[0], sin[0]), PackedAttention(LENGTHS, "cpu")
 
 
-@pytest.mark.parametrize("keep", list(Keep))
-@pytest.mark.parametrize("nf4", [False, True], ids=["float32", "nf4"])
-def test_values_and_gradients_equal_the_plain_block(keep: Keep, nf4: bool) -> None:
+SAVINGS = {
+    **{keep.value: Saving(keep) for keep in Keep},
+    **{f"{keep.value}-tiled": Saving(keep, mlp_rows=6) for keep in Keep},
+    "one-row-tiles": Saving(Keep.CORE, mlp_rows=1),
+    "a-tile-over-all": Saving(Keep.ATTENTION, mlp_rows=64),
+}
+
+
+@pytest.mark.parametrize("saving", SAVINGS.values(), ids=SAVINGS)
+@pytest.mark.parametrize(("nf4", "held"), [(False, False), (True, False), (True, True)], ids=["float32", "nf4", "held"])
+def test_values_and_gradients_equal_the_plain_block(saving: Saving, nf4: bool, held: bool) -> None:
     model = adapted(nf4)
     layer = model.get_base_model().model.layers[1]
     hidden, rope, attention = inputs(model)
@@ -55,7 +66,9 @@ def test_values_and_gradients_equal_the_plain_block(keep: Keep, nf4: bool) -> No
     expected = torch.autograd.grad((plain * probe).sum(), [hidden, *trained])
     parts = read_parts(layer, "silu")
     assert not isinstance(parts, str), parts
-    fused = fused_block(parts, hidden, rope, attention, keep)
+    if held:
+        saving = replace(saving, held=held_weights(parts.rounded(torch.float32), torch.float32))
+    fused = fused_block(parts, hidden, rope, attention, saving)
     assert relative(fused.detach(), plain.detach()) < 1e-6
     for got, want in zip(torch.autograd.grad((fused * probe).sum(), [hidden, *trained]), expected):
         assert relative(got, want) < 2e-6
@@ -70,7 +83,7 @@ def test_a_partial_adapter_and_a_first_layer_without_input_gradient() -> None:
     expected = torch.autograd.grad(block(layer, hidden, rope, attention).square().sum(), trained)
     parts = read_parts(layer, "silu")
     assert not isinstance(parts, str)
-    got = torch.autograd.grad(fused_block(parts, hidden, rope, attention, Keep.INPUT).square().sum(), trained)
+    got = torch.autograd.grad(fused_block(parts, hidden, rope, attention, Saving(Keep.INPUT)).square().sum(), trained)
     for a, b in zip(got, expected):
         assert relative(a, b) < 2e-6
 
@@ -96,3 +109,28 @@ def test_a_hook_keeps_the_sub_modules_in_use() -> None:
     assert not isinstance(read_parts(layer, "silu"), str)
     layer.input_layernorm.weight.requires_grad_(True)
     assert "norm" in str(read_parts(layer, "silu"))
+
+
+def test_what_was_kept_serves_one_backward() -> None:
+    model = adapted()
+    hidden, rope, attention = inputs(model)
+    parts = read_parts(model.get_base_model().model.layers[0], "silu")
+    assert not isinstance(parts, str)
+    out = fused_block(parts, hidden, rope, attention, Saving(Keep.ALL)).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward ran twice"):
+        out.backward()
+
+
+def test_4_bit_neighbours_are_multiplied_at_once_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(nf4=True)
+    parts = read_parts(model.get_base_model().model.layers[0], "silu")
+    assert not isinstance(parts, str)
+    group = parts.rounded(torch.float32).qkv
+    whole = torch.cat([p.weight(torch.float32) for p in group.members])
+    for most, pieces in ((whole.numel(), 1), (whole.numel() - 1, 2), (1, 3)):
+        monkeypatch.setattr(projection, "STACK", most)
+        found = list(projection.weights(group, torch.float32))
+        assert len(found) == pieces
+        assert torch.equal(torch.cat([w for _, w in found]), whole)
+        assert [c.start for c, _ in found] == [0, *(c.stop for c, _ in found[:-1])]

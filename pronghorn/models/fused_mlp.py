@@ -1,0 +1,146 @@
+r"""The second half of a decoder layer by hand: norm, gate and up, :math:`\phi(g) u`, down, residual.
+
+Each token's result needs that token alone, so a long sequence goes through in tiles of rows: the widest activations
+there are then exist for one tile at a time. A tile's gradients add onto those of the tiles before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.glu import glu_backward_, glu_forward
+from ..kernels.rms_norm import norm_backward, norm_forward
+from ..lora.fused import Gradients, adapter_gradients, input_gradient, lower, project
+from ..lora.projection import Group, weights
+from .parts import Groups, Held, Parts
+
+
+class Lows:
+    """``x A^T`` of a layer's four groups, side by side in one ``[T, R]``: small, and dear to make again."""
+
+    def __init__(self, groups: Groups, table_TR: torch.Tensor) -> None:
+        self.table_TR = table_TR
+        views: list[torch.Tensor | None] = []
+        at = 0
+        for group in groups:
+            views.append(table_TR[:, at : at + group.rank] if group.rank else None)
+            at += group.rank
+        self.qkv, self.o, self.gate_up, self.down = views
+
+    @classmethod
+    def empty(cls, groups: Groups, like_TD: torch.Tensor) -> Lows:
+        return cls(groups, like_TD.new_empty(like_TD.shape[0], sum(group.rank for group in groups)))
+
+
+@dataclass(frozen=True)
+class Middle:
+    """h' and its norm, where that was made along with it: ``normed_TD`` and ``rstd_T`` are None in tiles."""
+
+    sum_TD: torch.Tensor
+    normed_TD: torch.Tensor | None = None
+    rstd_T: torch.Tensor | None = None
+
+
+def _tiles(T: int, rows: int | None) -> Iterator[slice]:
+    step = T if rows is None else rows
+    return (slice(start, min(start + step, T)) for start in range(0, T, max(step, 1)))
+
+
+def _some(low_TR: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return None if low_TR is None else low_TR[rows]
+
+
+def _halves(gate_up_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    I = gate_up_TI.shape[1] // 2  # noqa: E741 - the inner size, as in every shape suffix
+    return gate_up_TI[:, :I], gate_up_TI[:, I:]
+
+
+def _normed(parts: Parts, middle: Middle, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    if middle.normed_TD is not None and middle.rstd_T is not None:
+        return middle.normed_TD, middle.rstd_T
+    return norm_forward(middle.sum_TD[rows], parts.norm2_D, parts.eps)
+
+
+def _held(held: Held, groups: Groups, dtype: torch.dtype, tiles: int) -> Held:
+    """With several tiles the weights are made once for all of them."""
+    if tiles == 1:
+        return held
+
+    def keep(group: Group, own: list[tuple[slice, torch.Tensor]] | None) -> list[tuple[slice, torch.Tensor]]:
+        return list(weights(group, dtype)) if own is None else own
+
+    return held._replace(gate_up=keep(groups.gate_up, held.gate_up), down=keep(groups.down, held.down))
+
+
+def mlp_forward(
+    parts: Parts, groups: Groups, held: Held, middle: Middle, lows: Lows, rows: int | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``h' + down(act(gate) * up)``, ``[T, D]``; and gate and up side by side where there is one tile, else None.
+
+    ``lows.gate_up`` and ``lows.down`` are filled in.
+    """
+    T = middle.sum_TD.shape[0]
+    tiles = list(_tiles(T, rows))
+    held = _held(held, groups, middle.sum_TD.dtype, len(tiles))
+    out_TD = torch.empty_like(middle.sum_TD) if len(tiles) > 1 else None
+    gate_up_TI = None
+    for tile in tiles:
+        normed_TD, _ = _normed(parts, middle, tile)
+        gate_up_TI = project(
+            normed_TD, groups.gate_up, lower(normed_TD, groups.gate_up, _some(lows.gate_up, tile)), held.gate_up
+        )
+        del normed_TD
+        product_TI = glu_forward(*_halves(gate_up_TI), parts.activation)
+        if out_TD is not None:
+            gate_up_TI = None
+        down_TD = project(product_TI, groups.down, lower(product_TI, groups.down, _some(lows.down, tile)), held.down)
+        del product_TI
+        if out_TD is None:
+            return down_TD.add_(middle.sum_TD), gate_up_TI
+        torch.add(down_TD, middle.sum_TD[tile], out=out_TD[tile])
+    assert out_TD is not None
+    return out_TD, None
+
+
+def mlp_backward(
+    parts: Parts,
+    groups: Groups,
+    held: Held,
+    middle: Middle,
+    dout_TD: torch.Tensor,
+    lows: Lows,
+    gate_up_TI: torch.Tensor | None,
+    rows: int | None,
+) -> tuple[torch.Tensor, Gradients, Gradients]:
+    """Gradient of h', and of the adapters of gate, up and down; overwrites ``gate_up_TI`` where it was kept."""
+    T = middle.sum_TD.shape[0]
+    tiles = list(_tiles(T, rows if gate_up_TI is None else None))
+    held = _held(held, groups, dout_TD.dtype, len(tiles))
+    dmiddle_TD = torch.empty_like(dout_TD) if len(tiles) > 1 else None
+    d_gate_up: Gradients | None = None
+    d_down: Gradients | None = None
+    for tile in tiles:
+        normed_TD, rstd_T = _normed(parts, middle, tile)
+        low_TR, low_down_TR, dtile_TD = _some(lows.gate_up, tile), _some(lows.down, tile), dout_TD[tile]
+        both_TI = project(normed_TD, groups.gate_up, low_TR, held.gate_up) if gate_up_TI is None else gate_up_TI
+        dproduct_TI, g_down = input_gradient(dtile_TD, groups.down, held.down)
+        assert dproduct_TI is not None
+        product_TI = glu_backward_(dproduct_TI, *_halves(both_TI), want_h=True, activation=parts.activation)
+        assert product_TI is not None
+        del dproduct_TI
+        d_down = adapter_gradients(dtile_TD, g_down, product_TI, low_down_TR, groups.down, d_down)
+        del product_TI
+        dnormed_TD, g_gate_up = input_gradient(both_TI, groups.gate_up, held.gate_up)
+        assert dnormed_TD is not None
+        d_gate_up = adapter_gradients(both_TI, g_gate_up, normed_TD, low_TR, groups.gate_up, d_gate_up)
+        del both_TI
+        dx_TD = norm_backward(dnormed_TD, dtile_TD, middle.sum_TD[tile], parts.norm2_D, rstd_T)
+        if dmiddle_TD is None:
+            dmiddle_TD = dx_TD
+        else:
+            dmiddle_TD[tile] = dx_TD
+    assert dmiddle_TD is not None and d_gate_up is not None and d_down is not None
+    return dmiddle_TD, d_gate_up, d_down

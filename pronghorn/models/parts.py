@@ -1,0 +1,84 @@
+"""What the fused path reads of a decoder layer: its projections and norms as they stand, and its sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..kernels.glu import ACTIVATIONS
+from ..lora.projection import Group, Projection, Weights, groups, hooked, read_projection, weights
+
+
+class Groups(NamedTuple):
+    """A layer's projections by their common input, at a compute dtype."""
+
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
+
+
+class Held(NamedTuple):
+    """Weights of each group that stay in memory dequantized; None where each product makes its own."""
+
+    qkv: Weights | None = None
+    o: Weights | None = None
+    gate_up: Weights | None = None
+    down: Weights | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A layer's pieces: its projections in the order q, k, v, o, gate, up, down, its norms and its sizes."""
+
+    projections: tuple[Projection, ...]
+    norm1_D: torch.Tensor
+    norm2_D: torch.Tensor
+    eps: float
+    head_dim: int
+    scale: float
+    layer_idx: int
+    activation: str
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Query heads and key/value heads."""
+        q, k = self.projections[:2]
+        return q.base.out_features // self.head_dim, k.base.out_features // self.head_dim
+
+    def rounded(self, dtype: torch.dtype) -> Groups:
+        """The projections by their common inputs, adapters rounded to ``dtype``."""
+        p = self.projections
+        return Groups(*groups((p[:3], p[3:4], p[4:6], p[6:]), dtype))
+
+    def trainables(self) -> list[torch.Tensor | None]:
+        """A and B of every projection, in order."""
+        return [t for p in self.projections for t in (p.a_rI, p.b_Or)]
+
+
+def held_weights(groups: Groups, dtype: torch.dtype) -> Held:
+    """Every group's weights in ``dtype``, to keep."""
+    return Held(*(list(weights(group, dtype)) for group in groups))
+
+
+def read_parts(layer: Any, activation: str) -> Parts | str:
+    """``layer`` (Llama's names) as :class:`Parts`, or in words why its own sub-modules have to be called."""
+    attn, mlp = layer.self_attn, layer.mlp
+    if activation not in ACTIVATIONS:
+        return f"hidden_act={activation!r}"
+    for module in (attn, mlp, layer.input_layernorm, layer.post_attention_layernorm):
+        if hooked(module):
+            return f"a hook on {type(module).__name__}"
+    norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
+    if any(w.requires_grad for w in norms):
+        return "a norm that trains"
+    found = []
+    for module in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        projection = read_projection(module)
+        if isinstance(projection, str):
+            return projection
+        found.append(projection)
+    eps = float(layer.input_layernorm.variance_epsilon)
+    return Parts(tuple(found), *norms, eps, attn.head_dim, attn.scaling, attn.layer_idx, activation)
