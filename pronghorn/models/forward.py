@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..kernels.head import head_logits
+from ..lora.dora import row_norm
 from .attention import Attention
 from .modules import norm
 from .registry import spec_for
@@ -72,9 +73,9 @@ def head(model: nn.Module) -> Head:
 
 
 def _lora_head(lm_head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight ``W + scaling * B @ A`` of a head under LoRA, differentiable, and the bias."""
+    """Weight and bias of a head under LoRA, differentiable: ``W + scaling * B @ A``, with DoRA times ``m / norm``."""
     base = lm_head.get_base_layer()
-    weight_VD = base.weight
+    weight_VD, bias_V = base.weight, base.bias
     active = [] if lm_head.disable_adapters or lm_head.merged else lm_head.active_adapters
     for name in active:
         if name not in lm_head.lora_A:
@@ -84,7 +85,14 @@ def _lora_head(lm_head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         a_rD = lm_head.lora_A[name].weight.to(weight_VD.dtype)
         b_Vr = lm_head.lora_B[name].weight.to(weight_VD.dtype)
         weight_VD = weight_VD + (b_Vr @ a_rD) * lm_head.scaling[name]
-    return weight_VD, base.bias
+        if lm_head.lora_variant.get(name) is not None:
+            size_V = lm_head.lora_magnitude_vector[name].weight / row_norm(lm_head, name)
+            weight_VD = weight_VD * size_V.to(weight_VD.dtype).unsqueeze(1)
+        extra_V = lm_head.lora_B[name].bias
+        if extra_V is not None:
+            extra_V = extra_V.to(weight_VD.dtype) * lm_head.scaling[name]
+            bias_V = extra_V if bias_V is None else bias_V + extra_V
+    return weight_VD, bias_V
 
 
 def logits(model: nn.Module, hidden_ND: torch.Tensor) -> torch.Tensor:
