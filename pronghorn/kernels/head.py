@@ -2,7 +2,7 @@
 
 Each chunk's logits are made by one product, read and overwritten by their gradient in one kernel (``logits.py``), and
 turned by a second product into the gradient of the hidden states, by a third into that of the head's weight where it
-trains. Peak memory is the results and one chunk: ``4 * chunk * V`` bytes, 256 MiB by default.
+trains. Peak memory is the results and one chunk, ``4 * chunk * (V + D)`` bytes: 256 MiB by default, and a little.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class HeadResult(NamedTuple):
     """What the walk over a head's rows gives; None where it was not asked for.
 
     The log-probabilities and entropies are float32 (float64 for float64). Row n of ``hidden_ND`` is the gradient of
-    ``weights_n * logp_n``, in the hidden states' dtype; ``weight_VD`` and ``bias_V``, gradients of the sum over n, are
-    float32 or float64.
+    ``weights_n * logp_n``, times the factor that was given, in the hidden states' dtype; ``weight_VD`` and ``bias_V``,
+    gradients of the sum over n without that factor, are float32 or float64.
     """
 
     logps_N: torch.Tensor
@@ -86,6 +86,7 @@ def walk(
     weights_N: torch.Tensor | None,
     chunk: int,
     wanted: Gradients,
+    factor: torch.Tensor | None = None,
     *,
     scale: float,
     softcap: float | None,
@@ -95,7 +96,8 @@ def walk(
 ) -> HeadResult:
     """Log-probabilities of ``targets_N``, and the gradients of the sum of ``weights_N`` times them. No autograd.
 
-    The arguments are those of :func:`pronghorn.kernels.logits.logit_stats_`, for all rows.
+    ``factor`` (0-d, where the hidden states are) multiplies their gradients before these are rounded. The others are
+    those of :func:`pronghorn.kernels.logits.logit_stats_`, for all rows.
     """
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
     weight_VD = weight_VD.to(hidden_ND.dtype)
@@ -126,7 +128,7 @@ def walk(
         if d_CV is None:
             return
         if gradient_ND is not None:
-            torch.mm(d_CV, weight_VD, out=gradient_ND[rows])
+            _product_into(gradient_ND[rows], d_CV, weight_VD, factor)
         if gradient_VD is not None:
             _add_product(gradient_VD, d_CV.T, hidden_ND[rows])
         if gradient_V is not None:
@@ -135,6 +137,17 @@ def walk(
     for start in range(0, N, chunk):
         one_chunk(slice(start, start + chunk))
     return HeadResult(logps_N, entropy_N, gradient_ND, gradient_VD, gradient_V)
+
+
+def _product_into(out_CD: torch.Tensor, a_CV: torch.Tensor, b_VD: torch.Tensor, factor: torch.Tensor | None) -> None:
+    """``out_CD = factor * (a_CV @ b_VD)``, rounded once on a GPU."""
+    if factor is None:
+        torch.mm(a_CV, b_VD, out=out_CD)
+        return
+    wide = a_CV.is_cuda and a_CV.dtype != factor.dtype
+    product_CD = torch.mm(a_CV, b_VD, out_dtype=factor.dtype) if wide else a_CV @ b_VD
+    # [1], not 0-d: a 0-d factor would be rounded to a 16-bit product's dtype before it multiplies.
+    torch.mul(product_CD, factor.reshape(1), out=out_CD)
 
 
 def _add_product(sum_VD: torch.Tensor, a_VC: torch.Tensor, b_CD: torch.Tensor) -> None:
@@ -155,5 +168,5 @@ def unit_weights(weights_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not len(weights_N):
         return weights_N, weights_N.new_ones(())
     unit = weights_N.abs().amax()
-    unit = torch.where(unit == 0, 1, unit)
+    unit = unit.masked_fill(unit == 0, 1)
     return weights_N / unit, unit

@@ -8,9 +8,11 @@ forward pass makes over the chunk's logits (``logits.py``), :math:`dh_n = -\frac
 G_n h_n^T` and :math:`db = -\frac gM \sum_n G_n`: the incoming gradient g is a factor, so the products are done in the
 forward pass too, and backward scales their results in place. No logits are computed twice.
 
-Rounding: :math:`w_n / M` is split as :math:`f_n 2^e` with every :math:`|f_n| \le 1` and the largest at least 1/2. f
-goes into G before that is rounded; :math:`-g 2^e` into the results, where with a g that is a power of two, as 1 and a
-loss scaler's are, it rounds nothing more. And float16 sees numbers of its own size until g is there.
+Rounding to 16 bits: the weights go into G divided by their largest, so that equal ones are 1. With that largest over M
+as :math:`f \, 2^e`, :math:`1/2 \le f < 1`, each :math:`dh_n` is rounded with f in it, and multiplied by :math:`-g 2^e`,
+which rounds nothing more where g is a power of two, as 1 and a loss scaler's factors are. (1/M within G would be worse:
+at the target G is close to 1, which 16 bits hold, and to 1/M they would be off by as much in every row.) And float16
+sees numbers of its own size until g is there. :math:`dW` and db are float32 sums, scaled before they are rounded.
 """
 
 from __future__ import annotations
@@ -92,8 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         settings: dict[str, Any],
     ) -> torch.Tensor:
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-        unit = torch.ones((), dtype=dtype, device=hidden_ND.device)
-        factors_N = unit.expand(targets_N.shape)
+        unit, factors_N = torch.ones((), dtype=dtype, device=hidden_ND.device), None
         if weights_N is not None:
             counted_N = weights_N.detach().to(dtype).masked_fill(targets_N == settings["ignore_index"], 0)
             factors_N, unit = unit_weights(counted_N)
@@ -102,12 +103,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = (unit / denominator).to(dtype)
         mantissa, _ = torch.frexp(total)
         made = walk(
-            hidden_ND, weight_VD, targets_N, bias_V, factors_N * mantissa if any(wanted) else None,
-            wanted=wanted, **settings,
+            hidden_ND, weight_VD, targets_N, bias_V, factors_N, wanted=wanted, factor=mantissa, **settings
         )  # fmt: skip
-        ctx.made, ctx.power_of_two = made, total / mantissa
+        ctx.made, ctx.total, ctx.power_of_two = made, total, total / mantissa
         ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-        return -(made.logps_N * factors_N).sum() * total
+        return -(made.logps_N if factors_N is None else made.logps_N * factors_N).sum() * total
 
     @staticmethod
     @once_differentiable
@@ -120,9 +120,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         made: HeadResult = ctx.made
         ctx.made = None
         # [1], not 0-d: a 0-d factor would be rounded to the 16-bit tensor's dtype before it multiplies.
-        factor = (-g * ctx.power_of_two).reshape(1)
+        rest, all_of_it = (-g * ctx.power_of_two).reshape(1), (-g * ctx.total).reshape(1)
         weight_dtype, bias_dtype = ctx.dtypes
-        hidden_grad = None if made.hidden_ND is None else made.hidden_ND.mul_(factor)
-        weight_grad = None if made.weight_VD is None else made.weight_VD.mul_(factor).to(weight_dtype)
-        bias_grad = None if made.bias_V is None else made.bias_V.mul_(factor).to(bias_dtype)
+        hidden_grad = None if made.hidden_ND is None else made.hidden_ND.mul_(rest)
+        weight_grad = None if made.weight_VD is None else made.weight_VD.mul_(all_of_it).to(weight_dtype)
+        bias_grad = None if made.bias_V is None else made.bias_V.mul_(all_of_it).to(bias_dtype)
         return hidden_grad, weight_grad, bias_grad, None, None, None, None, None

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from pronghorn.kernels.head import CHUNK_ELEMENTS, Gradients, check_head, head_logits, unit_weights, walk
-
-__all__ = ["CHUNK_ELEMENTS", "chosen_logprobs", "head_logits"]
+from pronghorn.kernels.head import Gradients, check_head, unit_weights, walk
 
 
 def chosen_logprobs(
