@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pronghorn.kernels import attention_cuda
 from pronghorn.kernels.attention import Path, choose
 from pronghorn.kernels.reference import attention as reference
+from pronghorn.kernels.spans import Spans
 from pronghorn.models.attention import PackedAttention
 
 SCALE = 0.3
@@ -177,6 +179,19 @@ def test_infinity_stays_in_its_row() -> None:
 def test_empty_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="empty rows"):
         PackedAttention([3, 0], "cpu")
+
+
+@pytest.mark.parametrize("run", ["flash", "cudnn"])
+def test_library_kernels_take_what_they_are_given(run: str) -> None:
+    """On the meta device: the arguments fit the operators' schemas, and results have the promised shapes."""
+    lengths = (8, 8)
+    spans = Spans(lengths, lengths, causal=True, device=torch.device("meta"))
+    q, k, v = (torch.empty(16, n, 64, dtype=torch.bfloat16, device="meta") for n in (4, 2, 2))
+    o, lse = getattr(attention_cuda, f"{run}_forward")(q, k, v, spans, SCALE)
+    assert o.shape == q.shape and o.is_contiguous() and lse.dtype == torch.float32
+    assert lse.shape == ((4, 16) if run == "flash" else (2, 4, 8, 1))
+    dq, dk, dv = getattr(attention_cuda, f"{run}_backward")(torch.empty_like(o), q, k, v, o, lse, spans, SCALE)
+    assert dq.shape == q.shape and dk.shape == k.shape and dv.shape == v.shape
 
 
 def test_choice_of_path() -> None:
