@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "FastLanguageModel": "pronghorn.api",
     "PatchFastRL": "pronghorn.api",
+    "plan": "pronghorn.api",
     "is_bfloat16_supported": "pronghorn.env",
     "SamplingParams": "pronghorn.config.sampling",
     "ConfigError": "pronghorn.config.errors",
@@ -22,10 +23,10 @@ _PUBLIC = {
 }
 
 __all__ = ["ConfigError", "FastLanguageModel", "GRPOConfig", "GRPOTrainer", "PatchFastRL", "SamplingParams",
-           "is_bfloat16_supported", "train_on_responses_only"]  # fmt: skip
+           "is_bfloat16_supported", "plan", "train_on_responses_only"]  # fmt: skip
 
 if TYPE_CHECKING:
-    from .api import FastLanguageModel, PatchFastRL
+    from .api import FastLanguageModel, PatchFastRL, plan
     from .config.errors import ConfigError
     from .config.sampling import SamplingParams
     from .env import is_bfloat16_supported

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from types import MethodType
 from typing import Any
 
@@ -10,11 +11,13 @@ from torch import nn
 
 from . import loader
 from .config.adapters import LIVE, AdapterChoice, LoraHandle
-from .config.errors import ConfigError
+from .config.errors import ConfigError, reject_unknown
 from .config.load import LoadConfig
 from .config.lora import LoraDefaults
+from .config.plan import PlanSettings
 from .config.sampling import SamplingParams
 from .models import state_of
+from .models.plan import TrainingPlan
 from .rollout import base as rollout
 from .sft.trl_head import install as answer_trl_sft
 
@@ -199,3 +202,23 @@ def PatchFastRL(algorithm: str = "GRPO", FastLanguageModel: Any = None, mode: st
     if str(algorithm).upper() != "GRPO":
         raise ConfigError(f"PatchFastRL: algorithm={algorithm!r} is not offered; give 'GRPO'")
     patch(mode=mode)
+
+
+def plan(model: Any, **settings: Any) -> TrainingPlan:
+    """What a training step would take in memory and time, without running it.
+
+    Args:
+        model: a live model, a transformers config, a folder with a config.json, or a hub name.
+        settings: fields of :class:`pronghorn.config.plan.PlanSettings`: ``batch_size``, ``seq_length``,
+            ``gpu="H200"`` (default: the GPU here), ``memory_gb``, ``use_gradient_checkpointing``, ``load_in_4bit``,
+            ``r``, ``target_modules``, ``optimizer``.
+
+    Returns:
+        The plan: ``peak_bytes``, ``step_seconds``, ``tokens_per_second``, each layer's part, and ``line()``.
+
+    Raises:
+        ConfigError: a bad value, an unknown card, no GPU to plan for, or a step that does not fit, with the smallest
+            peak that it could have and what to lower.
+    """
+    reject_unknown("plan", settings, [f.name for f in fields(PlanSettings)])
+    return loader.plan(model, PlanSettings(**settings))

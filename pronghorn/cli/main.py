@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import doctor, quickstart, report, version
+from . import doctor, plan, quickstart, report, version
 
 app = typer.Typer(
     name="pronghorn",
@@ -15,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command(name="doctor")(doctor.doctor)
+app.command(name="plan")(plan.plan)
 app.command(name="quickstart")(quickstart.quickstart)
 app.command(name="report")(report.report)
 app.command(name="version")(version.version)

@@ -1,6 +1,7 @@
-"""Loading: a transformers model built empty and filled shard by shard, its tokenizer, and LoRA on top."""
+"""Loading: a model built empty and filled shard by shard, its tokenizer, LoRA on top, and a step foreseen."""
 
 from .adapters import get_peft_model
+from .foresee import plan
 from .pretrained import from_pretrained
 
-__all__ = ["from_pretrained", "get_peft_model"]
+__all__ = ["from_pretrained", "get_peft_model", "plan"]

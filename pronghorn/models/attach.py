@@ -20,7 +20,7 @@ from .causal_lm import causal_lm_forward
 from .packed_layer import run_layer
 from .registry import spec_for
 from .state import ATTRIBUTE, ModelState
-from .tree import decoder, unwrap
+from .tree import unwrap
 
 logger = logging.getLogger("pronghorn")
 
@@ -53,17 +53,14 @@ def _checkpointing_enable(self: Any, *_: Any, **__: Any) -> None:
     about Pronghorn's.
     """
     state: ModelState | None = getattr(self, ATTRIBUTE, None)
-    if state is not None and state.use_gradient_checkpointing in (False, "off"):
-        logger.info("gradient checkpointing stays off: use_gradient_checkpointing=%r", state.use_gradient_checkpointing)
-        return
-    if state is not None and state.use_gradient_checkpointing == "auto":
-        checkpointing.set_recompute(decoder(self).layers, checkpointing.resolve("auto", self.device))
-        return
-    checkpointing.set_recompute(decoder(self).layers, True)
+    choice = True if state is None else state.use_gradient_checkpointing
+    if checkpointing.mode_of(choice) == "off":
+        logger.info("gradient checkpointing stays off: use_gradient_checkpointing=%r", choice)
+    checkpointing.set_mode(self, choice)
 
 
 def _checkpointing_disable(self: Any) -> None:
-    checkpointing.set_recompute(decoder(self).layers, False)
+    checkpointing.set_mode(self, "off")
 
 
 def attach(model: nn.Module) -> None:
@@ -88,16 +85,16 @@ def attach(model: nn.Module) -> None:
     base.gradient_checkpointing_disable = MethodType(_checkpointing_disable, base)
     state: ModelState | None = getattr(base, ATTRIBUTE, None)
     if state is not None:
-        on = checkpointing.resolve(state.use_gradient_checkpointing, base.device)
-        checkpointing.set_recompute(base.model.layers, on)
+        checkpointing.forget(base)  # an adapter may have been added since
+        checkpointing.set_mode(base, state.use_gradient_checkpointing)
 
 
 def detach(model: nn.Module) -> None:
     """Undo :func:`attach`: the instance runs its class's own methods again."""
     base = unwrap(model)
+    checkpointing.forget(base)
     for layer in base.model.layers:
         layer.__dict__.pop("forward", None)
-        layer.__dict__.pop("pronghorn_recompute", None)
     for name in _MODEL_METHODS:
         base.__dict__.pop(name, None)
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..kernels.head import head_logits
 from ..lora.dora import row_norm
 from .attention import Attention
+from .checkpointing import ensure_plan
 from .modules import norm
 from .registry import spec_for
 from .tree import unwrap
@@ -40,8 +41,11 @@ def hidden_states(
         positions_T: int64 position of each token in its row (rotary position).
         attention: which tokens see which.
 
-    Layers are recomputed in backward where the model's checkpointing says so.
+    A training step begins here: what its layers keep for backward is planned first. A walk without gradients keeps
+    nothing and plans nothing.
     """
+    if torch.is_grad_enabled():
+        ensure_plan(model, getattr(attention, "row_lengths", None) or [input_ids_T.shape[0]])
     stack = unwrap(model).model
     hidden_TD = stack.embed_tokens(input_ids_T)
     cos_1TE, sin_1TE = stack.rotary_emb(hidden_TD, position_ids=positions_T.unsqueeze(0))

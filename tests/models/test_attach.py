@@ -12,7 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pronghorn.config.errors import ConfigError
 from pronghorn.models import attach, detach, is_attached, spec_for
 from pronghorn.models.attention import PackedAttention
+from pronghorn.models.checkpointing import set_plans
 from pronghorn.models.forward import hidden_states, logits
+from pronghorn.models.keep import Keep
+from pronghorn.models.plan import LayerPlan
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -126,9 +129,7 @@ def test_checkpointing_recomputes_each_block_once_and_changes_no_gradient() -> N
     attach(plain), attach(fast)
     fast.train(), plain.train()
     plain.gradient_checkpointing_disable()
-    from pronghorn.models.checkpointing import set_recompute
-
-    set_recompute(fast.model.layers, True)
+    set_plans(fast.model.layers, LayerPlan(Keep.INPUT))
     calls = []
     fast.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
     ids = torch.randint(3, 101, (2, 9))
