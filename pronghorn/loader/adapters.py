@@ -11,6 +11,7 @@ from torch import nn
 from ..config.errors import ConfigError
 from ..config.lora import LoraDefaults
 from ..lora.config import lora_config
+from ..lora.masters import keep_masters
 from ..models import attach, state_of, unwrap
 
 
@@ -22,12 +23,12 @@ def get_peft_model(model: nn.Module, **options: Any) -> Any:
         options: fields of :class:`pronghorn.config.lora.LoraDefaults`.
 
     Returns:
-        A ``peft.PeftModelForCausalLM`` in training mode. A and B are float32 masters; A is drawn from
-        ``random_state`` without moving torch's generator, B is zero.
+        A ``peft.PeftModelForCausalLM`` in training mode. A, B and ``modules_to_save`` are float32 masters; A is drawn
+        from ``random_state`` without moving torch's generator, B is zero.
 
     Raises:
         ConfigError: an unknown option, target module or start, a rank over ``max_lora_rank``, a model that already
-            has adapters, or one loaded for full fine-tuning.
+            has adapters or was loaded for full fine-tuning, or a parameter that would train in float16.
     """
     settings = LoraDefaults.of(**options)
     state = state_of(model)
@@ -42,6 +43,7 @@ def get_peft_model(model: nn.Module, **options: Any) -> Any:
             wrapped = peft.get_peft_model(model, config)  # type: ignore[arg-type]
         except ValueError as error:
             raise ConfigError(f"get_peft_model: PEFT refuses these settings: {error}") from error
+    keep_masters(wrapped)
     state.use_gradient_checkpointing = settings.use_gradient_checkpointing
     attach(unwrap(wrapped))  # sets the checkpointing plan anew
     return wrapped.train()
