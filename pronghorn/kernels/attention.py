@@ -3,7 +3,8 @@
 - ``cudnn``: cuDNN's fused attention, about twice as fast as flash on Hopper; spans of one length only, since it builds
   a plan for every shape.
 - ``flash``: FlashAttention-2 (arXiv:2307.08691) as torch ships it, spans of any length.
-- ``reference``: plain PyTorch in chunks of queries; the CPU, and whatever the other two do not take.
+- ``cpu``: torch's fused attention for the CPU.
+- ``reference``: plain PyTorch in chunks of queries, for whatever the others do not take.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from pronghorn.kernels import attention_cpu
 from pronghorn.kernels.reference import attention as reference
 from pronghorn.kernels.spans import Spans
 
@@ -25,6 +27,7 @@ class Path(Enum):
 
     CUDNN = "cudnn"
     FLASH = "flash"
+    CPU = "cpu"
     REFERENCE = "reference"
 
 
@@ -62,7 +65,9 @@ def choose(
         ValueError: a softcap on a GPU.
     """
     if capability is None:
-        return Choice(Path.REFERENCE, "tensors on the CPU")
+        if window is not None or softcap is not None:
+            return Choice(Path.REFERENCE, f"window={window}, softcap={softcap} on the CPU")
+        return Choice(Path.CPU, "tensors on the CPU")
     if softcap is not None:
         raise ValueError(
             f"softcap={softcap}: no attention kernel on the GPU caps its scores; run on the CPU, or without softcap"
@@ -102,6 +107,8 @@ def attention_forward(
     """
     if path is Path.REFERENCE:
         return reference.attention_forward(q_THE, k_UKE, v_UKE, spans, scale, softcap)
+    if path is Path.CPU:
+        return attention_cpu.attention_forward(q_THE, k_UKE, v_UKE, spans, scale)
     from pronghorn.kernels import attention_cuda
 
     run = attention_cuda.cudnn_forward if path is Path.CUDNN else attention_cuda.flash_forward
@@ -127,6 +134,8 @@ def attention_backward(
     """
     if path is Path.REFERENCE:
         return reference.attention_backward(do_THE, q_THE, k_UKE, v_UKE, o_THE, lse, spans, scale, softcap)
+    if path is Path.CPU:
+        return attention_cpu.attention_backward(do_THE, q_THE, k_UKE, v_UKE, o_THE, lse, spans, scale)
     from pronghorn.kernels import attention_cuda
 
     run = attention_cuda.cudnn_backward if path is Path.CUDNN else attention_cuda.flash_backward

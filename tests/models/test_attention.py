@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pronghorn.kernels import attention_cuda
-from pronghorn.kernels.attention import Path, choose
+from pronghorn.kernels.attention import Choice, Path, choose
 from pronghorn.kernels.reference import attention as reference
 from pronghorn.kernels.spans import Spans
 from pronghorn.models.attention import PackedAttention
@@ -44,6 +44,13 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor)
     return o.transpose(0, 1)
 
 
+@pytest.fixture(params=[Path.CPU, Path.REFERENCE], ids=["cpu", "reference"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Both paths that run on a CPU."""
+    monkeypatch.setattr(PackedAttention, "choice", lambda *_: Choice(request.param, "of a test"))
+    return request.param
+
+
 def compare(attention: PackedAttention, seen: torch.Tensor, H: int = 4, K: int = 2, E: int = 8) -> None:
     inputs = qkv(seen.shape[0], H, K, E)
     expected = plain(*inputs, seen)
@@ -65,7 +72,7 @@ ROWS = [[1], [7], [5, 5, 5], [7, 1, 12], [1, 1], [3, 17, 1, 2]]
 
 @pytest.mark.parametrize("lengths", ROWS, ids=str)
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2), (6, 1)])
-def test_rows_do_not_see_each_other(lengths: list[int], H: int, K: int) -> None:
+def test_rows_do_not_see_each_other(path: Path, lengths: list[int], H: int, K: int) -> None:
     compare(PackedAttention(lengths, "cpu"), visible(lengths), H, K)
 
 
@@ -77,6 +84,7 @@ def test_a_window_hides_what_is_further_back(window: int) -> None:
 
 def test_scores_in_chunks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "SCORES", 200)
+    monkeypatch.setattr(PackedAttention, "choice", lambda *_: Choice(Path.REFERENCE, "of a test"))
     lengths = [7, 1, 12]
     compare(PackedAttention(lengths, "cpu"), visible(lengths))
     compare(PackedAttention(lengths, "cpu", window=4), visible(lengths, window=4))
@@ -93,11 +101,11 @@ GROUPS: list[tuple[list[int], list[int | None]]] = [
 
 @pytest.mark.parametrize(("lengths", "prefix"), GROUPS, ids=str)
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2)])
-def test_completions_see_their_prompt(lengths: list[int], prefix: list[int | None], H: int, K: int) -> None:
+def test_completions_see_their_prompt(path: Path, lengths: list[int], prefix: list[int | None], H: int, K: int) -> None:
     compare(PackedAttention(lengths, "cpu", prefix), visible(lengths, prefix), H, K)
 
 
-def test_a_shared_prompt_is_a_repeated_one() -> None:
+def test_a_shared_prompt_is_a_repeated_one(path: Path) -> None:
     """Completions behind one prompt, and each behind a copy of it: equal outputs, and the copies' summed gradients."""
     prompt, completions = 6, [4, 1, 9]
     lengths = [prompt, *completions]
@@ -154,7 +162,7 @@ def test_softcap_against_autograd() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
 
 
-def test_float32_and_strided_inputs() -> None:
+def test_float32_and_strided_inputs(path: Path) -> None:
     lengths = [9, 4]
     whole = torch.randn(13, 8, 16)
     q, k, v = whole.split([4, 2, 2], dim=1)
@@ -164,7 +172,7 @@ def test_float32_and_strided_inputs() -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_infinity_stays_in_its_row() -> None:
+def test_infinity_stays_in_its_row(path: Path) -> None:
     lengths = [3, 6]
     q, k, v = (t.detach().clone() for t in qkv(9, 2, 2, 4))
     attention = PackedAttention(lengths, "cpu")
@@ -196,7 +204,9 @@ def test_library_kernels_take_what_they_are_given(run: str) -> None:
 
 def test_choice_of_path() -> None:
     hopper, bf16 = (9, 0), torch.bfloat16
-    assert choose(None, bf16, 128, 2048).path is Path.REFERENCE
+    assert choose(None, bf16, 128, 2048).path is Path.CPU
+    assert choose(None, bf16, 128, 2048, window=3).path is Path.REFERENCE
+    assert choose(None, bf16, 128, 2048, softcap=3.0).path is Path.REFERENCE
     assert choose(hopper, bf16, 128, 2048).path is Path.CUDNN
     assert choose(hopper, bf16, 128, None).path is Path.FLASH
     assert choose(hopper, bf16, 128, 64).path is Path.FLASH

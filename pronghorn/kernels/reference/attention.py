@@ -1,4 +1,4 @@
-r"""Attention over spans in plain PyTorch, forward and backward: the CPU's path, and every other's oracle.
+r"""Attention over spans in plain PyTorch, forward and backward: what every other path is checked by.
 
 With :math:`S = \text{scale} \, QK^T` (after the softcap :math:`S = c \tanh(S / c)`, where there is one) and -inf where
 a query does not see a key,
