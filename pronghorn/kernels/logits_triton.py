@@ -52,7 +52,7 @@ def _stats_kernel(
     known = (target >= 0) & (target < V)
     # Read before anything is written. An unknown target's log-probability is NaN, not that of some other token.
     chosen = tl.load(x_row + target, mask=known, other=float("nan"))
-    chosen, _ = _logit(chosen, bias_ptr, target, known, scale, softcap, inverse_temperature, BIAS, CAP)
+    chosen, _slope = _logit(chosen, bias_ptr, target, known, scale, softcap, inverse_temperature, BIAS, CAP)
     chosen = tl.where(known, chosen, float("nan"))
 
     # Each lane keeps its own maximum, sum and weighted sum: one exponential an element, and no exchange between threads
@@ -65,7 +65,7 @@ def _stats_kernel(
         x = ahead
         column = block * BLOCK + lanes
         ahead = tl.load(x_row + column + BLOCK, mask=column + BLOCK < V, other=0.0)
-        z, _ = _logit(x, bias_ptr, column, column < V, scale, softcap, inverse_temperature, BIAS, CAP)
+        z, _slopes = _logit(x, bias_ptr, column, column < V, scale, softcap, inverse_temperature, BIAS, CAP)
         higher = z > peaks
         distance = -tl.abs(z - peaks)
         factor = tl.exp(distance)  # NaN for a NaN, and for inf - inf: it stays in the sum
