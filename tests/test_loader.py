@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 from pronghorn.config.errors import ConfigError
 from pronghorn.config.load import LoadConfig
 from pronghorn.loader import from_pretrained, get_peft_model
-from pronghorn.loader.settings import resolve_device, resolve_dtype
+from pronghorn.loader.settings import dtype_that_trains, resolve_device, resolve_dtype
 from pronghorn.models import state_of, unwrap
 from pronghorn.quant.linear4bit import Linear4bit
 from pronghorn.weights import locate as locating
@@ -369,3 +369,11 @@ def test_trainer_trains_the_adapter_and_nothing_else(tmp_path: Path, load_in_4bi
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n in before if "lora_" in n}
     assert (tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors").is_file()
+
+
+def test_base_weights_that_train_are_never_float16() -> None:
+    assert dtype_that_trains(None, torch.bfloat16) == (torch.bfloat16, None)
+    dtype, line = dtype_that_trains(None, torch.float16)  # what a GPU without bfloat16 computes in
+    assert dtype == torch.float32 and line is not None and "float32" in line
+    with pytest.raises(ConfigError, match="loss scaler"):
+        dtype_that_trains("float16", torch.float16)

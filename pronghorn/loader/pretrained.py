@@ -20,7 +20,7 @@ from ..weights.locate import Located, fetch_weights, locate
 from ..weights.shards import read_shards
 from .build import build_empty, plan_fill, put_linear4bit, quantization_config
 from .fill import fill
-from .settings import resolve_device, resolve_dtype
+from .settings import dtype_that_trains, resolve_device, resolve_dtype
 from .tokenizer import choose_pad, load_tokenizer
 
 _MIB, _GIB = 1024**2, 1024**3
@@ -43,6 +43,9 @@ def from_pretrained(config: LoadConfig) -> tuple[Any, Any]:
     started = time.perf_counter()
     device, here = resolve_device(config.device_map)
     dtype, note = resolve_dtype(config.dtype, device, bool(here and here.bf16))
+    if config.full_finetuning:
+        dtype, instead = dtype_that_trains(config.dtype, dtype)
+        note = instead or note
     access: dict[str, Any] = {"token": config.token, "local_files_only": config.local_files_only}
     located = locate(config.model_name, revision=config.revision, code=config.trust_remote_code, **access)
     model_config = _read_config(located, config.trust_remote_code)

@@ -82,3 +82,21 @@ def resolve_dtype(dtype: Any, device: torch.device, bf16: bool) -> tuple[torch.d
     if device.type == "cuda" and dtype == torch.bfloat16 and not bf16:
         raise ConfigError("dtype=bfloat16 is not native on this GPU; give dtype=None or torch.float16")
     return dtype, None
+
+
+def dtype_that_trains(asked: Any, dtype: torch.dtype) -> tuple[torch.dtype, str | None]:
+    """The dtype of base weights that train themselves, and a line where it is not ``dtype``.
+
+    A loss scaler refuses the gradients of float16 weights, so on a GPU without bfloat16 full fine-tuning is float32.
+
+    Raises:
+        ConfigError: float16 was asked for by name.
+    """
+    if dtype != torch.float16:
+        return dtype, None
+    if asked not in (None, "auto"):
+        raise ConfigError(
+            f"dtype={asked!r} with full_finetuning=True: a loss scaler refuses the gradients of float16 weights; give "
+            "dtype=torch.float32, or train an adapter"
+        )
+    return torch.float32, "Pronghorn: full_finetuning=True trains in float32: this GPU has no bfloat16"

@@ -45,7 +45,7 @@ def _keep(copied: nn.Module) -> None:
     (computed,) = dtypes
     copied.to(torch.float32)
     if type(copied) is nn.Linear:
-        copied.forward = MethodType(_linear, copied)
+        copied.forward = MethodType(_linear, copied)  # type: ignore[method-assign]
     else:
         copied.register_forward_hook(_TO[computed])
 
