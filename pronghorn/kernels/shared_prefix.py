@@ -30,7 +30,7 @@ import torch
 
 from pronghorn.kernels.attention import Path, attention_backward, attention_forward
 from pronghorn.kernels.attention_merge import add_rows_, merge_
-from pronghorn.kernels.spans import Spans, on_device
+from pronghorn.kernels.spans import Spans, pieces_on_device
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Tokens:
     @cached_property
     def index(self) -> torch.Tensor:
         """int64 positions."""
-        return on_device([t for start, stop in self.pieces for t in range(start, stop)], torch.int64, self.device)
+        return pieces_on_device(self.pieces, self.device)
 
     def take(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """These tokens of ``x``: a view where they lie together, else a copy."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -10,10 +10,17 @@ from itertools import accumulate
 import torch
 
 
-def on_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def on_device(values: Sequence[int] | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """``values`` as a tensor on ``device``; on a GPU the copy is queued and the host goes on."""
-    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    host = torch.as_tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        host = host.pin_memory()
     return host.to(device, non_blocking=True)
+
+
+def pieces_on_device(pieces: Iterable[tuple[int, int]], device: torch.device) -> torch.Tensor:
+    """int64 numbers of all the ranges ``[start, stop)``, one after another."""
+    return on_device(torch.cat([torch.arange(start, stop) for start, stop in pieces]), torch.int64, device)
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,4 @@ class Spans:
         longest = max(lengths)
         if longest * len(lengths) == sum(lengths):
             return None
-        return on_device(
-            [row * longest + i for row, n in enumerate(lengths) for i in range(n)], torch.int64, self.device
-        )
+        return pieces_on_device(((row * longest, row * longest + n) for row, n in enumerate(lengths)), self.device)
