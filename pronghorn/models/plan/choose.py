@@ -202,7 +202,7 @@ def _score(
     kept = _column([sizes.kept.get(option.keep, 0) for option in OPTIONS])
     away = _column([float(option.host) for option in OPTIONS])
     assert all(ok or not counts[:, i].any() for i, ok in enumerate(usable))
-    base = held + sizes.batch + (shape.cached_bytes if cached else 0)
+    base = held + sizes.step + (shape.cached_bytes if cached else 0)
     resident = counts @ (kept * (1 - away))
     peak = base + _peak(shape, sizes, counts, kept, away, resident)
     seconds = times.head + times.rest + counts @ _layer_seconds(card, times, kept, away)

@@ -71,6 +71,11 @@ class ModelShape:
         return sum(o * i for o, i in self.sizes)
 
     @property
+    def adapter_weights(self) -> int:
+        """Parameters of all adapters."""
+        return self.layers * sum(n * (o + i) for n, (o, i) in zip(self.ranks, self.sizes))
+
+    @property
     def cached_bytes(self) -> int:
         """What a 4-bit base takes on the GPU once more, dequantized."""
         return self.layers * self.layer_weights * self.compute_bytes if self.quant == "nf4" else 0

@@ -31,14 +31,14 @@ class Sizes:
         forward: widest moment of a layer's forward by level, what it will keep included.
         backward: widest moment of its backward by level, what it kept included.
         head: from the last layer's output to its gradient.
-        batch: what lives throughout a step: ids, positions, rotary cos and sin.
+        step: what lives throughout a step: ids, positions, rotary cos and sin, the adapters in the compute dtype.
     """
 
     kept: dict[Keep, int]
     forward: dict[Keep, int]
     backward: dict[Keep, int]
     head: int
-    batch: int
+    step: int
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,10 @@ def layer_sizes(shape: ModelShape, tokens: int, mlp_rows: int | None, cached: bo
             backward[level] = kept[Keep.ALL] + 2 * u.i + 2 * u.x
     rows = min(tokens, max(HEAD_CHUNK_ELEMENTS // shape.vocab // 128, 1) * 128)
     head = HEAD_HIDDEN * u.x + 4 * rows * shape.vocab
-    batch = tokens * (2 * shape.head_dim * shape.compute_bytes + 8 * 4)
-    return Sizes(kept, forward, backward, head, batch)
+    step = tokens * (2 * shape.head_dim * shape.compute_bytes + 8 * 4)
+    if shape.fused:
+        step += shape.compute_bytes * shape.adapter_weights
+    return Sizes(kept, forward, backward, head, step)
 
 
 def _forward(shape: ModelShape, u: _Units, tokens: int, level: Keep, rows: int | None, cached: bool) -> int:

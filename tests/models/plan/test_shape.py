@@ -21,7 +21,7 @@ def test_an_8b_llama_by_hand() -> None:
     s = shape()
     assert s.layer_weights == 4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336 == 218_103_808
     assert s.trained == 83_886_080  # PEFT's own count at rank 32 on all seven
-    assert s.trained_tensors == 448
+    assert s.trained_tensors == 448 and s.adapter_weights == s.trained
     assert s.adapter_bytes == s.trained_bytes == 4 * 83_886_080
     assert s.cached_bytes == 32 * 218_103_808 * 2
     # torch.cuda.memory_allocated on an H200 after loading it and adding the adapter: 5.62329 GB of 2^30 bytes

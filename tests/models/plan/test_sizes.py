@@ -16,7 +16,7 @@ from pronghorn.models.plan.sizes import kept_bytes, layer_sizes
 from tests.models.plan.support import shape
 from tests.models.test_fused_block import adapted
 
-NOT_KEPT = ("rope", "parts", "attention", "saving")  # of the step, or of the model
+NOT_KEPT = ("rope", "parts", "attention", "saving", "groups")  # of the step, or of the model
 
 
 def test_kept_bytes_of_an_8b_llama_by_hand() -> None:
