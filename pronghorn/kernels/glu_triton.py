@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pronghorn.kernels.launch import Launcher
+
 
 class Launch(NamedTuple):
     """Rows and columns of a program's tile, and its warps."""
@@ -87,6 +89,9 @@ def _backward_kernel(
         tl.store(h_ptr + row * COLUMNS + column, (value * up).to(dtype), mask=inside)
 
 
+_forward, _backward = Launcher(_forward_kernel), Launcher(_backward_kernel)
+
+
 def _rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """``[..., I]`` as a ``[rows, I]`` view, never a copy: these are written through."""
     rows_RI = None
@@ -109,9 +114,10 @@ def glu_forward(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str) -> 
     rows, columns = gate_RI.shape
     config = launch_config(columns)
     with torch.cuda.device_of(gate_TI):
-        _forward_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns),)](
-            gate_RI, up_RI, h_TI, rows, gate_RI.stride(0), up_RI.stride(0), COLUMNS=columns, ACTIVATION=activation,
-            ROWS=config.rows, BLOCK=config.columns, num_warps=config.num_warps,
+        _forward(
+            (triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns),),
+            gate_RI, up_RI, h_TI, rows, gate_RI.stride(0), up_RI.stride(0), columns, activation,
+            config.rows, config.columns, num_warps=config.num_warps,
         )  # fmt: skip
     return h_TI
 
@@ -135,11 +141,11 @@ def glu_backward(
     rows, columns = gate_RI.shape
     config = launch_config(columns)
     with torch.cuda.device_of(gate_TI):
-        _backward_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns),)](
+        _backward(
+            (triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns),),
             dh_RI, gate_RI, up_RI, dgate_RI, dup_RI, gate_RI if h_TI is None else h_TI, rows,
             dh_RI.stride(0), gate_RI.stride(0), up_RI.stride(0), dgate_RI.stride(0), dup_RI.stride(0),
-            COLUMNS=columns, ACTIVATION=activation, WANT_H=h_TI is not None,
-            ROWS=config.rows, BLOCK=config.columns, num_warps=config.num_warps,
+            columns, activation, h_TI is not None, config.rows, config.columns, num_warps=config.num_warps,
         )  # fmt: skip
     # A kernel's write is invisible to autograd: count it, so that a second use of what was overwritten raises.
     torch.autograd.graph.increment_version([t for t in (dgate_TI, dup_TI) if not t.is_inference()])

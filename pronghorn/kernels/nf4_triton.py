@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pronghorn.kernels.launch import Launcher
 from pronghorn.kernels.nf4_code import (
     NESTED_BLOCKSIZE,
     NF4_BLOCKSIZE,
@@ -142,6 +143,9 @@ def _dequantize_half_kernel(
     tl.store(out_ptr + (second * 4)[:, None] + pair, b, mask=(second < words)[:, None])
 
 
+_dequantize_half = Launcher(_dequantize_half_kernel)
+
+
 def _has_asm(t: torch.Tensor) -> bool:
     return t.is_cuda and torch.version.hip is None
 
@@ -224,10 +228,10 @@ def dequantize_nf4(
         if _takes_half_kernel(codes, result, numel, blocksize):
             words = numel // 8
             groups = 64
-            _dequantize_half_kernel[(triton.cdiv(words, groups * 8),)](
+            _dequantize_half(
+                (triton.cdiv(words, groups * 8),),
                 codes.view(torch.int32), *scale_args, result.view(-1).view(torch.int32), words,
-                GROUPS=groups, BLOCKSIZE=blocksize, NESTED=nested, BF16=dtype == torch.bfloat16,
-                num_warps=8, enable_fp_fusion=False,
+                groups, blocksize, nested, dtype == torch.bfloat16, num_warps=8, enable_fp_fusion=False,
             )  # fmt: skip
         else:
             size = 1024

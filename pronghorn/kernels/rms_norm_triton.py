@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pronghorn.kernels.launch import Launcher
 from pronghorn.kernels.reference.rms_norm import normed_dtype
 
 
@@ -89,6 +90,9 @@ def _backward_kernel(
         tl.store(partial_ptr + tl.program_id(0) * D + column, dweight, mask=column < D)
 
 
+_forward, _backward = Launcher(_forward_kernel), Launcher(_backward_kernel)
+
+
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """``[..., D]`` as ``[rows, D]`` with unit stride along D; a copy only where no view exists."""
     rows_RD = tensor.reshape(-1, tensor.shape[-1])
@@ -116,10 +120,10 @@ def rms_norm_forward(
         return normed_TD, summed_TD, rstd_T
     config = launch_config(D)
     with torch.cuda.device_of(x_TD):
-        _forward_kernel[(triton.cdiv(rows, config.rows),)](
-            x_RD, residual_RD, weight_D, normed_TD, summed_TD, rstd_T, rows, x_RD.stride(0), residual_RD.stride(0),
-            eps, offset, D=D, RESIDUAL=residual_TD is not None, CAST_FIRST=cast_before_scale,
-            ROWS=config.rows, COLUMNS=config.columns, num_warps=config.num_warps,
+        _forward(
+            (triton.cdiv(rows, config.rows),), x_RD, residual_RD, weight_D, normed_TD, summed_TD, rstd_T, rows,
+            x_RD.stride(0), residual_RD.stride(0), eps, offset, D, residual_TD is not None, cast_before_scale, config.rows, config.columns,
+            num_warps=config.num_warps,
         )  # fmt: skip
     return normed_TD, summed_TD, rstd_T
 
@@ -146,10 +150,10 @@ def rms_norm_backward(
     partial_PD = torch.empty((programs if weight_gradient else 0, D), dtype=torch.float32, device=summed_TD.device)
     if rows > 0:
         with torch.cuda.device_of(summed_TD):
-            _backward_kernel[(programs,)](
-                dnormed_RD, dsummed_RD, summed_RD, weight_D, rstd_T, dx_TD, partial_PD, rows,
-                dnormed_RD.stride(0), dsummed_RD.stride(0), summed_RD.stride(0), offset, D=D,
-                RESIDUAL=dsummed_TD is not None, CAST_FIRST=cast_before_scale, WEIGHT=weight_gradient,
-                ROWS=config.rows, COLUMNS=config.columns, num_warps=config.num_warps,
+            _backward(
+                (programs,), dnormed_RD, dsummed_RD, summed_RD, weight_D, rstd_T, dx_TD, partial_PD, rows,
+                dnormed_RD.stride(0), dsummed_RD.stride(0), summed_RD.stride(0), offset, D,
+                dsummed_TD is not None, cast_before_scale, weight_gradient, config.rows, config.columns,
+                num_warps=config.num_warps,
             )  # fmt: skip
     return dx_TD, partial_PD.sum(0).to(weight_D.dtype) if weight_gradient else None

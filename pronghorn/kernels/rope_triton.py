@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pronghorn.kernels.launch import Launcher
+
 
 class Launch(NamedTuple):
     """Query heads, key heads and (padded) half head dimensions in a program's tiles, and its warps."""
@@ -70,6 +72,9 @@ def _rope_kernel(
     _rotate_heads(k_ptr + token * k_stride, k_head_stride, cos, sin, K_HEADS, HALF, K_BLOCK, BLOCK_HALF)
 
 
+_rope = Launcher(_rope_kernel)
+
+
 def rotate_(
     q_THE: torch.Tensor,
     k_TKE: torch.Tensor,
@@ -85,11 +90,11 @@ def rotate_(
         return
     config = launch_config(H, K, R)
     with torch.cuda.device_of(q_THE):
-        _rope_kernel[(T,)](
-            q_THE, k_TKE, cos_TE, sin_TE, cos_TE if positions_T is None else positions_T,
+        _rope(
+            (T,), q_THE, k_TKE, cos_TE, sin_TE, cos_TE if positions_T is None else positions_T,
             q_THE.stride(0), q_THE.stride(1), k_TKE.stride(0), k_TKE.stride(1), cos_TE.stride(0), sin_TE.stride(0),
-            Q_HEADS=H, K_HEADS=K, HALF=R // 2, TABLE=positions_T is not None, TRANSPOSE=transpose,
-            Q_BLOCK=config.q_heads, K_BLOCK=config.k_heads, BLOCK_HALF=config.half, num_warps=config.num_warps,
+            H, K, R // 2, positions_T is not None, transpose,
+            config.q_heads, config.k_heads, config.half, num_warps=config.num_warps,
         )  # fmt: skip
     # A kernel's write is invisible to autograd: count it, so that a use of what was overwritten raises.
     torch.autograd.graph.increment_version([t for t in (q_THE, k_TKE) if not t.is_inference()])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..quant.linear4bit import Linear4bit
+from ..quant.nf4 import NF4Tensor
 from .layer import LoraLinear
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,25 @@ class Projection:
     b_Or: nn.Parameter | None = None
     scaling: float = 1.0
 
+    @cached_property
+    def nf4(self) -> NF4Tensor | None:
+        """The base's weight in 4 bits, where it is."""
+        return self.base.nf4 if isinstance(self.base, Linear4bit) else None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What this projection is made of; as long as it does not change, everything made of it holds."""
+        parts = (self.base, self.base.weight, getattr(self.base, "scales", None), self.a_rI, self.b_Or)
+        return (*(id(part) for part in parts), self.scaling)
+
     @property
     def rank(self) -> int:
         return 0 if self.a_rI is None else self.a_rI.shape[0]
 
     def weight(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """W ``[O, I]`` in ``dtype``: the parameter itself, or the 4-bit codes dequantized (into ``out`` if given)."""
-        if isinstance(self.base, Linear4bit):
-            return self.base.nf4.dequantize(dtype, out)
+        if self.nf4 is not None:
+            return self.nf4.dequantize(dtype, out)
         return self.base.weight if self.base.weight.dtype == dtype else self.base.weight.to(dtype)
 
 
@@ -67,47 +77,6 @@ class Group:
     @property
     def outputs(self) -> int:
         return self.columns[-1].stop
-
-
-def _spans(sizes: list[int]) -> tuple[slice, ...]:
-    ends = list(itertools.accumulate(sizes))
-    return tuple(slice(end - size, end) for size, end in zip(sizes, ends))
-
-
-@torch.no_grad()
-def groups(parts: Sequence[tuple[Projection, ...]], dtype: torch.dtype) -> list[Group]:
-    """Each tuple of projections as a :class:`Group`, masters rounded to ``dtype`` as ``LoraLinear`` rounds them.
-
-    All masters are rounded by one call into one buffer: a layer has 14 of them, and a launch each would cost more
-    than the rounding.
-    """
-    masters: list[torch.Tensor] = []
-    for projections in parts:
-        masters += [p.a_rI.detach() for p in projections if p.a_rI is not None]
-        masters += [p.b_Or.detach() for p in projections if p.b_Or is not None]
-    rounded: list[torch.Tensor] = []
-    flat = torch.empty(0)
-    if masters:
-        flat = torch.empty(sum(m.numel() for m in masters), dtype=dtype, device=masters[0].device)
-        rounded = [piece.view(m.shape) for piece, m in zip(flat.split([m.numel() for m in masters]), masters)]
-        torch._foreach_copy_(rounded, masters)
-    made, at, start = [], 0, 0
-    for projections in parts:
-        adapted = [p for p in projections if p.a_rI is not None]
-        rank = sum(p.rank for p in adapted)
-        a_RI = None
-        if adapted:
-            width = rounded[at].shape[1]
-            a_RI = flat[start : start + rank * width].view(rank, width)
-            start += rank * width + sum(p.b_Or.numel() for p in adapted if p.b_Or is not None)
-            at += len(adapted)
-        bs_Or: list[torch.Tensor | None] = []
-        for p in projections:
-            bs_Or.append(None if p.b_Or is None else rounded[at])
-            at += p.b_Or is not None
-        ranks, widths = [p.rank for p in projections], [p.base.out_features for p in projections]
-        made.append(Group(projections, a_RI, tuple(bs_Or), _spans(ranks), _spans(widths)))
-    return made
 
 
 STACK = 1 << 25
@@ -144,7 +113,8 @@ def weights(group: Group, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Ten
 
 def hooked(module: nn.Module) -> bool:
     """Whether anything outside watches calls of ``module`` itself."""
-    return any(getattr(module, name, None) for name in _HOOKS)
+    d = module.__dict__  # nn.Module keeps them here; its own attribute lookup is slow, and this runs for every layer
+    return bool(d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d.get("_backward_pre_hooks"))
 
 
 def read_projection(module: Any) -> Projection | str:

@@ -13,6 +13,7 @@ from ..lora.dora import row_norm
 from .attention import Attention
 from .checkpointing import ensure_plan
 from .modules import norm
+from .packed_layer import prepared
 from .registry import spec_for
 from .tree import unwrap
 
@@ -50,8 +51,9 @@ def hidden_states(
     hidden_TD = stack.embed_tokens(input_ids_T)
     cos_1TE, sin_1TE = stack.rotary_emb(hidden_TD, position_ids=positions_T.unsqueeze(0))
     rope_TE = (cos_1TE[0], sin_1TE[0])
-    for layer in stack.layers:
-        hidden_TD = layer(hidden_TD, position_embeddings=rope_TE, packed_attention=attention)
+    with prepared(model):
+        for layer in stack.layers:
+            hidden_TD = layer(hidden_TD, position_embeddings=rope_TE, packed_attention=attention)
     return norm(stack.norm, hidden_TD)
 
 

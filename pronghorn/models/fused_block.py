@@ -103,10 +103,11 @@ class _FusedBlock(torch.autograd.Function):
         rope_TE: RopeTE,
         attention: PackedAttention,
         parts: Parts,
+        groups: Groups,
         saving: Saving,
         *trainables: torch.Tensor | None,
     ) -> torch.Tensor:
-        groups, held, keep = parts.rounded(hidden_TD.dtype), saving.held, saving.keep
+        held, keep = saving.held, saving.keep
         lows = Lows.empty(groups, hidden_TD)
         normed_TD, _ = norm_forward(hidden_TD, parts.norm1_D, parts.eps)
         qkv_TO = _qkv(parts, groups, held, rope_TE, normed_TD, lower(normed_TD, groups.qkv, lows.qkv))
@@ -127,7 +128,8 @@ class _FusedBlock(torch.autograd.Function):
         )
         if keep is Keep.ALL and gate_up_TI is not None:
             kept.append(gate_up_TI)
-        ctx.rope, ctx.attention, ctx.parts, ctx.saving, ctx.stats = rope_TE, attention, parts, saving, len(stats)
+        ctx.rope, ctx.attention, ctx.saving, ctx.stats = rope_TE, attention, saving, len(stats)
+        ctx.parts, ctx.groups = parts, groups
         if saving.store is not None:
             ctx.kept = saving.store.save(kept)
         else:
@@ -142,7 +144,7 @@ class _FusedBlock(torch.autograd.Function):
         held, keep = saving.held, saving.keep
         hidden_TD, table_TR, *rest = _taken(ctx)
         T = hidden_TD.shape[0]
-        groups = parts.rounded(hidden_TD.dtype)
+        groups: Groups = ctx.groups
         lows = Lows(groups, table_TR)
         normed_TD, rstd_T = norm_forward(hidden_TD, parts.norm1_D, parts.eps)
         qkv_TO = o_TI = gate_up_TI = None
@@ -178,7 +180,7 @@ class _FusedBlock(torch.autograd.Function):
         dhidden_TD = None
         if dnormed_TD is not None:
             dhidden_TD = norm_backward(dnormed_TD, dmiddle_TD, hidden_TD, parts.norm1_D, rstd_T)
-        return dhidden_TD, None, None, None, None, *d_qkv, *d_o, *d_gate_up, *d_down
+        return dhidden_TD, None, None, None, None, None, *d_qkv, *d_o, *d_gate_up, *d_down
 
 
 def _taken(ctx: Any) -> list[Any]:
@@ -208,8 +210,17 @@ def _attention_backward(
 
 
 def fused_block(
-    parts: Parts, hidden_TD: torch.Tensor, rope_TE: RopeTE, attention: PackedAttention, saving: Saving
+    parts: Parts,
+    groups: Groups,
+    hidden_TD: torch.Tensor,
+    rope_TE: RopeTE,
+    attention: PackedAttention,
+    saving: Saving,
 ) -> torch.Tensor:
-    """One decoder layer over packed tokens, ``[T, D]`` to ``[T, D]``, keeping what ``saving`` says for backward."""
-    result: torch.Tensor = _FusedBlock.apply(hidden_TD, rope_TE, attention, parts, saving, *parts.trainables())
+    """One decoder layer over packed tokens, ``[T, D]`` to ``[T, D]``, keeping what ``saving`` says for backward.
+
+    ``groups`` are ``parts``' projections at ``hidden_TD``'s dtype; backward reads them too, as they are then.
+    """
+    trainables = parts.trainables()
+    result: torch.Tensor = _FusedBlock.apply(hidden_TD, rope_TE, attention, parts, groups, saving, *trainables)
     return result

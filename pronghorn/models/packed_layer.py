@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..config.errors import ConfigError
+from ..lora.rounded import Rounded
 from . import checkpointing
 from .attention import Attention, PackedAttention
 from .fused_block import Saving, fused_block, layer_forward
@@ -21,6 +22,9 @@ from .tree import layers, unwrap
 
 PREPARED = "pronghorn_prepared"
 """Attribute of a layer while :func:`prepared` holds: its parts and its adapters in the compute dtype."""
+
+ROUNDED = "pronghorn_rounded"
+"""Attribute of the transformers model: what :func:`prepared` made last, to be used again."""
 
 HELD = "pronghorn_held"
 """Attribute of a layer whose dequantized weights stay in memory, as the plan may have it: their key, and they."""
@@ -35,31 +39,32 @@ def run_layer(
     norms or base weights): that slower way is said in one line, with the reason.
     """
     ready: tuple[Parts, Groups] | None = layer.__dict__.get(PREPARED)
-    if ready is not None and not torch.is_grad_enabled():
-        return layer_forward(*ready, hidden_TD, rope_TE, attention)
-    spec = spec_for(layer.self_attn.config)
-    parts = spec.read_parts(layer)
-    if isinstance(parts, str):
-        _say_once(layer, parts)
-        return checkpointing.run(layer, spec.block, layer, hidden_TD, rope_TE, attention)
+    if ready is None:
+        spec = spec_for(layer.self_attn.config)
+        parts = spec.read_parts(layer)
+        if isinstance(parts, str):
+            _say_once(layer, parts)
+            return checkpointing.run(layer, spec.block, layer, hidden_TD, rope_TE, attention)
+        ready = parts, parts.rounded(hidden_TD.dtype)
+    parts, groups = ready
     if not torch.is_grad_enabled():
-        return layer_forward(parts, parts.rounded(hidden_TD.dtype), hidden_TD, rope_TE, attention)
+        return layer_forward(parts, groups, hidden_TD, rope_TE, attention)
     if not isinstance(attention, PackedAttention):
         raise ConfigError(
             f"attention={type(attention).__name__} has no backward pass: train with PackedAttention, or run this walk "
             "under torch.no_grad()"
         )
-    return fused_block(parts, hidden_TD, rope_TE, attention, _saving(layer, parts, hidden_TD))
+    return fused_block(parts, groups, hidden_TD, rope_TE, attention, _saving(layer, ready, hidden_TD))
 
 
-def _saving(layer: Any, parts: Parts, hidden_TD: torch.Tensor) -> Saving:
+def _saving(layer: Any, ready: tuple[Parts, Groups], hidden_TD: torch.Tensor) -> Saving:
     """What the plan says for this layer, now."""
     own, step = checkpointing.plan_for(layer), checkpointing.step_plan_for(layer)
     store = host_store(hidden_TD.device.index) if own.host and hidden_TD.is_cuda else None
     if step is None or not step.cached_weights:
         layer.__dict__.pop(HELD, None)
         return Saving(own.keep, store, None if step is None else step.mlp_rows)
-    return Saving(own.keep, store, step.mlp_rows, _held(layer, parts, hidden_TD.dtype))
+    return Saving(own.keep, store, step.mlp_rows, _held(layer, ready, hidden_TD.dtype))
 
 
 class _HeldWeights:
@@ -72,34 +77,60 @@ class _HeldWeights:
         return _HeldWeights(None, Held())
 
 
-def _held(layer: Any, parts: Parts, dtype: torch.dtype) -> Held:
+def _held(layer: Any, ready: tuple[Parts, Groups], dtype: torch.dtype) -> Held:
     """The layer's weights in ``dtype``, made once, and again if something wrote to the 4-bit ones."""
-    key = (dtype, *((id(p.base.weight), p.base.weight._version) for p in parts.projections))
+    parts, groups = ready
+    key = (dtype, parts.key, *(p.base.weight._version for p in parts.projections))
     found: _HeldWeights | None = layer.__dict__.get(HELD)
     if found is None or found.key != key:
         layer.__dict__.pop(HELD, None)
-        found = layer.__dict__[HELD] = _HeldWeights(key, held_weights(parts.rounded(dtype), dtype))
+        found = layer.__dict__[HELD] = _HeldWeights(key, held_weights(groups, dtype))
     return found.weights
+
+
+class _Made:
+    """Parts and rounded adapters of a model's fused layers, and what they were made from."""
+
+    def __init__(self, key: object, found: list[Parts], dtype: torch.dtype) -> None:
+        self.key = key
+        self.rounded = Rounded([members for parts in found for members in parts.members], dtype)
+        groups = self.rounded.groups
+        self.layers = [(parts, Groups(*groups[4 * i : 4 * i + 4])) for i, parts in enumerate(found)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model makes its own."""
+        return
 
 
 @contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
-    """Read every layer once and round its adapters once, for many forwards without gradients under one policy.
+    """Read every layer and round all adapters once, for a walk, or for many without gradients under one policy.
 
-    Weights, active adapter, training flags and hooks must not change inside. The rounded adapters (2 bytes a parameter)
-    are gone afterwards, so the next optimizer step shows in the next rollout.
+    Weights, active adapter, training flags and hooks must not change inside. Rounding happens anew each time, into the
+    same memory (2 bytes a parameter of the adapters), so the next optimizer step shows in the next walk. Inside another
+    of the same model it does nothing.
     """
-    state = getattr(unwrap(model), ATTRIBUTE, None)
-    found = []
+    base = unwrap(model)
+    state = base.__dict__.get(ATTRIBUTE)
+    all_layers = layers(base)
+    if state is None or any(PREPARED in layer.__dict__ for layer in all_layers):
+        yield
+        return
+    read = spec_for(base.config).read_parts
+    fused = [(layer, parts) for layer in all_layers if not isinstance(parts := read(layer), str)]
+    key = (state.compute_dtype, *(parts.key for _, parts in fused))
+    made: _Made | None = base.__dict__.get(ROUNDED)
+    if made is None or made.key != key:
+        base.__dict__.pop(ROUNDED, None)
+        made = base.__dict__[ROUNDED] = _Made(key, [parts for _, parts in fused], state.compute_dtype)
+    else:
+        made.rounded.refresh()
     try:
-        for layer in layers(model):
-            parts = spec_for(unwrap(model).config).read_parts(layer)
-            if state is not None and not isinstance(parts, str):
-                layer.__dict__[PREPARED] = (parts, parts.rounded(state.compute_dtype))
-                found.append(layer)
+        for (layer, _), ready in zip(fused, made.layers):
+            layer.__dict__[PREPARED] = ready
         yield
     finally:
-        for layer in found:
+        for layer, _ in fused:
             layer.__dict__.pop(PREPARED, None)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from ..kernels.glu import ACTIVATIONS
-from ..lora.projection import Group, Projection, Weights, groups, hooked, read_projection, weights
+from ..lora.projection import Group, Projection, Weights, hooked, read_projection, weights
+from ..lora.rounded import Rounded
 
 
 class Groups(NamedTuple):
@@ -50,8 +52,21 @@ class Parts:
 
     def rounded(self, dtype: torch.dtype) -> Groups:
         """The projections by their common inputs, adapters rounded to ``dtype``."""
+        return Groups(*Rounded(self.members, dtype).groups)
+
+    @property
+    def members(self) -> tuple[tuple[Projection, ...], ...]:
+        """The projections by their common input, as :class:`Groups` has them."""
         p = self.projections
-        return Groups(*groups((p[:3], p[3:4], p[4:6], p[6:]), dtype))
+        return p[:3], p[3:4], p[4:6], p[6:]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What the layer is made of; as long as it does not change, everything made of it holds."""
+        return (
+            *itertools.chain.from_iterable(p.key for p in self.projections),
+            *(id(self.norm1_D), id(self.norm2_D), self.eps, self.activation),
+        )
 
     def trainables(self) -> list[torch.Tensor | None]:
         """A and B of every projection, in order."""

@@ -75,7 +75,7 @@ def test_bf16_is_as_close_to_float64_as_the_modules_are(keep: Keep, head_dim: in
         if how == "fused":
             parts = read_parts(own, "silu")
             assert not isinstance(parts, str), parts
-            out = fused_block(parts, h, rope, attention, Saving(keep))
+            out = fused_block(parts, parts.rounded(h.dtype), h, rope, attention, Saving(keep))
         else:
             out = block(own, h, rope, attention)
         trained = [p for p in own.parameters() if p.requires_grad]
@@ -99,10 +99,12 @@ def test_nothing_but_the_input_is_kept_and_no_run_differs() -> None:
     hidden = torch.randn(T, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     cos, sin = model.get_base_model().model.rotary_emb(hidden, position_ids=torch.arange(T, device="cuda")[None])
     attention = PackedAttention([T], "cuda")
-    fused_block(parts, hidden, (cos[0], sin[0]), attention, Saving(Keep.INPUT))  # compile first
+    fused_block(
+        parts, parts.rounded(hidden.dtype), hidden, (cos[0], sin[0]), attention, Saving(Keep.INPUT)
+    )  # compile first
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    out = fused_block(parts, hidden, (cos[0], sin[0]), attention, Saving(Keep.INPUT))
+    out = fused_block(parts, parts.rounded(hidden.dtype), hidden, (cos[0], sin[0]), attention, Saving(Keep.INPUT))
     kept = torch.cuda.memory_allocated() - before - out.nbytes
     lows = T * 7 * 16 * 2
     assert kept <= lows + hidden.nbytes // 16, f"{kept} bytes kept besides input and output"
@@ -110,7 +112,7 @@ def test_nothing_but_the_input_is_kept_and_no_run_differs() -> None:
     first: list[torch.Tensor] | None = None
     trained = [p for p in layer.parameters() if p.requires_grad]
     for _ in range(10):
-        out = fused_block(parts, hidden, (cos[0], sin[0]), attention, Saving(Keep.INPUT))
+        out = fused_block(parts, parts.rounded(hidden.dtype), hidden, (cos[0], sin[0]), attention, Saving(Keep.INPUT))
         got = [out.detach(), *torch.autograd.grad(out.float().square().sum(), [hidden, *trained])]
         if first is None:
             first = got

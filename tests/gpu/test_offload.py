@@ -72,7 +72,7 @@ def test_gradients_are_those_of_tensors_kept_on_the_gpu(keep: Keep) -> None:
     def run(saving: Saving) -> list[torch.Tensor]:
         x = hidden
         for _ in range(5):
-            x = fused_block(parts, x, (cos[0], sin[0]), attention, saving)
+            x = fused_block(parts, parts.rounded(x.dtype), x, (cos[0], sin[0]), attention, saving)
         return [x.detach(), *torch.autograd.grad(x.float().square().sum(), [hidden, *trained])]
 
     kept, offloaded = run(Saving(keep)), run(Saving(keep, own))
@@ -100,7 +100,7 @@ def test_kept_tensors_leave_the_gpu() -> None:
         before = torch.cuda.memory_allocated()
         x = hidden
         for _ in range(count):
-            x = fused_block(parts, x, (cos[0], sin[0]), attention, Saving(Keep.ATTENTION, own))
+            x = fused_block(parts, parts.rounded(x.dtype), x, (cos[0], sin[0]), attention, Saving(Keep.ATTENTION, own))
         x.float().sum().backward()
         return torch.cuda.max_memory_allocated() - before
 

@@ -68,7 +68,7 @@ def test_values_and_gradients_equal_the_plain_block(saving: Saving, nf4: bool, h
     assert not isinstance(parts, str), parts
     if held:
         saving = replace(saving, held=held_weights(parts.rounded(torch.float32), torch.float32))
-    fused = fused_block(parts, hidden, rope, attention, saving)
+    fused = fused_block(parts, parts.rounded(hidden.dtype), hidden, rope, attention, saving)
     assert relative(fused.detach(), plain.detach()) < 1e-6
     for got, want in zip(torch.autograd.grad((fused * probe).sum(), [hidden, *trained]), expected):
         assert relative(got, want) < 2e-6
@@ -83,7 +83,10 @@ def test_a_partial_adapter_and_a_first_layer_without_input_gradient() -> None:
     expected = torch.autograd.grad(block(layer, hidden, rope, attention).square().sum(), trained)
     parts = read_parts(layer, "silu")
     assert not isinstance(parts, str)
-    got = torch.autograd.grad(fused_block(parts, hidden, rope, attention, Saving(Keep.INPUT)).square().sum(), trained)
+    got = torch.autograd.grad(
+        fused_block(parts, parts.rounded(hidden.dtype), hidden, rope, attention, Saving(Keep.INPUT)).square().sum(),
+        trained,
+    )
     for a, b in zip(got, expected):
         assert relative(a, b) < 2e-6
 
@@ -116,7 +119,7 @@ def test_what_was_kept_serves_one_backward() -> None:
     hidden, rope, attention = inputs(model)
     parts = read_parts(model.get_base_model().model.layers[0], "silu")
     assert not isinstance(parts, str)
-    out = fused_block(parts, hidden, rope, attention, Saving(Keep.ALL)).sum()
+    out = fused_block(parts, parts.rounded(hidden.dtype), hidden, rope, attention, Saving(Keep.ALL)).sum()
     out.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward ran twice"):
         out.backward()

@@ -1,0 +1,60 @@
+"""The key under which a compiled kernel is called again tells apart whatever Triton compiles apart."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from pronghorn.kernels.launch import Launcher
+
+
+class Compiled:
+    packed_metadata = ()
+
+    def __init__(self, calls: list[Any]) -> None:
+        self.calls = calls
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args: self.calls.append((grid, args))
+
+
+class Kernel:
+    """As a ``@triton.jit`` function: parameters, and a call that gives the compiled kernel back."""
+
+    def __init__(self) -> None:
+        self.params = [SimpleNamespace(is_constexpr=c) for c in (False, False, False, True)]
+        self.bound, self.calls = 0, list[Any]()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def call(*args: Any, **options: Any) -> Compiled:
+            self.bound += 1
+            return Compiled(self.calls)
+
+        return call
+
+
+def test_one_binding_for_each_specialization() -> None:
+    kernel = Kernel()
+    launch = Launcher(kernel)
+    x = torch.empty(64)
+    same = [(x, 32, 0.5, 7), (torch.empty(64), 64, 0.25, 7)]
+    for args in same:
+        launch((4,), *args, num_warps=4)
+    assert kernel.bound == 1
+    assert kernel.calls == [((4, 1, 1), same[1])]
+    others = [
+        (x[1:], 32, 0.5, 7),  # not aligned to 16 bytes
+        (x.double(), 32, 0.5, 7),
+        (x, 33, 0.5, 7),  # not divisible by 16
+        (x, 1, 0.5, 7),
+        (x, 1 << 33, 0.5, 7),  # 64 bits
+        (x, 32, 1, 7),  # an integer where a float was
+        (x, 32, 0.5, 8),  # another constant
+    ]
+    for number, other in enumerate(others, start=2):
+        launch((4,), *other, num_warps=4)
+        assert kernel.bound == number, other
+    launch((4,), *same[0], num_warps=8)
+    assert kernel.bound == len(others) + 2
