@@ -10,7 +10,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from ..keep import Keep
 from . import constants as c
@@ -22,6 +23,8 @@ from .sizes import Sizes, layer_sizes
 
 OPTIONS = tuple(LayerPlan(keep, host) for host in (True, False) for keep in Keep)
 """What a layer may do, in the order in which the layers of a plan lie."""
+
+Floats = NDArray[np.float64]
 
 _TRIPLE_GRID = 16
 
@@ -40,12 +43,12 @@ class _Scored(NamedTuple):
 
     mlp_rows: int | None
     cached: bool
-    counts: torch.Tensor
-    peak: torch.Tensor
-    needed: torch.Tensor
-    seconds: torch.Tensor
-    host: torch.Tensor
-    resident: torch.Tensor
+    counts: Floats
+    peak: Floats
+    needed: Floats
+    seconds: Floats
+    host: Floats
+    resident: Floats
 
 
 def choose(
@@ -103,7 +106,7 @@ def choose(
 def _off(made: _Maker, length: float, budget: int, held: int) -> TrainingPlan:
     """Everything kept on the GPU; the base in 16 bits too, where that fits."""
     shape = made.shape
-    counts = torch.zeros(1, len(OPTIONS), dtype=torch.float64, device="cpu")
+    counts = np.zeros((1, len(OPTIONS)))
     counts[0, OPTIONS.index(LayerPlan(Keep.ALL))] = shape.layers
     run = _score(shape, made.card, made.tokens, length, None, False, counts, held)
     if shape.cached_bytes:
@@ -120,7 +123,7 @@ def _best(runs: list[_Scored], first: str) -> tuple[_Scored, int]:
             continue
         main, other = (run.seconds, run.peak) if first == "seconds" else (run.peak, run.seconds)
         lowest = main.min()
-        row = int(torch.where(main == lowest, other, torch.inf).argmin())
+        row = int(np.where(main == lowest, other, np.inf).argmin())
         score = (float(main[row]), float(other[row]))
         if best is None or score < best[0]:
             best = (score, run, row)
@@ -128,7 +131,7 @@ def _best(runs: list[_Scored], first: str) -> tuple[_Scored, int]:
     return best[1], best[2]
 
 
-def _only(run: _Scored, rows: torch.Tensor) -> _Scored:
+def _only(run: _Scored, rows: NDArray[np.bool_]) -> _Scored:
     return run._replace(**{name: getattr(run, name)[rows] for name in _Scored._fields[2:]})
 
 
@@ -157,7 +160,7 @@ class _Maker:
 
 
 @lru_cache(maxsize=16)
-def _counts(layers: int, host: bool, fused: bool) -> torch.Tensor:
+def _counts(layers: int, host: bool, fused: bool) -> Floats:
     """Ways to spread ``layers`` over at most three options, the last layer on the GPU, ``[M, options]`` float64.
 
     Two options take every split; three take a grid of about :data:`_TRIPLE_GRID` and the single last layer.
@@ -178,7 +181,7 @@ def _counts(layers: int, host: bool, fused: bool) -> torch.Tensor:
         for high, middle in enumerate(usable[:at]):
             for first in usable[:high]:
                 rows += [{first: layers - m - n, middle: m, last: n} for n in grid for m in grid if m + n < layers]
-    counts = torch.zeros(len(rows), len(OPTIONS), dtype=torch.float64, device="cpu")
+    counts = np.zeros((len(rows), len(OPTIONS)))
     for at, row in enumerate(rows):
         for option, n in row.items():
             counts[at, option] = n
@@ -192,7 +195,7 @@ def _score(
     length: float,
     mlp_rows: int | None,
     cached: bool,
-    counts: torch.Tensor,
+    counts: Floats,
     held: int,
 ) -> _Scored:
     """Peak, seconds and host bytes of every row of ``counts``."""
@@ -210,24 +213,22 @@ def _score(
     return _Scored(mlp_rows, cached, counts, peak, needed, seconds, counts @ (kept * away), resident)
 
 
-def _layer_seconds(card: Card, times: Seconds, kept: torch.Tensor, away: torch.Tensor) -> torch.Tensor:
+def _layer_seconds(card: Card, times: Seconds, kept: Floats, away: Floats) -> Floats:
     """Seconds of a layer in each option: computing or copying, whichever is longer, in forward and in backward."""
     again = _column([times.again.get(option.keep, 0.0) for option in OPTIONS])
     copying = away * kept / card.link
     contended = away * kept / card.copy  # the copy takes memory bandwidth from what is computing
-    return torch.maximum(times.forward + contended, copying) + torch.maximum(
-        times.backward + again + contended, copying
-    )
+    return np.maximum(times.forward + contended, copying) + np.maximum(times.backward + again + contended, copying)
 
 
 def _peak(
     shape: ModelShape,
     sizes: Sizes,
-    counts: torch.Tensor,
-    kept: torch.Tensor,
-    away: torch.Tensor,
-    resident: torch.Tensor,
-) -> torch.Tensor:
+    counts: Floats,
+    kept: Floats,
+    away: Floats,
+    resident: Floats,
+) -> Floats:
     """Bytes over what is held: the widest moment of forward, head and backward.
 
     Within one option the bytes change evenly from layer to layer (fewer layers kept, more gradients made), so the
@@ -235,24 +236,24 @@ def _peak(
     """
     here = kept * (1 - away)
     gradient = shape.layer_gradient_bytes
-    behind = counts.cumsum(1)  # layers up to and with this option
+    behind = counts.cumsum(axis=1)  # layers up to and with this option
     before = behind - counts
-    bytes_behind = (counts * here).cumsum(1)
+    bytes_behind = (counts * here).cumsum(axis=1)
     bytes_before = bytes_behind - counts * here
-    offloaded = (counts.gt(0) * (kept * away)).amax(1)
+    offloaded = ((counts > 0) * (kept * away)).max(axis=1)
     leaving, coming = c.OFFLOADS_LEAVING * offloaded, c.OFFLOADS_COMING * offloaded
-    flight = torch.where(away.gt(0), coming[:, None], leaving[:, None])  # before the first comes back, some still leave
+    flight = np.where(away > 0, coming[:, None], leaving[:, None])  # before the first comes back, some still leave
     widest = resident + sizes.head + leaving
-    present = counts.gt(0)
+    present = counts > 0
     backward = _column([sizes.backward.get(option.keep, 0) for option in OPTIONS])
     for layers_below, bytes_below in ((behind - 1, bytes_behind - here), (before, bytes_before)):
         made = (shape.layers - layers_below) * gradient
         moment = bytes_below + backward + made + flight
-        widest = torch.maximum(widest, torch.where(present, moment, 0.0).amax(1))
+        widest = np.maximum(widest, np.where(present, moment, 0.0).max(axis=1))
     forward_widest = _column([sizes.forward.get(option.keep, 0) for option in OPTIONS])
-    forward = torch.where(present, bytes_behind - here + forward_widest, 0.0).amax(1) + leaving
-    return torch.maximum(widest, forward)
+    forward = np.where(present, bytes_behind - here + forward_widest, 0.0).max(axis=1) + leaving
+    return np.maximum(widest, forward)
 
 
-def _column(values: list[float] | list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
+def _column(values: list[float] | list[int]) -> Floats:
+    return np.array(values, dtype=np.float64)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...quant.linear4bit import Linear4bit
 from ..registry import spec_for
+from ..state import ATTRIBUTE, ModelState
 from ..tree import unwrap
 from .shape import PROJECTIONS, ModelShape, optimizer_bytes, optimizer_kind
 
@@ -32,7 +33,8 @@ def read_shape(model: nn.Module, optimizer: str = "paged_adamw_8bit") -> ModelSh
     weights = sum(t.nbytes for key, t in tensors.items() if key not in masters)
     dense = _base_layer(modules["q_proj"])
     quant = "nf4" if isinstance(dense, Linear4bit) else _DTYPES.get(dense.weight.dtype, "fp32")
-    compute = base.model.norm.weight.dtype
+    state: ModelState | None = base.__dict__.get(ATTRIBUTE)
+    compute: torch.dtype = base.dtype if state is None else state.compute_dtype
     H = int(config.num_attention_heads)
     E = int(getattr(config, "head_dim", None) or config.hidden_size // H)
     return ModelShape(
@@ -43,7 +45,7 @@ def read_shape(model: nn.Module, optimizer: str = "paged_adamw_8bit") -> ModelSh
         kv_heads=int(getattr(config, "num_key_value_heads", None) or H),
         head_dim=E,
         vocab=int(config.vocab_size),
-        compute_bytes=max(compute.itemsize, 2),
+        compute_bytes=compute.itemsize,
         quant=quant,
         weight_bytes=weights,
         ranks=tuple(_rank(modules[name]) for name in PROJECTIONS),
