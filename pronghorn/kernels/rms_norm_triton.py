@@ -122,8 +122,8 @@ def rms_norm_forward(
     with torch.cuda.device_of(x_TD):
         _forward(
             (triton.cdiv(rows, config.rows),), x_RD, residual_RD, weight_D, normed_TD, summed_TD, rstd_T, rows,
-            x_RD.stride(0), residual_RD.stride(0), eps, offset, D, residual_TD is not None, cast_before_scale, config.rows, config.columns,
-            num_warps=config.num_warps,
+            x_RD.stride(0), residual_RD.stride(0), eps, offset, D, residual_TD is not None, cast_before_scale,
+            config.rows, config.columns, num_warps=config.num_warps,
         )  # fmt: skip
     return normed_TD, summed_TD, rstd_T
 
