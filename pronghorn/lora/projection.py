@@ -14,6 +14,8 @@ from ..quant.linear4bit import Linear4bit
 from ..quant.nf4 import NF4Tensor
 from .layer import LoraLinear
 
+_CAPTURE = "transformers.utils.output_capturing"
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -112,9 +114,15 @@ def weights(group: Group, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Ten
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether anything outside watches calls of ``module`` itself."""
+    """Whether anything outside watches calls of ``module`` itself.
+
+    transformers leaves hooks behind once it was asked for hidden states or attentions; outside such a call they do
+    nothing, and Pronghorn's own walk is never inside one.
+    """
     d = module.__dict__  # nn.Module keeps them here; its own attribute lookup is slow, and this runs for every layer
-    return bool(d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d.get("_backward_pre_hooks"))
+    if d["_forward_pre_hooks"] or d["_backward_hooks"] or d.get("_backward_pre_hooks"):
+        return True
+    return any(getattr(hook, "__module__", None) != _CAPTURE for hook in d["_forward_hooks"].values())
 
 
 def read_projection(module: Any) -> Projection | str:

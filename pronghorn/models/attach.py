@@ -100,6 +100,6 @@ def detach(model: nn.Module) -> None:
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Whether ``model`` runs Pronghorn's forward."""
-    bound = unwrap(model).__dict__.get("forward")
-    return isinstance(bound, MethodType) and bound.__func__ is causal_lm_forward
+    """Whether the layers of ``model`` run Pronghorn's forward, also where a trainer has wrapped the model's own."""
+    bound = [layer.__dict__.get("forward") for layer in unwrap(model).model.layers]
+    return all(isinstance(forward, MethodType) and forward.__func__ is _layer_forward for forward in bound)

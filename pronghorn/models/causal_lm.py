@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..config.errors import ConfigError
 from ..kernels.linear_cross_entropy import linear_cross_entropy
+from ..lora.projection import hooked
 from .attention import PackedAttention
 from .forward import head, hidden_states
 from .packed import IGNORE, pack
@@ -24,6 +25,7 @@ _LOSS_KEYWORDS = {
 
 
 def not_packable(
+    model: Any,
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
@@ -44,7 +46,11 @@ def not_packable(
     if position_ids is None and "cu_seq_lens_q" in given:
         return "cu_seq_lens_q without position_ids"
     unknown = sorted(given - _LOSS_KEYWORDS)
-    return f"the argument {unknown[0]}" if unknown else None
+    if unknown:
+        return f"the argument {unknown[0]}"
+    # The packed walk calls the embedding, the layers and the last norm; these two it reads.
+    passed_by = [part for part in (model.model, model.lm_head) if hooked(part)]
+    return f"a hook on {type(passed_by[0]).__name__}" if passed_by else None
 
 
 def say_once(model: Any, line: str) -> None:
@@ -84,7 +90,7 @@ def causal_lm_forward(
     attention or hidden-state outputs): transformers' forward, which a line says when that happens in training.
     """
     if labels is not None:
-        reason = not_packable(input_ids, attention_mask, position_ids, past_key_values, kwargs)
+        reason = not_packable(self, input_ids, attention_mask, position_ids, past_key_values, kwargs)
         if reason is None:
             assert input_ids is not None
             with _own_precision(self, input_ids.device):

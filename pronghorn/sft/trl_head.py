@@ -60,7 +60,7 @@ def _unanswerable(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> s
     named = ("input_ids", "attention_mask", "position_ids", "past_key_values")
     ids, mask, positions, cache = (kwargs.get(name) for name in named)
     rest = {name: value for name, value in kwargs.items() if name not in (*named, "labels", "use_cache", _QUESTION)}
-    reason = not_packable(ids, mask, positions, cache, rest)
+    reason = not_packable(base, ids, mask, positions, cache, rest)
     if reason is not None:
         return reason
     asked = _bound_by_trl(base)
