@@ -98,3 +98,19 @@ def test_the_command_prints_the_three_modes(folder: str) -> None:
     assert all(f"│ {mode}" in result.output for mode in ("auto", "memory", "off"))
     failed = CliRunner().invoke(app, ["plan", folder, "--gpu", "H300"])
     assert failed.exit_code == 2 and "did you mean 'H200'" in failed.output
+
+
+def test_measured_cases_are_compared_by_mode_batch_and_base() -> None:
+    from benchmarks.plan import compare
+
+    measured = {"peak_gb": 10.0, "step_s": 0.5}
+    cases = ["sft/nf4/2x2048/same-memory", "sft/bf16/1x4096/free-memory", "sft/nf4/2x2048/elsewhere"]
+    rows = [
+        {"case": case, "impl": impl, "metric": metric, "value": value}
+        for case in cases for impl in ("pronghorn", "hf") for metric, value in measured.items()
+    ]  # fmt: skip
+    found = list(compare({"gpu": "NVIDIA H200", "rows": rows}, config()))
+    assert [(row.case, row.figure) for row in found] == [(c, f) for c in cases[:2] for f in ("peak_gb", "step_s")]
+    plan = pronghorn.plan(config(), batch_size=2, gpu="H200", r=32, use_gradient_checkpointing="memory")
+    assert found[0].foreseen == plan.peak_bytes / 2**30 and found[1].off == plan.step_seconds / 0.5 - 1
+    assert found[2].foreseen > 20  # the base in 16 bits, everything kept
