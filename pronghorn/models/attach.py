@@ -39,11 +39,27 @@ def _layer_forward(
     if packed_attention is not None:
         assert position_embeddings is not None
         return run_layer(self, hidden_states, position_embeddings, packed_attention)
+    _say_unpacked(self)
     own = type(self).forward
     if kwargs.get("past_key_values") is not None:
         # A recomputed forward would write its keys into the cache twice, so with a cache nothing is recomputed.
         return own(self, hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
     return checkpointing.run(self, own, self, hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+
+
+def _say_unpacked(layer: Any) -> None:
+    """One line where a model trains by transformers' walk, as under a trainer that scores hidden states itself."""
+    if (
+        not (layer.training and torch.is_grad_enabled())
+        or layer.self_attn.layer_idx
+        or "pronghorn_unpacked" in vars(layer)
+    ):
+        return
+    layer.pronghorn_unpacked = True
+    print(
+        "Pronghorn: layers run transformers' forward, slower than packed, as the call has no labels or another's head",
+        flush=True,
+    )
 
 
 def _checkpointing_enable(self: Any, *_: Any, **__: Any) -> None:
@@ -95,6 +111,7 @@ def detach(model: nn.Module) -> None:
     checkpointing.forget(base)
     for layer in base.model.layers:
         layer.__dict__.pop("forward", None)
+        layer.__dict__.pop("pronghorn_unpacked", None)
     for name in _MODEL_METHODS:
         base.__dict__.pop(name, None)
 

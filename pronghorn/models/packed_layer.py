@@ -43,7 +43,7 @@ def run_layer(
         spec = spec_for(layer.self_attn.config)
         parts = spec.read_parts(layer)
         if isinstance(parts, str):
-            _say_once(layer, parts)
+            _say_once(layer, parts, attention)
             return checkpointing.run(layer, spec.block, layer, hidden_TD, rope_TE, attention)
         ready = parts, parts.rounded(hidden_TD.dtype)
     parts, groups = ready
@@ -134,8 +134,12 @@ def prepared(model: nn.Module) -> Iterator[None]:
             layer.__dict__.pop(PREPARED, None)
 
 
-def _say_once(layer: Any, reason: str) -> None:
-    if getattr(layer, "pronghorn_unfused", None) != reason:
-        layer.pronghorn_unfused = reason
-        if layer.self_attn.layer_idx == 0:
-            print(f"Pronghorn: layers run by their own modules, slower than fused, because of {reason}", flush=True)
+def _say_once(layer: Any, reason: str, attention: Attention) -> None:
+    """Print a reason when the first layer of a walk (they share ``attention``) has it anew."""
+    if getattr(layer, "pronghorn_unfused", None) == reason:
+        return
+    layer.pronghorn_unfused = reason
+    said: set[str] = vars(attention).setdefault("said", set())
+    if reason not in said:
+        said.add(reason)
+        print(f"Pronghorn: layers run by their own modules, slower than fused, because of {reason}", flush=True)

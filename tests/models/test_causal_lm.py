@@ -99,3 +99,13 @@ def test_a_model_whose_forward_a_trainer_wrapped_is_attached() -> None:
     plain, fast, _ = pair()
     add_fused_lm_head(fast)
     assert is_attached(fast) and not is_attached(plain)
+
+
+def test_training_without_labels_is_said_to_be_slower_once(capsys: pytest.CaptureFixture[str]) -> None:
+    _, fast, batch = pair()
+    for _ in range(2):
+        fast(input_ids=batch["input_ids"]).logits.sum().backward()
+    assert capsys.readouterr().out.count("layers run transformers' forward, slower") == 1
+    fast.eval()
+    fast(input_ids=batch["input_ids"])
+    assert capsys.readouterr().out == ""

@@ -200,3 +200,38 @@ def test_scores_of_left_padded_and_unlabelled_rows() -> None:
     nothing = model(input_ids=ids, labels=torch.full_like(ids, -100), token_scores=True)
     (nothing.log_probs.sum() + nothing.loss).backward()
     assert float(nothing.loss) == 0
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_an_adapter_that_trl_adds_itself_is_right_and_said_to_be_slower(
+    tmp_path: Path, task: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type=task)
+    ours, tokenizer = FastLanguageModel.from_pretrained(str(TINY), max_seq_length=256, load_in_4bit=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    losses = []
+    for model, name in ((ours, "ours"), (theirs, "theirs")):
+        made = SFTTrainer(
+            model=model, processing_class=tokenizer, train_dataset=chats(), peft_config=lora,
+            args=SFTConfig(str(tmp_path / name), max_steps=2, logging_steps=1, bf16=False, use_cpu=True, report_to=[]),
+        )  # fmt: skip
+        made.train()
+        losses.append([log["loss"] for log in made.state.log_history[:2]])
+        assert ("because of Linear in place of" in capsys.readouterr().out) == (name == "ours")
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_resumed_run_goes_on_exactly_and_its_adapter_loads_in_plain_peft(tmp_path: Path) -> None:
+    saving: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    runs = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        model, tokenizer = fast()
+        made = trainer(model, tokenizer, tmp_path, **saving)
+        made.train(resume_from_checkpoint=resume)
+        runs.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(parameter, runs[1][name]) for name, parameter in runs[0].items())
+    made.save_model(str(tmp_path / "final"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    plain_model = peft.PeftModel.from_pretrained(base, tmp_path / "final").eval()
+    ids = torch.randint(6, VOCABULARY, (1, 9))
+    assert torch.equal(plain_model(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
