@@ -22,10 +22,13 @@ _PUBLIC = {
     "train_on_responses_only": "pronghorn.sft.responses",
 }
 
+_MODULES = ("optim",)
+
 __all__ = ["ConfigError", "FastLanguageModel", "GRPOConfig", "GRPOTrainer", "PatchFastRL", "SamplingParams",
-           "is_bfloat16_supported", "plan", "train_on_responses_only"]  # fmt: skip
+           "is_bfloat16_supported", "optim", "plan", "train_on_responses_only"]  # fmt: skip
 
 if TYPE_CHECKING:
+    from . import optim
     from .api import FastLanguageModel, PatchFastRL, plan
     from .config.errors import ConfigError
     from .config.sampling import SamplingParams
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"pronghorn.{name}")  # the import binds the name
     if name not in _PUBLIC:
         raise AttributeError(f"module 'pronghorn' has no attribute {name!r}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
@@ -44,4 +49,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted({*globals(), *_PUBLIC, *_MODULES})

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "env": {"config"},
     "kernels": GROUND,
     "quant": GROUND | {"kernels"},
+    "optim": GROUND | {"kernels"},
     "weights": GROUND,
     "lora": GROUND | {"kernels", "quant", "weights"},
     "models": GROUND | {"kernels", "quant", "lora"},
@@ -26,8 +27,8 @@ MAY_IMPORT = {
     "report": GROUND,
     "export": GROUND | {"quant", "weights", "lora", "models"},
     "rollout": GROUND | {"data", "kernels", "quant", "lora", "models", "loader"},
-    "grpo": GROUND | {"weights", "kernels", "quant", "lora", "models", "loader", "rollout", "rewards", "data"},
-    "sft": GROUND | {"kernels", "quant", "lora", "models", "loader", "data"},
+    "grpo": GROUND | {"weights", "kernels", "quant", "optim", "lora", "models", "loader", "rollout", "rewards", "data"},
+    "sft": GROUND | {"kernels", "quant", "optim", "lora", "models", "loader", "data"},
     "doctor": GROUND | {"kernels"},
 }
 MAY_IMPORT["api"] = set(MAY_IMPORT) - {"doctor", "report"}

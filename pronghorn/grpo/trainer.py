@@ -159,6 +159,16 @@ class GRPOTrainer(SavingMixin, Trainer):
 
     # Training
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """As transformers' choice; bitsandbytes' 8-bit AdamW in the form that steps all tensors in one launch."""
+        optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if str(getattr(optimizer_cls, "__module__", "")).startswith("bitsandbytes."):
+            from ..optim.bitsandbytes import one_launch_class
+
+            optimizer_cls = one_launch_class(optimizer_cls, kwargs)
+        return optimizer_cls, kwargs
+
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, None]:
         """The rows of one optimizer step; nothing is generated yet, as a resumed run restores its RNGs after this."""
         rows, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
