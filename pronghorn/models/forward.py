@@ -88,12 +88,14 @@ def _lora_head(lm_head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
             continue
         if lm_head.training and getattr(lm_head.lora_dropout[name], "p", 0.0) > 0:
             raise NotImplementedError("lora_dropout on lm_head: set it to 0, or leave lm_head out of target_modules")
-        a_rD = lm_head.lora_A[name].weight.to(weight_VD.dtype)
-        b_Vr = lm_head.lora_B[name].weight.to(weight_VD.dtype)
-        weight_VD = weight_VD + (b_Vr @ a_rD) * lm_head.scaling[name]
-        if lm_head.lora_variant.get(name) is not None:
-            size_V = lm_head.lora_magnitude_vector[name].weight / row_norm(lm_head, name)
-            weight_VD = weight_VD * size_V.to(weight_VD.dtype).unsqueeze(1)
+        a_rD, b_Vr = lm_head.lora_A[name].weight, lm_head.lora_B[name].weight
+        dtype = weight_VD.dtype
+        if lm_head.lora_variant.get(name) is None:
+            weight_VD = torch.addmm(weight_VD, b_Vr.to(dtype), a_rD.to(dtype), alpha=lm_head.scaling[name])
+        else:  # in the masters' dtype up to the end: rounding the sum and the product would be twice the error
+            size_V1 = (lm_head.lora_magnitude_vector[name].weight / row_norm(lm_head, name)).unsqueeze(1)
+            summed_VD = torch.addmm(weight_VD.to(a_rD.dtype), b_Vr, a_rD, alpha=lm_head.scaling[name])
+            weight_VD = (summed_VD * size_V1).to(dtype)
         extra_V = lm_head.lora_B[name].bias
         if extra_V is not None:
             extra_V = extra_V.to(weight_VD.dtype) * lm_head.scaling[name]
