@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from bitsandbytes.functional import create_dynamic_map
 from bitsandbytes.optim.optimizer import Optimizer2State
 from bitsandbytes.utils import sync_gpu
 
@@ -27,6 +28,7 @@ class OneLaunch(Optimizer2State):
     initialized: bool
     _members: dict[torch.Tensor, Member | None] | None = None
     _buckets: tuple[Bucket, ...] = ()
+    _maps: ClassVar[dict[torch.device, list[torch.Tensor]]] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -111,13 +113,12 @@ class OneLaunch(Optimizer2State):
         self._members, self._buckets = members, tuple(buckets.values())
 
     def _share_maps(self, param: torch.Tensor, state: dict[str, Any]) -> bool:
-        """Whether the state is in the dynamic maps; a loaded copy of one gives way to the one that all share."""
-        for name, kind in (("qmap1", "dynamic"), ("qmap2", "udynamic")):
-            if kind not in self.name2qmap:
-                self.fill_qmap()
-            if self.name2qmap[kind].device != param.device:
-                self.name2qmap[kind] = self.name2qmap[kind].to(param.device)
-            ours, theirs = self.name2qmap[kind], state[name]
+        """Whether the state is in the dynamic maps, which the kernel knows; copies of one give way to one for all."""
+        maps = self._maps.get(param.device)
+        if maps is None:
+            maps = self._maps[param.device] = [create_dynamic_map(signed).to(param.device) for signed in (True, False)]
+        for name, ours in zip(("qmap1", "qmap2"), maps):
+            theirs = state[name]
             if theirs is not ours:
                 if theirs.device != ours.device or not torch.equal(theirs, ours):
                     return False
