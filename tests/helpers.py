@@ -61,7 +61,7 @@ def tiny_tokenizer(vocab_size: int = 384, extra: tuple[str, ...] = ()) -> PreTra
 def tiny_config(**overrides: Any) -> LlamaConfig:
     """LlamaConfig of about 100k parameters: grouped-query attention, untied head, unless overridden."""
     settings: dict[str, Any] = {
-        "vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
         "bos_token_id": 0, "eos_token_id": [1, 4, 5], "tie_word_embeddings": False,
         # larger than the usual 0.02, so that a random model's logits differ clearly from token to token

@@ -63,10 +63,15 @@ def _overwritable(gate_TI: torch.Tensor, up_TI: torch.Tensor) -> bool:
     return all(t.requires_grad and not t.is_leaf for t in (gate_TI, up_TI)) and _apart(gate_TI, up_TI)
 
 
-def glu_forward(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str = "silu") -> torch.Tensor:
-    """``activation(gate) * up``, contiguous, without autograd, for a caller that writes its own backward."""
-    _check(gate_TI, up_TI, activation)
-    h_TI: torch.Tensor = _path(gate_TI).glu_forward(gate_TI, up_TI, activation)
+def glu_forward(
+    gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str = "silu", out_TI: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``activation(gate) * up`` without autograd, for a caller that writes its own backward.
+
+    It is written to ``out_TI`` where given (the left part of a wider tensor, say), else to a new contiguous tensor.
+    """
+    _check(gate_TI, up_TI, activation, out_TI)
+    h_TI: torch.Tensor = _path(gate_TI).glu_forward(gate_TI, up_TI, activation, out_TI)
     return h_TI
 
 
@@ -76,6 +81,7 @@ def glu_backward_(
     up_TI: torch.Tensor,
     want_h: bool = False,
     activation: str = "silu",
+    over_dh: bool = False,
 ) -> torch.Tensor | None:
     """Overwrite gate with its gradient and up with its own, outside autograd: for hand-written backward passes.
 
@@ -85,6 +91,7 @@ def glu_backward_(
         up_TI: same shape and dtype; must not overlap gate.
         want_h: also return h, computed again in the same pass.
         activation: one of :data:`ACTIVATIONS`.
+        over_dh: write h over ``dh_TI``, which must be contiguous then.
 
     Returns:
         h, contiguous, or None.
@@ -95,7 +102,11 @@ def glu_backward_(
     _check(gate_TI, up_TI, activation, dh_TI)
     if not _apart(gate_TI, up_TI):
         raise ValueError("gate and up share memory, or repeat it; each is overwritten, so give each its own")
-    h_TI = torch.empty(gate_TI.shape, dtype=gate_TI.dtype, device=gate_TI.device) if want_h else None
+    if over_dh and not dh_TI.is_contiguous():
+        raise ValueError(f"dh has strides {dh_TI.stride()}; to be overwritten by h it has to be contiguous")
+    h_TI = None
+    if want_h:
+        h_TI = dh_TI if over_dh else torch.empty(gate_TI.shape, dtype=gate_TI.dtype, device=gate_TI.device)
     with torch.no_grad():
         _path(gate_TI).glu_backward(dh_TI, gate_TI, up_TI, gate_TI, up_TI, h_TI, activation)
     return h_TI

@@ -61,14 +61,14 @@ def _tile(rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])  # packed batches differ in length: one compilation serves all
 def _forward_kernel(
-    gate_ptr, up_ptr, h_ptr, rows, gate_stride, up_stride,
+    gate_ptr, up_ptr, h_ptr, rows, gate_stride, up_stride, h_stride,
     COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, column, inside = _tile(rows, COLUMNS, ROWS, BLOCK)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
     value, _ = _value_and_slope(gate, ACTIVATION)
-    tl.store(h_ptr + row * COLUMNS + column, (value * up).to(h_ptr.dtype.element_ty), mask=inside)
+    tl.store(h_ptr + row * h_stride + column, (value * up).to(h_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -105,18 +105,20 @@ def _rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return rows_RI
 
 
-def glu_forward(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str) -> torch.Tensor:
-    """The Triton forward: as ``reference.glu``."""
-    h_TI = torch.empty(gate_TI.shape, dtype=gate_TI.dtype, device=gate_TI.device)
+def glu_forward(
+    gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str, out_TI: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The Triton forward: as ``reference.glu_forward``."""
+    h_TI = torch.empty(gate_TI.shape, dtype=gate_TI.dtype, device=gate_TI.device) if out_TI is None else out_TI
     if h_TI.numel() == 0:
         return h_TI
-    gate_RI, up_RI = _rows("gate", gate_TI), _rows("up", up_TI)
+    gate_RI, up_RI, h_RI = _rows("gate", gate_TI), _rows("up", up_TI), _rows("out", h_TI)
     rows, columns = gate_RI.shape
     config = launch_config(columns)
     with torch.cuda.device_of(gate_TI):
         _forward(
             (triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns),),
-            gate_RI, up_RI, h_TI, rows, gate_RI.stride(0), up_RI.stride(0), columns, activation,
+            gate_RI, up_RI, h_RI, rows, gate_RI.stride(0), up_RI.stride(0), h_RI.stride(0), columns, activation,
             config.rows, config.columns, num_warps=config.num_warps,
         )  # fmt: skip
     return h_TI

@@ -97,7 +97,7 @@ def _block_scale(scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blo
 
 @triton.jit
 def _dequantize_kernel(
-    codes_ptr, scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, nf4_ptr, out_ptr, numel,
+    codes_ptr, scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, nf4_ptr, out_ptr, numel, columns, pad,
     BYTES: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
     """BYTES bytes of codes, any numel, any dtype, any GPU: the levels are looked up in memory."""
@@ -110,18 +110,20 @@ def _dequantize_kernel(
     low = tl.load(nf4_ptr + (byte & 15)) * scale
     out = tl.reshape(tl.join(high, low), (2 * BYTES,))
     out_at = tl.program_id(0).to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
-    tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=out_at < numel)
+    place = out_at + (out_at // columns) * pad
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=out_at < numel)
 
 
 @triton.jit
 def _dequantize_half_kernel(
-    words_ptr, scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, words,
+    words_ptr, scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, words, row_groups, pad,
     GROUPS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """GROUPS runs of 64 weights to 16 bits. Codes come as 32-bit words of 8, weights leave as 32-bit pairs.
 
     Four threads share a run: each takes a word of its first half and one of its second, so that it can use its table
-    of 16 values twice while every 16-byte store of a warp still fills whole 32-byte sectors.
+    of 16 values twice while every 16-byte store of a warp still fills whole 32-byte sectors. A row is ``row_groups``
+    runs long, and ``pad`` pairs lie between it and the next.
     """
     lane = tl.arange(0, GROUPS * 4)
     group = tl.program_id(0).to(tl.int64) * GROUPS + lane // 4
@@ -139,8 +141,9 @@ def _dequantize_half_kernel(
     pair = tl.arange(0, 4)[None, :]
     a = tl.reshape(tl.join(tl.join(a0, a2), tl.join(a1, a3)), (GROUPS * 4, 4))
     b = tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), (GROUPS * 4, 4))
-    tl.store(out_ptr + (first * 4)[:, None] + pair, a, mask=(first < words)[:, None])
-    tl.store(out_ptr + (second * 4)[:, None] + pair, b, mask=(second < words)[:, None])
+    skip = (group // row_groups) * pad
+    tl.store(out_ptr + (first * 4 + skip)[:, None] + pair, a, mask=(first < words)[:, None])
+    tl.store(out_ptr + (second * 4 + skip)[:, None] + pair, b, mask=(second < words)[:, None])
 
 
 _dequantize_half = Launcher(_dequantize_half_kernel)
@@ -224,26 +227,33 @@ def dequantize_nf4(
         (dynamic_code(codes.device) if nested_code is None else nested_code) if nested else scales,
         offset if nested else scales,
     )
+    columns = max(result.shape[-1], 1) if result.dim() else 1
+    pad = 0 if result.is_contiguous() else result.stride(0) - columns
     with torch.cuda.device_of(codes):
-        if _takes_half_kernel(codes, result, numel, blocksize):
+        if _takes_half_kernel(codes, result, numel, blocksize, columns, pad):
             words = numel // 8
             groups = 64
+            pairs = (result if pad else result.view(-1)).view(torch.int32)
             _dequantize_half(
                 (triton.cdiv(words, groups * 8),),
-                codes.view(torch.int32), *scale_args, result.view(-1).view(torch.int32), words,
+                codes.view(torch.int32), *scale_args, pairs, words, columns // 64 if pad else words, pad // 2,
                 groups, blocksize, nested, dtype == torch.bfloat16, num_warps=8, enable_fp_fusion=False,
             )  # fmt: skip
         else:
             size = 1024
             _dequantize_kernel[(triton.cdiv((numel + 1) // 2, size),)](
-                codes, *scale_args, nf4_code(codes.device), result, numel,
+                codes, *scale_args, nf4_code(codes.device), result, numel, columns, pad,
                 BYTES=size, BLOCKSIZE=blocksize, NESTED=nested, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     return result
 
 
-def _takes_half_kernel(codes: torch.Tensor, out: torch.Tensor, numel: int, blocksize: int) -> bool:
-    """Whether the 16-bit kernel can run: whole words, blocks of whole runs of 64, aligned, Ampere or newer."""
+def _takes_half_kernel(
+    codes: torch.Tensor, out: torch.Tensor, numel: int, blocksize: int, columns: int, pad: int
+) -> bool:
+    """Whether the 16-bit kernel can run: whole words, blocks of whole runs of 64, aligned, Ampere or newer; where rows
+    lie apart, whole runs in a row and aligned rows.
+    """
     return (
         _has_asm(codes)
         and out.dtype in (torch.bfloat16, torch.float16)
@@ -251,6 +261,7 @@ def _takes_half_kernel(codes: torch.Tensor, out: torch.Tensor, numel: int, block
         and blocksize % 64 == 0
         and codes.data_ptr() % 4 == 0
         and out.data_ptr() % 16 == 0
+        and (pad == 0 or (columns % 64 == 0 and pad % 8 == 0))
         and _capability(codes.device) >= (8, 0)
     )
 

@@ -54,21 +54,41 @@ def _check(x_TD: torch.Tensor, weight_D: torch.Tensor, residual_TD: torch.Tensor
         )
 
 
+def _check_out(out_TD: torch.Tensor | None, x_TD: torch.Tensor, weight_D: torch.Tensor) -> None:
+    if out_TD is None:
+        return
+    dtype = reference.normed_dtype(x_TD.dtype, weight_D.dtype, True)
+    if x_TD.dim() != 2 or out_TD.shape != x_TD.shape or out_TD.dtype != dtype or out_TD.stride(1) != 1:
+        raise ValueError(
+            f"out is {tuple(out_TD.shape)} {out_TD.dtype} with strides {out_TD.stride()}; expected "
+            f"{tuple(x_TD.shape)} {dtype}, two dimensions, unit stride in the last"
+        )
+
+
 def norm_forward(
-    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, offset: float = 0.0, cast_before_scale: bool = True
+    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, out_TD: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(normed_TD, rstd_T)`` without autograd, for a caller that writes its own backward; see :func:`rms_norm`."""
+    """``(normed_TD, rstd_T)`` without autograd, for a caller that writes its own backward; see :func:`rms_norm`.
+
+    ``normed_TD`` is written to ``out_TD`` where given: the left part of a wider tensor, say.
+    """
     _check(x_TD, weight_D, None)
-    normed_TD, _, rstd_T = _path(x_TD).rms_norm_forward(x_TD, weight_D, eps, None, offset, cast_before_scale)
+    _check_out(out_TD, x_TD, weight_D)
+    normed_TD, _, rstd_T = _path(x_TD).rms_norm_forward(x_TD, weight_D, eps, None, 0.0, True, out_TD)
     return normed_TD, rstd_T
 
 
 def add_norm_forward(
-    x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
+    x_TD: torch.Tensor,
+    residual_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    out_TD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(normed_TD, summed_TD, rstd_T)`` of ``x + residual`` without autograd; see :func:`rms_norm`."""
+    """``(normed_TD, summed_TD, rstd_T)`` of ``x + residual`` without autograd; see :func:`norm_forward`."""
     _check(x_TD, weight_D, residual_TD)
-    normed_TD, summed_TD, rstd_T = _path(x_TD).rms_norm_forward(x_TD, weight_D, eps, residual_TD, 0.0, True)
+    _check_out(out_TD, x_TD, weight_D)
+    normed_TD, summed_TD, rstd_T = _path(x_TD).rms_norm_forward(x_TD, weight_D, eps, residual_TD, 0.0, True, out_TD)
     return normed_TD, summed_TD, rstd_T
 
 

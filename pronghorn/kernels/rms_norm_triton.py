@@ -36,8 +36,9 @@ def launch_config(D: int) -> Launch:
 
 @triton.jit(do_not_specialize=["rows"])  # packed batches differ in length: one compilation serves all
 def _forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, normed_ptr, summed_ptr, rstd_ptr, rows, x_stride, residual_stride, eps, offset,
-    D: tl.constexpr, RESIDUAL: tl.constexpr, CAST_FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, normed_ptr, summed_ptr, rstd_ptr, rows, x_stride, residual_stride, normed_stride,
+    eps, offset, D: tl.constexpr, RESIDUAL: tl.constexpr, CAST_FIRST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)[None, :]
@@ -55,7 +56,8 @@ def _forward_kernel(
     if CAST_FIRST:
         unit = unit.to(dtype).to(tl.float32)
     scale = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset
-    tl.store(normed_ptr + row[:, None] * D + column, (unit * scale).to(normed_ptr.dtype.element_ty), mask=inside)
+    normed = (unit * scale).to(normed_ptr.dtype.element_ty)
+    tl.store(normed_ptr + row[:, None] * normed_stride + column, normed, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -106,13 +108,14 @@ def rms_norm_forward(
     residual_TD: torch.Tensor | None,
     offset: float,
     cast_before_scale: bool,
+    out_TD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The Triton forward: as ``reference.rms_norm_forward``, with ``rstd`` in float32."""
     D = x_TD.shape[-1]
     x_RD = _rows(x_TD)
     residual_RD = x_RD if residual_TD is None else _rows(residual_TD)
     dtype = normed_dtype(x_TD.dtype, weight_D.dtype, cast_before_scale)
-    normed_TD = torch.empty(x_TD.shape, dtype=dtype, device=x_TD.device)
+    normed_TD = torch.empty(x_TD.shape, dtype=dtype, device=x_TD.device) if out_TD is None else out_TD
     summed_TD = x_TD if residual_TD is None else torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     rstd_T = torch.empty(x_TD.shape[:-1], dtype=torch.float32, device=x_TD.device)
     rows = x_RD.shape[0]
@@ -122,8 +125,8 @@ def rms_norm_forward(
     with torch.cuda.device_of(x_TD):
         _forward(
             (triton.cdiv(rows, config.rows),), x_RD, residual_RD, weight_D, normed_TD, summed_TD, rstd_T, rows,
-            x_RD.stride(0), residual_RD.stride(0), eps, offset, D, residual_TD is not None, cast_before_scale,
-            config.rows, config.columns, num_warps=config.num_warps,
+            x_RD.stride(0), residual_RD.stride(0), D if out_TD is None else out_TD.stride(0), eps, offset,
+            D, residual_TD is not None, cast_before_scale, config.rows, config.columns, num_warps=config.num_warps,
         )  # fmt: skip
     return normed_TD, summed_TD, rstd_T
 

@@ -5,17 +5,105 @@ Forward, for projection p of :math:`x` ``[T, I]``: :math:`y_p = x W_p^T + s_p (x
 
 .. math:: dx = \sum_p dy_p W_p + g_p A_p, \qquad dA_p = g_p^T x, \qquad dB_p = s_p\, dy_p^T l_p.
 
-W is never trained here. The A of all projections are one matrix product, and so are their gradients; outputs lie side
-by side in one ``[T, O]``. The adapter's term is written first and the base's product adds onto it where it is written
-anyway, so the adapter costs no pass over the output of its own. Masters are rounded to the compute dtype, as
-``LoraLinear`` does.
+W is never trained here. Outputs lie side by side in one ``[T, O]``; the A of all projections are one matrix product,
+and so are their gradients. An adapter's term is a product over r numbers for each of O outputs: by itself it would read
+and write all of y for almost no arithmetic. So it rides on the base's product: where a weight is made from 4 bits
+anyway, it is made with B beside it, and ``[x | x A^T] [W | s B]^T`` is all of y; likewise ``[dy | g] [W; A]`` is all of
+dx. Where W is a parameter that lies as it lies, the adapter's term is written first and the base's product adds onto
+it. Masters are rounded to the compute dtype, as ``LoraLinear`` does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from .projection import Group, Weights, weights
+from .held import HeldWeights
+from .projection import Group, Piece, pieces, widens
+
+
+class Input:
+    """A group's input x ``[T, I]`` with room beside it for ``x A^T`` ``[T, R]``, where the group's product takes that.
+
+    Args:
+        group: the projections.
+        held: their weights, where they are kept.
+        x_TI: the input where it lies in a tensor of its own; the product is then the narrow one.
+        rows, like: else, make a new one of so many rows, in ``like``'s dtype and on its device.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        held: HeldWeights | None = None,
+        x_TI: torch.Tensor | None = None,
+        rows: int = 0,
+        like: torch.Tensor | None = None,
+    ) -> None:
+        self.inputs = group.members[0].base.in_features
+        self.wide = x_TI is None and group.rank > 0 and (held is not None or widens(group))
+        if x_TI is None:
+            assert like is not None
+            x_TI = like.new_empty(rows, self.inputs + (group.rank if self.wide else 0))
+        self.table_TK = x_TI
+
+    @property
+    def x_TI(self) -> torch.Tensor:
+        return self.table_TK[:, : self.inputs]
+
+    def lower(self, group: Group, out_TR: torch.Tensor | None = None) -> torch.Tensor | None:
+        """``x A^T`` of all the group's adapters, ``[T, R]``, also written to ``out_TR``; None without adapters."""
+        if group.a_RI is None:
+            return None
+        if not self.wide:
+            return torch.mm(self.x_TI, group.a_RI.T, out=out_TR)
+        low_TR = torch.mm(self.x_TI, group.a_RI.T, out=self.table_TK[:, self.inputs :])
+        return low_TR if out_TR is None else out_TR.copy_(low_TR)
+
+    def restore(self, low_TR: torch.Tensor | None) -> None:
+        """Put an earlier :meth:`lower` of the same x in its place."""
+        if self.wide and low_TR is not None:
+            self.table_TK[:, self.inputs :].copy_(low_TR)
+
+
+@torch.no_grad()
+def project(
+    given: Input, group: Group, low_TR: torch.Tensor | None, held: HeldWeights | None = None, spare: bool = False
+) -> torch.Tensor:
+    """Outputs side by side, in x's dtype: ``[T, O]``, or with ``spare`` ``[T, O + R]``, the last R columns unwritten.
+
+    Args:
+        given: the input; :meth:`Input.lower` or :meth:`Input.restore` came before.
+        group: the projections.
+        low_TR: ``x A^T``; None without adapters.
+        held: the group's weights where they stay in memory; None to make them for this product.
+        spare: leave room for :func:`input_gradient` to put g beside the gradient that overwrites the outputs.
+    """
+    x_TI = given.x_TI
+    y_TO = x_TI.new_empty(x_TI.shape[0], group.outputs + (group.rank if spare else 0))
+    adapted = low_TR is not None
+    first = adapted and not given.wide and all(b_Or is not None for b_Or in group.bs_Or)
+    if first:
+        _add_adapters(y_TO, low_TR, group, beta=0.0)
+    for piece in _pieces(group, x_TI.dtype, held, given.wide):
+        out = y_TO[:, piece.columns]
+        if given.wide and piece.wide_OK is not None:
+            torch.mm(given.table_TK, piece.wide_OK.T, out=out)
+        elif first:
+            out.addmm_(x_TI, piece.weight_OI.T)
+        else:
+            torch.mm(x_TI, piece.weight_OI.T, out=out)
+    if adapted and not first and not given.wide:
+        _add_adapters(y_TO, low_TR, group, beta=1.0)
+    for p, columns in zip(group.members, group.columns):
+        if p.base.bias is not None:
+            y_TO[:, columns] += p.base.bias.to(y_TO.dtype)
+    return y_TO
+
+
+def _pieces(group: Group, dtype: torch.dtype, held: HeldWeights | None, wide: bool) -> Iterator[Piece]:
+    return pieces(group, dtype, wide) if held is None else iter((held.forward_piece,))
 
 
 def _product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:
@@ -25,44 +113,9 @@ def _product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor:
     return torch.addmm(out, left, right, beta=0, alpha=factor, out=out)
 
 
-@torch.no_grad()
-def lower(x_TI: torch.Tensor, group: Group, out_TR: torch.Tensor | None = None) -> torch.Tensor | None:
-    """``x A^T`` of all the group's adapters, ``[T, R]`` (written to ``out_TR`` where given); None without adapters."""
-    return None if group.a_RI is None else torch.mm(x_TI, group.a_RI.T, out=out_TR)
-
-
-@torch.no_grad()
-def project(x_TI: torch.Tensor, group: Group, low_TR: torch.Tensor | None, held: Weights | None = None) -> torch.Tensor:
-    """Outputs ``y_TO`` side by side, in x's dtype.
-
-    Args:
-        x_TI: the common input.
-        group: the projections.
-        low_TR: :func:`lower` of x; None without adapters.
-        held: the group's weights where they stay in memory; None to make them for this product.
-    """
-    y_TO = x_TI.new_empty(x_TI.shape[0], group.outputs)
-    first = low_TR is not None and all(b_Or is not None for b_Or in group.bs_Or)
-    if first:
-        _add_adapters(y_TO, low_TR, group, beta=0.0)
-    for columns, weight_OI in weights(group, x_TI.dtype) if held is None else held:
-        out = y_TO[:, columns]
-        if first:
-            out.addmm_(x_TI, weight_OI.T)
-        else:
-            torch.mm(x_TI, weight_OI.T, out=out)
-    if not first:
-        _add_adapters(y_TO, low_TR, group, beta=1.0)
-    for p, columns in zip(group.members, group.columns):
-        if p.base.bias is not None:
-            y_TO[:, columns] += p.base.bias.to(y_TO.dtype)
-    return y_TO
-
-
 def _add_adapters(y_TO: torch.Tensor, low_TR: torch.Tensor | None, group: Group, beta: float) -> None:
     """``y = beta * y + s low B^T`` in the columns of every projection that has an adapter."""
-    if low_TR is None:
-        return
+    assert low_TR is not None
     for p, b_Or, span, columns in zip(group.members, group.bs_Or, group.spans, group.columns):
         if b_Or is None:
             continue
@@ -74,27 +127,29 @@ def _add_adapters(y_TO: torch.Tensor, low_TR: torch.Tensor | None, group: Group,
 
 @torch.no_grad()
 def input_gradient(
-    dy_TO: torch.Tensor, group: Group, held: Weights | None = None, need_dx: bool = True
+    dy_TO: torch.Tensor, group: Group, held: HeldWeights | None = None, need_dx: bool = True
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """``(dx_TI, g_TR)``: the gradient of the common input, and :math:`s\\, dy B` of every adapter.
+    r"""``(dx_TI, g_TR)``: the gradient of the common input, and :math:`s\, dy B` of every adapter.
 
     It needs nothing that forward saved. ``dx_TI`` is None unless ``need_dx``, ``g_TR`` is None without adapters.
+    ``dy_TO`` may be R columns wider than the outputs: g is put there, and with held weights one product is all of dx.
     """
-    T = dy_TO.shape[0]
+    O = group.outputs  # noqa: E741 - a shape letter
+    spare = dy_TO.shape[1] > O
     g_TR = dx_TI = None
     if group.a_RI is not None:
-        g_TR = dy_TO.new_empty(T, group.rank)
+        g_TR = dy_TO[:, O:] if spare else dy_TO.new_empty(dy_TO.shape[0], group.rank)
         for p, b_Or, span, columns in zip(group.members, group.bs_Or, group.spans, group.columns):
             if b_Or is not None:
                 _product(g_TR[:, span], dy_TO[:, columns], b_Or, p.scaling)
+        if need_dx and held is not None and spare:
+            return dy_TO @ held.with_a, g_TR
         if need_dx:
             dx_TI = g_TR @ group.a_RI
     if need_dx:
-        for columns, weight_OI in weights(group, dy_TO.dtype) if held is None else held:
-            if dx_TI is None:
-                dx_TI = dy_TO[:, columns] @ weight_OI
-            else:
-                dx_TI.addmm_(dy_TO[:, columns], weight_OI)
+        for piece in _pieces(group, dy_TO.dtype, held, wide=False):
+            share = dy_TO[:, piece.columns]
+            dx_TI = share @ piece.weight_OI if dx_TI is None else dx_TI.addmm_(share, piece.weight_OI)
     return dx_TI, g_TR
 
 
@@ -113,10 +168,10 @@ def adapter_gradients(
 ) -> Gradients:
     """Gradients of every A and B, added to those of ``onto`` (other tokens of the same pass) where given.
 
-    ``g_TR`` is from :func:`input_gradient`; ``low_TR`` from :func:`lower`.
+    ``g_TR`` is from :func:`input_gradient`; ``low_TR`` from :meth:`Input.lower`.
     """
     gradients: Gradients = [None] * (2 * len(group.members))
-    if g_TR is None or group.a_RI is None:
+    if g_TR is None:
         return gradients
     assert low_TR is not None
     da_RI = _outer(g_TR, x_TI)
@@ -136,20 +191,6 @@ def _sum(onto: Gradients, gradients: Gradients) -> Gradients:
         if total is not None and share is not None:
             total.add_(share)
     return onto
-
-
-@torch.no_grad()
-def project_backward(
-    dy_TO: torch.Tensor,
-    x_TI: torch.Tensor,
-    low_TR: torch.Tensor | None,
-    group: Group,
-    held: Weights | None = None,
-    need_dx: bool = True,
-) -> tuple[torch.Tensor | None, Gradients]:
-    """:func:`input_gradient` and :func:`adapter_gradients` together: ``(dx_TI, [dA, dB of each projection])``."""
-    dx_TI, g_TR = input_gradient(dy_TO, group, held, need_dx)
-    return dx_TI, adapter_gradients(dy_TO, g_TR, x_TI, low_TR, group)
 
 
 def _outer(left_TM: torch.Tensor, right_TN: torch.Tensor) -> torch.Tensor:

@@ -84,33 +84,79 @@ class Group:
 STACK = 1 << 25
 """Weights of so many elements at most are dequantized side by side and multiplied at once (64 MiB in 16 bits)."""
 
-Weights = list[tuple[slice, torch.Tensor]]
-"""Pieces of a group's stacked weight: ``(output columns, W [columns, I])``."""
 
+@dataclass(frozen=True)
+class Piece:
+    """Part of a group's stacked weight.
 
-def weights(group: Group, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The group's weights in ``dtype``, piece by piece: ``(columns, W)``, each piece made when it is asked for.
-
-    4-bit neighbours of together at most :data:`STACK` elements come as one piece: a small product fills a GPU badly.
+    Attributes:
+        columns: which of the group's outputs it makes.
+        weight_OI: W of these outputs.
+        wide_OK: ``[W | s B]``, K = I + R, so that ``[x | x A^T]`` times its transpose is the whole projection; each
+            projection's B stands in the columns of its own rank, zeros beside it. None where W is a parameter itself.
     """
-    members = list(zip(group.members, group.columns))
-    while members:
-        run = [members.pop(0)]
-        size = run[0][0].base.out_features * run[0][0].base.in_features
-        while members and isinstance(run[0][0].base, Linear4bit) and isinstance(members[0][0].base, Linear4bit):
-            size += members[0][0].base.out_features * members[0][0].base.in_features
-            if size > STACK:
-                break
-            run.append(members.pop(0))
-        columns = slice(run[0][1].start, run[-1][1].stop)
-        if len(run) == 1:
-            yield columns, run[0][0].weight(dtype)
+
+    columns: slice
+    weight_OI: torch.Tensor
+    wide_OK: torch.Tensor | None = None
+
+
+def widens(group: Group) -> bool:
+    """Whether the group's weights are made with room for B beside them: 4-bit ones are, as they are made anyway."""
+    return group.rank > 0 and group.rank % 8 == 0 and all(p.nf4 is not None for p in group.members)
+
+
+def runs(group: Group) -> list[list[int]]:
+    """Members by the pieces that :func:`pieces` makes of them: 4-bit neighbours of at most :data:`STACK` elements."""
+    found: list[list[int]] = []
+    size = 0
+    for i, p in enumerate(group.members):
+        own = p.base.out_features * p.base.in_features
+        joins = found and p.nf4 is not None and group.members[i - 1].nf4 is not None and size + own <= STACK
+        if joins:
+            found[-1].append(i)
+            size += own
+        else:
+            found.append([i])
+            size = own
+    return found
+
+
+def pieces(group: Group, dtype: torch.dtype, wide: bool) -> Iterator[Piece]:
+    """The group's weights in ``dtype``, each piece made when it is asked for; with B beside W if ``wide``."""
+    wide = wide and widens(group)
+    for run in runs(group):
+        members, columns = [group.members[i] for i in run], [group.columns[i] for i in run]
+        own = slice(columns[0].start, columns[-1].stop)
+        if len(run) == 1 and not wide:
+            yield Piece(own, members[0].weight(dtype))
             continue
-        base = run[0][0].base
-        stacked = torch.empty(columns.stop - columns.start, base.in_features, dtype=dtype, device=base.weight.device)
-        for p, own in run:
-            p.weight(dtype, stacked[own.start - columns.start : own.stop - columns.start])
-        yield columns, stacked
+        base = members[0].base
+        width = base.in_features + (group.rank if wide else 0)
+        table_OK = torch.empty(own.stop - own.start, width, dtype=dtype, device=base.weight.device)
+        weight_OI = table_OK[:, : base.in_features]
+        for p, at in zip(members, columns):
+            p.weight(dtype, weight_OI[at.start - own.start : at.stop - own.start])
+        if wide:
+            write_adapters(table_OK[:, base.in_features :], group, run)
+        yield Piece(own, weight_OI, table_OK if wide else None)
+
+
+def write_adapters(tail_OR: torch.Tensor, group: Group, run: list[int], clear: bool = True) -> None:
+    """Every ``s B`` of ``run`` into its rows and the columns of its rank, zeros elsewhere unless they are there."""
+    if clear and not (len(run) == 1 and group.members[run[0]].rank == group.rank):
+        tail_OR.zero_()
+    first = group.columns[run[0]].start
+    for i in run:
+        b_Or, rows = group.bs_Or[i], group.columns[i]
+        if b_Or is None:
+            continue
+        place = tail_OR[rows.start - first : rows.stop - first, group.spans[i]]
+        scaling = group.members[i].scaling
+        if scaling == 1.0:
+            place.copy_(b_Or)
+        else:
+            torch.mul(b_Or, scaling, out=place)
 
 
 def hooked(module: nn.Module) -> bool:

@@ -21,11 +21,11 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels.rms_norm import add_norm_forward, norm_backward, norm_forward
 from ..kernels.rope import rotate_
-from ..lora.fused import adapter_gradients, input_gradient, lower, project, project_backward
+from ..lora.fused import Input, adapter_gradients, input_gradient, project
 from .attention import Attention, PackedAttention
 from .fused_mlp import Lows, Middle, mlp_backward, mlp_forward
 from .keep import Keep
-from .offload import HostStore, Stored
+from .offload import HostStore, Stored, look_ahead
 from .parts import Groups, Held, Parts
 
 RopeTE = tuple[torch.Tensor, torch.Tensor]
@@ -48,14 +48,27 @@ class Saving:
     held: Held = Held()
 
 
+def _normed(parts: Parts, groups: Groups, held: Held, hidden_TD: torch.Tensor) -> tuple[Input, torch.Tensor]:
+    """The first norm, and one float32 a row."""
+    normed = Input(groups.qkv, held.qkv, rows=hidden_TD.shape[0], like=hidden_TD)
+    _, rstd_T = norm_forward(hidden_TD, parts.norm1_D, parts.eps, normed.x_TI)
+    return normed, rstd_T
+
+
 def _qkv(
-    parts: Parts, groups: Groups, held: Held, rope_TE: RopeTE, normed_TD: torch.Tensor, low_TR: torch.Tensor | None
+    parts: Parts, groups: Groups, held: Held, rope_TE: RopeTE, normed: Input, low_TR: torch.Tensor | None
 ) -> torch.Tensor:
     """Rotated q and k, and v, side by side: ``[T, (H + 2K) E]``."""
-    qkv_TO = project(normed_TD, groups.qkv, low_TR, held.qkv)
+    qkv_TO = project(normed, groups.qkv, low_TR, held.qkv)
     q_THE, k_TKE, _ = _heads(parts, qkv_TO)
     rotate_(q_THE, k_TKE, *rope_TE)
     return qkv_TO
+
+
+def _o(groups: Groups, held: Held, o_TI: torch.Tensor, low_TR: torch.Tensor | None = None) -> torch.Tensor:
+    """The output projection; writes ``low_TR`` where it is given."""
+    attended = Input(groups.o, held.o, o_TI)
+    return project(attended, groups.o, attended.lower(groups.o, low_TR), held.o)
 
 
 def _heads(parts: Parts, qkv_TO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -65,12 +78,16 @@ def _heads(parts: Parts, qkv_TO: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return heads[:, :H], heads[:, H : H + K], heads[:, H + K :]
 
 
-def _middle(parts: Parts, attended_TD: torch.Tensor, hidden_TD: torch.Tensor, rows: int | None) -> Middle:
+def _middle(
+    parts: Parts, groups: Groups, held: Held, attended_TD: torch.Tensor, hidden_TD: torch.Tensor, rows: int | None
+) -> Middle:
     """h' and, unless tiled, its norm in the same pass."""
-    if rows is not None and rows < hidden_TD.shape[0]:
+    T = hidden_TD.shape[0]
+    if rows is not None and rows < T:
         return Middle(attended_TD.add_(hidden_TD))
-    normed_TD, sum_TD, rstd_T = add_norm_forward(attended_TD, hidden_TD, parts.norm2_D, parts.eps)
-    return Middle(sum_TD, normed_TD, rstd_T)
+    normed = Input(groups.gate_up, held.gate_up, rows=T, like=hidden_TD)
+    _, sum_TD, rstd_T = add_norm_forward(attended_TD, hidden_TD, parts.norm2_D, parts.eps, normed.x_TI)
+    return Middle(sum_TD, normed, rstd_T)
 
 
 @torch.no_grad()
@@ -83,13 +100,12 @@ def layer_forward(
     held: Held = Held(),  # noqa: B008 - immutable
 ) -> torch.Tensor:
     """One decoder layer without gradients: what a rollout runs at every token."""
-    normed_TD, _ = norm_forward(hidden_TD, parts.norm1_D, parts.eps)
-    qkv_TO = _qkv(parts, groups, held, rope_TE, normed_TD, lower(normed_TD, groups.qkv))
-    del normed_TD
+    normed, _ = _normed(parts, groups, held, hidden_TD)
+    qkv_TO = _qkv(parts, groups, held, rope_TE, normed, normed.lower(groups.qkv))
+    del normed
     o_TI = attention(parts.layer_idx, *_heads(parts, qkv_TO), parts.scale).reshape(hidden_TD.shape[0], -1)
     del qkv_TO
-    attended_TD = project(o_TI, groups.o, lower(o_TI, groups.o), held.o)
-    middle = _middle(parts, attended_TD, hidden_TD, None)
+    middle = _middle(parts, groups, held, _o(groups, held, o_TI), hidden_TD, None)
     return mlp_forward(parts, groups, held, middle, Lows.empty(groups, hidden_TD), None)[0]
 
 
@@ -109,14 +125,12 @@ class _FusedBlock(torch.autograd.Function):
     ) -> torch.Tensor:
         held, keep = saving.held, saving.keep
         lows = Lows.empty(groups, hidden_TD)
-        normed_TD, _ = norm_forward(hidden_TD, parts.norm1_D, parts.eps)
-        qkv_TO = _qkv(parts, groups, held, rope_TE, normed_TD, lower(normed_TD, groups.qkv, lows.qkv))
-        del normed_TD
+        normed, _ = _normed(parts, groups, held, hidden_TD)
+        qkv_TO = _qkv(parts, groups, held, rope_TE, normed, normed.lower(groups.qkv, lows.qkv))
+        del normed
         o_THE, stats = attention.forward(*_heads(parts, qkv_TO), parts.scale)
         o_TI = o_THE.reshape(hidden_TD.shape[0], -1)
-        attended_TD = project(o_TI, groups.o, lower(o_TI, groups.o, lows.o), held.o)
-        middle = _middle(parts, attended_TD, hidden_TD, saving.mlp_rows)
-        del attended_TD
+        middle = _middle(parts, groups, held, _o(groups, held, o_TI, lows.o), hidden_TD, saving.mlp_rows)
         kept = [hidden_TD, lows.table_TR]
         if keep is not Keep.INPUT:
             kept += [o_TI.contiguous(), *stats]
@@ -146,7 +160,7 @@ class _FusedBlock(torch.autograd.Function):
         T = hidden_TD.shape[0]
         groups: Groups = ctx.groups
         lows = Lows(groups, table_TR)
-        normed_TD, rstd_T = norm_forward(hidden_TD, parts.norm1_D, parts.eps)
+        normed, rstd_T = _normed(parts, groups, held, hidden_TD)
         qkv_TO = o_TI = gate_up_TI = None
         stats: tuple[torch.Tensor, ...] = ()
         middle: Middle | None = None
@@ -158,13 +172,16 @@ class _FusedBlock(torch.autograd.Function):
             gate_up_TI = rest[3 + ctx.stats]
         del rest
         if qkv_TO is None:
-            qkv_TO = _qkv(parts, groups, held, ctx.rope, normed_TD, lows.qkv)
+            normed.restore(lows.qkv)
+            qkv_TO = _qkv(parts, groups, held, ctx.rope, normed, lows.qkv)
         if o_TI is None:
             o_THE, stats = ctx.attention.forward(*_heads(parts, qkv_TO), parts.scale)
             o_TI = o_THE.reshape(T, -1)
             del o_THE
         if middle is None:
-            middle = _middle(parts, project(o_TI, groups.o, lows.o, held.o), hidden_TD, saving.mlp_rows)
+            attended_TD = project(Input(groups.o, held.o, o_TI), groups.o, lows.o, held.o)
+            middle = _middle(parts, groups, held, attended_TD, hidden_TD, saving.mlp_rows)
+            del attended_TD
         dmiddle_TD, d_gate_up, d_down = mlp_backward(
             parts, groups, held, middle, dout_TD, lows, gate_up_TI, saving.mlp_rows
         )
@@ -172,11 +189,10 @@ class _FusedBlock(torch.autograd.Function):
         do_TI, g_o = input_gradient(dmiddle_TD, groups.o, held.o)
         d_o = adapter_gradients(dmiddle_TD, g_o, o_TI, lows.o, groups.o)
         assert do_TI is not None
-        dqkv_TO = _attention_backward(parts, ctx.attention, ctx.rope, do_TI, qkv_TO, o_TI, stats)
+        dqkv_TO = _attention_backward(parts, groups, ctx.attention, ctx.rope, do_TI, qkv_TO, o_TI, stats)
         del do_TI, qkv_TO, o_TI, stats
-        dnormed_TD, d_qkv = project_backward(
-            dqkv_TO, normed_TD, lows.qkv, groups.qkv, held.qkv, ctx.needs_input_grad[0]
-        )
+        dnormed_TD, g_qkv = input_gradient(dqkv_TO, groups.qkv, held.qkv, ctx.needs_input_grad[0])
+        d_qkv = adapter_gradients(dqkv_TO, g_qkv, normed.x_TI, lows.qkv, groups.qkv)
         dhidden_TD = None
         if dnormed_TD is not None:
             dhidden_TD = norm_backward(dnormed_TD, dmiddle_TD, hidden_TD, parts.norm1_D, rstd_T)
@@ -188,11 +204,16 @@ def _taken(ctx: Any) -> list[Any]:
     kept, ctx.kept = ctx.kept, None
     if kept is None:
         raise RuntimeError("backward ran twice through one fused layer: what it kept is overwritten; run forward again")
-    return kept.take() if isinstance(kept, Stored) else kept
+    if isinstance(kept, Stored):
+        return kept.take()
+    look_ahead(kept[0].device)
+    found: list[Any] = kept
+    return found
 
 
 def _attention_backward(
     parts: Parts,
+    groups: Groups,
     attention: PackedAttention,
     rope_TE: RopeTE,
     do_TI: torch.Tensor,
@@ -200,11 +221,14 @@ def _attention_backward(
     o_TI: torch.Tensor,
     stats: tuple[torch.Tensor, ...],
 ) -> torch.Tensor:
-    """Gradient of q, k and v before their rotation, side by side ``[T, (H + 2K) E]``."""
+    """Gradient of q, k and v before their rotation, side by side ``[T, (H + 2K) E]``, and R columns to spare."""
     q_THE, k_TKE, v_TKE = _heads(parts, qkv_TO)
     grads = attention.backward(do_TI.view_as(q_THE), q_THE, k_TKE, v_TKE, o_TI.view_as(q_THE), stats, parts.scale)
-    dqkv_TO = torch.cat(grads, dim=1).view(qkv_TO.shape[0], -1)
-    dq_THE, dk_TKE, _ = _heads(parts, dqkv_TO)
+    T, O = qkv_TO.shape  # noqa: E741 - shape letters
+    dqkv_TO = qkv_TO.new_empty(T, O + groups.qkv.rank)
+    heads = dqkv_TO[:, :O].view(T, -1, parts.head_dim)
+    torch.cat(grads, dim=1, out=heads)
+    dq_THE, dk_TKE, _ = _heads(parts, dqkv_TO[:, :O])
     rotate_(dq_THE, dk_TKE, *rope_TE, transpose=True)
     return dqkv_TO
 

@@ -13,8 +13,8 @@ import torch
 
 from ..kernels.glu import glu_backward_, glu_forward
 from ..kernels.rms_norm import norm_backward, norm_forward
-from ..lora.fused import Gradients, adapter_gradients, input_gradient, lower, project
-from ..lora.projection import Group, weights
+from ..lora.fused import Gradients, Input, adapter_gradients, input_gradient, project
+from ..lora.held import HeldWeights
 from .parts import Groups, Held, Parts
 
 
@@ -37,10 +37,10 @@ class Lows:
 
 @dataclass(frozen=True)
 class Middle:
-    """h' and its norm, where that was made along with it: ``normed_TD`` and ``rstd_T`` are None in tiles."""
+    """h' and its norm, where that was made along with it: ``normed`` and ``rstd_T`` are None in tiles."""
 
     sum_TD: torch.Tensor
-    normed_TD: torch.Tensor | None = None
+    normed: Input | None = None
     rstd_T: torch.Tensor | None = None
 
 
@@ -53,26 +53,25 @@ def _some(low_TR: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
     return None if low_TR is None else low_TR[rows]
 
 
-def _halves(gate_up_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    I = gate_up_TI.shape[1] // 2  # noqa: E741 - the inner size, as in every shape suffix
-    return gate_up_TI[:, :I], gate_up_TI[:, I:]
+def _halves(groups: Groups, gate_up_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    gate, up = groups.gate_up.columns
+    return gate_up_TI[:, gate], gate_up_TI[:, up]
 
 
-def _normed(parts: Parts, middle: Middle, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    if middle.normed_TD is not None and middle.rstd_T is not None:
-        return middle.normed_TD, middle.rstd_T
-    return norm_forward(middle.sum_TD[rows], parts.norm2_D, parts.eps)
+def _normed(parts: Parts, groups: Groups, held: Held, middle: Middle, rows: slice) -> tuple[Input, torch.Tensor]:
+    if middle.normed is not None and middle.rstd_T is not None:
+        return middle.normed, middle.rstd_T
+    sum_TD = middle.sum_TD[rows]
+    normed = Input(groups.gate_up, held.gate_up, rows=sum_TD.shape[0], like=sum_TD)
+    _, rstd_T = norm_forward(sum_TD, parts.norm2_D, parts.eps, normed.x_TI)
+    return normed, rstd_T
 
 
 def _held(held: Held, groups: Groups, dtype: torch.dtype, tiles: int) -> Held:
-    """With several tiles the weights are made once for all of them."""
-    if tiles == 1:
+    """With several tiles 4-bit weights are dequantized once for all of them."""
+    if tiles == 1 or held.gate_up is not None or any(p.nf4 is None for p in groups.gate_up.members):
         return held
-
-    def keep(group: Group, own: list[tuple[slice, torch.Tensor]] | None) -> list[tuple[slice, torch.Tensor]]:
-        return list(weights(group, dtype)) if own is None else own
-
-    return held._replace(gate_up=keep(groups.gate_up, held.gate_up), down=keep(groups.down, held.down))
+    return held._replace(gate_up=HeldWeights(groups.gate_up, dtype), down=HeldWeights(groups.down, dtype))
 
 
 def mlp_forward(
@@ -80,6 +79,7 @@ def mlp_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``h' + down(act(gate) * up)``, ``[T, D]``; and gate and up side by side where there is one tile, else None.
 
+    Gate and up have R columns to spare behind them, for backward.
     ``lows.gate_up`` and ``lows.down`` are filled in.
     """
     T = middle.sum_TD.shape[0]
@@ -88,16 +88,16 @@ def mlp_forward(
     out_TD = torch.empty_like(middle.sum_TD) if len(tiles) > 1 else None
     gate_up_TI = None
     for tile in tiles:
-        normed_TD, _ = _normed(parts, middle, tile)
-        gate_up_TI = project(
-            normed_TD, groups.gate_up, lower(normed_TD, groups.gate_up, _some(lows.gate_up, tile)), held.gate_up
-        )
-        del normed_TD
-        product_TI = glu_forward(*_halves(gate_up_TI), parts.activation)
+        normed, _ = _normed(parts, groups, held, middle, tile)
+        low_TR = normed.lower(groups.gate_up, _some(lows.gate_up, tile))
+        gate_up_TI = project(normed, groups.gate_up, low_TR, held.gate_up, spare=True)
+        del normed
+        product = Input(groups.down, held.down, rows=gate_up_TI.shape[0], like=gate_up_TI)
+        glu_forward(*_halves(groups, gate_up_TI), parts.activation, product.x_TI)
         if out_TD is not None:
             gate_up_TI = None
-        down_TD = project(product_TI, groups.down, lower(product_TI, groups.down, _some(lows.down, tile)), held.down)
-        del product_TI
+        down_TD = project(product, groups.down, product.lower(groups.down, _some(lows.down, tile)), held.down)
+        del product
         if out_TD is None:
             return down_TD.add_(middle.sum_TD), gate_up_TI
         torch.add(down_TD, middle.sum_TD[tile], out=out_TD[tile])
@@ -123,19 +123,24 @@ def mlp_backward(
     d_gate_up: Gradients | None = None
     d_down: Gradients | None = None
     for tile in tiles:
-        normed_TD, rstd_T = _normed(parts, middle, tile)
+        normed, rstd_T = _normed(parts, groups, held, middle, tile)
         low_TR, low_down_TR, dtile_TD = _some(lows.gate_up, tile), _some(lows.down, tile), dout_TD[tile]
-        both_TI = project(normed_TD, groups.gate_up, low_TR, held.gate_up) if gate_up_TI is None else gate_up_TI
+        both_TI = gate_up_TI
+        if both_TI is None:
+            normed.restore(low_TR)
+            both_TI = project(normed, groups.gate_up, low_TR, held.gate_up, spare=True)
         dproduct_TI, g_down = input_gradient(dtile_TD, groups.down, held.down)
         assert dproduct_TI is not None
-        product_TI = glu_backward_(dproduct_TI, *_halves(both_TI), want_h=True, activation=parts.activation)
+        product_TI = glu_backward_(
+            dproduct_TI, *_halves(groups, both_TI), want_h=True, activation=parts.activation, over_dh=True
+        )
         assert product_TI is not None
         del dproduct_TI
         d_down = adapter_gradients(dtile_TD, g_down, product_TI, low_down_TR, groups.down, d_down)
         del product_TI
         dnormed_TD, g_gate_up = input_gradient(both_TI, groups.gate_up, held.gate_up)
         assert dnormed_TD is not None
-        d_gate_up = adapter_gradients(both_TI, g_gate_up, normed_TD, low_TR, groups.gate_up, d_gate_up)
+        d_gate_up = adapter_gradients(both_TI, g_gate_up, normed.x_TI, low_TR, groups.gate_up, d_gate_up)
         del both_TI
         dx_TD = norm_backward(dnormed_TD, dtile_TD, middle.sum_TD[tile], parts.norm2_D, rstd_T)
         if dmiddle_TD is None:

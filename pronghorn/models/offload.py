@@ -14,7 +14,6 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 
@@ -123,7 +122,22 @@ class Stored:
             self._release()
 
 
-@lru_cache(maxsize=16)
+_stores: dict[int, HostStore] = {}
+
+
 def host_store(index: int) -> HostStore:
     """The store of GPU ``index``, shared by all models on it."""
-    return HostStore(torch.device("cuda", index))
+    if index not in _stores:
+        _stores[index] = HostStore(torch.device("cuda", index))
+    return _stores[index]
+
+
+def look_ahead(device: torch.device) -> None:
+    """A layer that kept its own on the GPU goes backward: what left has left, and what it will meet next may come."""
+    store = _stores.get(device.index) if device.type == "cuda" else None
+    if store is None:
+        return
+    store.settle()
+    latest = None if store.latest is None else store.latest()
+    if latest is not None:
+        latest.prefetch()

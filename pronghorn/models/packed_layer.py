@@ -30,6 +30,11 @@ HELD = "pronghorn_held"
 """Attribute of a layer whose dequantized weights stay in memory, as the plan may have it: their key, and they."""
 
 
+def _parts(layer: Any) -> Parts | str:
+    """The layer's pieces as it stands, or in words why its own sub-modules have to be called."""
+    return spec_for(layer.self_attn.config).read_parts(layer)
+
+
 def run_layer(
     layer: Any, hidden_TD: torch.Tensor, rope_TE: tuple[torch.Tensor, torch.Tensor], attention: Attention
 ) -> torch.Tensor:
@@ -38,14 +43,22 @@ def run_layer(
     The layer is one fused node, unless something on it needs its own sub-modules called (dropout, DoRA, hooks, trained
     norms or base weights): that slower way is said in one line, with the reason.
     """
-    ready: tuple[Parts, Groups] | None = layer.__dict__.get(PREPARED)
-    if ready is None:
-        spec = spec_for(layer.self_attn.config)
-        parts = spec.read_parts(layer)
+    prepared_: _Ready | None = layer.__dict__.get(PREPARED)
+    reason: str | None = None
+    if prepared_ is not None:
+        reason = prepared_.holds(layer, hidden_TD.dtype)
+        ready = prepared_.parts, prepared_.groups
+    else:
+        parts = _parts(layer)
         if isinstance(parts, str):
-            _say_once(layer, parts, attention)
-            return checkpointing.run(layer, spec.block, layer, hidden_TD, rope_TE, attention)
-        ready = parts, parts.rounded(hidden_TD.dtype)
+            reason = parts
+        else:
+            ready = parts, parts.rounded(hidden_TD.dtype)
+    if reason is not None:
+        layer.__dict__.pop(PREPARED, None)
+        _say_once(layer, reason, attention)
+        block = spec_for(layer.self_attn.config).block
+        return checkpointing.run(layer, block, layer, hidden_TD, rope_TE, attention)
     parts, groups = ready
     if not torch.is_grad_enabled():
         return layer_forward(parts, groups, hidden_TD, rope_TE, attention)
@@ -85,20 +98,53 @@ def _held(layer: Any, ready: tuple[Parts, Groups], dtype: torch.dtype) -> Held:
     if found is None or found.key != key:
         layer.__dict__.pop(HELD, None)
         found = layer.__dict__[HELD] = _HeldWeights(key, held_weights(groups, dtype))
+    else:
+        found.weights.refresh(groups)
     return found.weights
 
 
-class _Made:
-    """Parts and rounded adapters of a model's fused layers, and what they were made from."""
+class _Ready:
+    """One layer's parts and rounded adapters, and whether this walk has seen that they still hold."""
 
-    def __init__(self, key: object, found: list[Parts], dtype: torch.dtype) -> None:
-        self.key = key
-        self.rounded = Rounded([members for parts in found for members in parts.members], dtype)
+    def __init__(self, parts: Parts, groups: Groups) -> None:
+        self.parts, self.groups, self.checked = parts, groups, False
+
+    def holds(self, layer: Any, dtype: torch.dtype) -> str | None:
+        """Make sure of it once a walk; gives, in words, why the layer's own sub-modules have to be called now.
+
+        The layers are looked at one by one as the walk comes to them: all of them first would leave the GPU waiting.
+        """
+        if self.checked:
+            return None
+        now = _parts(layer)
+        if isinstance(now, str):
+            return now
+        if now.key != self.parts.key:
+            self.parts, self.groups = now, now.rounded(dtype)
+        self.checked = True
+        return None
+
+
+class _Made:
+    """Fused layers of a model with their parts and rounded adapters; deep copies of the model make their own."""
+
+    def __init__(self, fused: list[tuple[Any, Parts]], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.rounded = Rounded([members for _, parts in fused for members in parts.members], dtype)
         groups = self.rounded.groups
-        self.layers = [(parts, Groups(*groups[4 * i : 4 * i + 4])) for i, parts in enumerate(found)]
+        self.layers = [
+            (layer, _Ready(parts, Groups(*groups[4 * i : 4 * i + 4]))) for i, (layer, parts) in enumerate(fused)
+        ]
+
+    def serves(self, all_layers: list[nn.Module], dtype: torch.dtype) -> bool:
+        """Whether it still has the layers that can be fused: those that it lacks are looked at, the others later."""
+        if dtype != self.dtype:
+            return False
+        own = {id(layer) for layer, _ in self.layers}
+        rest = [layer for layer in all_layers if id(layer) not in own]
+        return len(rest) + len(own) == len(all_layers) and all(isinstance(_parts(layer), str) for layer in rest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied model makes its own."""
         return
 
 
@@ -116,22 +162,25 @@ def prepared(model: nn.Module) -> Iterator[None]:
     if state is None or any(PREPARED in layer.__dict__ for layer in all_layers):
         yield
         return
-    read = spec_for(base.config).read_parts
-    fused = [(layer, parts) for layer in all_layers if not isinstance(parts := read(layer), str)]
-    key = (state.compute_dtype, *(parts.key for _, parts in fused))
     made: _Made | None = base.__dict__.get(ROUNDED)
-    if made is None or made.key != key:
+    if made is None or not made.serves(all_layers, state.compute_dtype):
         base.__dict__.pop(ROUNDED, None)
-        made = base.__dict__[ROUNDED] = _Made(key, [parts for _, parts in fused], state.compute_dtype)
+        fused = [(layer, parts) for layer in all_layers if not isinstance(parts := _parts(layer), str)]
+        made = base.__dict__[ROUNDED] = _Made(fused, state.compute_dtype)
     else:
         made.rounded.refresh()
+    before = [(ready, ready.parts) for _, ready in made.layers]
     try:
-        for (layer, _), ready in zip(fused, made.layers):
+        for layer, ready in made.layers:
+            ready.checked = False
             layer.__dict__[PREPARED] = ready
         yield
     finally:
-        for layer, _ in fused:
+        stale = any(PREPARED not in layer.__dict__ for layer, _ in made.layers)
+        for layer, _ in made.layers:
             layer.__dict__.pop(PREPARED, None)
+        if stale or any(ready.parts.key != parts.key for ready, parts in before if ready.parts is not parts):
+            base.__dict__.pop(ROUNDED, None)
 
 
 def _say_once(layer: Any, reason: str, attention: Attention) -> None:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..kernels.glu import ACTIVATIONS
-from ..lora.projection import Group, Projection, Weights, hooked, read_projection, weights
+from ..lora.held import HeldWeights
+from ..lora.projection import Group, Projection, hooked, read_projection
 from ..lora.rounded import Rounded
 
 
@@ -23,12 +24,18 @@ class Groups(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Weights of each group that stay in memory dequantized; None where each product makes its own."""
+    """Weights of each group that stay in memory in the compute dtype; None where each product makes its own."""
 
-    qkv: Weights | None = None
-    o: Weights | None = None
-    gate_up: Weights | None = None
-    down: Weights | None = None
+    qkv: HeldWeights | None = None
+    o: HeldWeights | None = None
+    gate_up: HeldWeights | None = None
+    down: HeldWeights | None = None
+
+    def refresh(self, groups: Groups) -> None:
+        """Write the adapters beside the weights anew."""
+        for own, group in zip(self, groups):
+            if own is not None:
+                own.refresh(group)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Parts:
 
 def held_weights(groups: Groups, dtype: torch.dtype) -> Held:
     """Every group's weights in ``dtype``, to keep."""
-    return Held(*(list(weights(group, dtype)) for group in groups))
+    return Held(*(HeldWeights(group, dtype) for group in groups))
 
 
 def read_parts(layer: Any, activation: str) -> Parts | str:

@@ -88,6 +88,17 @@ def test_unaligned_out() -> None:
     assert same_bits(tensor.dequantize(out=out), tensor.dequantize())
 
 
+@pytest.mark.parametrize("shape", [(192, 4096), (33, 64), (7, 100), (1, 14336)])
+def test_rows_of_a_wider_matrix(shape: tuple[int, int]) -> None:
+    """Both kernels: whole runs of 64 in a row, and not."""
+    nf4 = NF4Tensor.quantize(make_weight(shape, torch.bfloat16))
+    for room in (8, 32, 96):
+        wide = torch.full((shape[0], shape[1] + room), 7.0, dtype=torch.bfloat16, device="cuda")
+        nf4.dequantize(torch.bfloat16, wide[:, : shape[1]])
+        assert same_bits(wide[:, : shape[1]].contiguous(), nf4.dequantize(torch.bfloat16))
+        assert bool((wide[:, shape[1] :] == 7).all())
+
+
 def test_saved_state_loads_in_bitsandbytes() -> None:
     ours = Linear4bit.from_linear(torch.nn.Linear(256, 96, bias=False, dtype=torch.bfloat16, device="cuda"))
     state = ours.state_dict()

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from pronghorn.kernels import glu as module
 from pronghorn.kernels import glu_triton
-from pronghorn.kernels.glu import ACTIVATIONS, geglu, glu, glu_backward_, swiglu
+from pronghorn.kernels.glu import ACTIVATIONS, geglu, glu, glu_backward_, glu_forward, swiglu
 from pronghorn.kernels.reference import glu as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -176,3 +176,24 @@ def test_bad_input(path: str) -> None:
     if path == "triton":
         with pytest.raises(ValueError, match="gate.contiguous"):
             glu(gate.t(), gate.t())
+
+
+def test_forward_into_the_left_part_of_a_wider_tensor(path: str) -> None:
+    gate, up, _ = _inputs((5, 33), torch.float16)
+    wide = torch.full((5, 40), 7.0, dtype=torch.float16, device=DEVICE)
+    written = glu_forward(gate, up, "silu", wide[:, :33])
+    assert written.data_ptr() == wide.data_ptr()
+    assert torch.equal(wide[:, :33], glu_forward(gate, up))
+    assert bool((wide[:, 33:] == 7).all())
+
+
+def test_h_over_its_own_gradient(path: str) -> None:
+    gate, up, dh = _inputs((6, 40), torch.float32)
+    plain = [t.clone() for t in (gate, up, dh)]
+    h = glu_backward_(plain[2], plain[0], plain[1], want_h=True)
+    over = glu_backward_(dh, gate, up, want_h=True, over_dh=True)
+    assert h is not None and over is dh
+    for a, b in ((over, h), (gate, plain[0]), (up, plain[1])):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="contiguous"):
+        glu_backward_(torch.empty(40, 6, device=DEVICE).T, gate, up, want_h=True, over_dh=True)

@@ -166,6 +166,10 @@ def test_triton_kernels_equal_reference(shape: tuple[int, ...], dtype: torch.dty
     for parts in ((scales, nested_absmax, offset), (absmax, None, None)):
         ours = triton_path.dequantize_nf4(codes, *parts, shape, dtype)
         assert same_bits(ours, reference.dequantize_nf4(codes, *parts, shape, dtype))
+        for path in (triton_path, reference):
+            wide = torch.full((shape[0], shape[1] + 8), 7.0, dtype=dtype)
+            path.dequantize_nf4(codes, *parts, shape, dtype, wide[:, : shape[1]])
+            assert same_bits(wide[:, : shape[1]].contiguous(), ours) and bool((wide[:, shape[1] :] == 7).all())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")

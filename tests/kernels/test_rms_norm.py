@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from pronghorn.kernels import rms_norm as module
 from pronghorn.kernels import rms_norm_triton
 from pronghorn.kernels.reference import rms_norm as reference
-from pronghorn.kernels.rms_norm import rms_norm
+from pronghorn.kernels.rms_norm import add_norm_forward, norm_forward, rms_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LLAMA: dict[str, Any] = {}
@@ -185,3 +185,20 @@ def test_bad_input() -> None:
         rms_norm(x, torch.ones(5), 1e-5)
     with pytest.raises(ValueError, match="residual is"):
         rms_norm(x, torch.ones(4), 1e-5, x.half())
+
+
+def test_forward_into_the_left_part_of_a_wider_tensor(path: str) -> None:
+    x, weight, residual = _inputs((5, 48), torch.float16, residual=True)
+    assert x is not None and weight is not None and residual is not None
+    for run in (
+        lambda out: norm_forward(x, weight, 1e-5, out),
+        lambda out: add_norm_forward(x, residual, weight, 1e-5, out),
+    ):
+        wide = torch.full((5, 56), 7.0, dtype=torch.float16, device=DEVICE)
+        written, plain = run(wide[:, :48]), run(None)
+        assert written[0].data_ptr() == wide.data_ptr()
+        for a, b in zip(written, plain):
+            assert torch.equal(a, b)
+        assert bool((wide[:, 48:] == 7).all())
+    with pytest.raises(ValueError, match="out is"):
+        norm_forward(x, weight, 1e-5, torch.empty(5, 47, dtype=torch.float16, device=DEVICE))

@@ -163,4 +163,5 @@ def test_a_planned_step_has_the_gradients_of_an_unplanned_one(monkeypatch: pytes
     assert plan is not None and plan.cached_weights == (room == "ample")
     assert (set(plan.layers) == {LayerPlan(Keep.ALL)}) == (room == "ample")
     for name, gradient in expected.items():
-        torch.testing.assert_close(trained[name].grad, gradient, rtol=1e-5, atol=1e-8)
+        found = trained[name].grad
+        assert found is not None and (found - gradient).norm() <= 5e-6 * gradient.norm(), name

@@ -11,6 +11,8 @@ from peft import LoraConfig, get_peft_model
 
 from pronghorn.lora import projection
 from pronghorn.lora.config import register
+from pronghorn.lora.held import HeldWeights
+from pronghorn.lora.rounded import Rounded
 from pronghorn.models.attention import PackedAttention
 from pronghorn.models.fused_block import Saving, fused_block
 from pronghorn.models.keep import Keep
@@ -22,7 +24,7 @@ from tests.models.test_attach import make, relative
 LENGTHS = [7, 1, 12]
 
 
-def adapted(nf4: bool = False, **lora: Any) -> Any:
+def adapted(nf4: bool = False, r: int = 4, **lora: Any) -> Any:
     """A tiny Llama under LoRA with nonzero B; its projections in 4 bits if asked."""
     model = make()
     if nf4:
@@ -32,7 +34,7 @@ def adapted(nf4: bool = False, **lora: Any) -> Any:
                     if isinstance(child, torch.nn.Linear):
                         setattr(parent, name, Linear4bit.from_linear(child, torch.float32))
     model.requires_grad_(False)
-    wrapped = get_peft_model(model, register(LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **lora)))
+    wrapped = get_peft_model(model, register(LoraConfig(r=r, lora_alpha=8, target_modules="all-linear", **lora)))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -55,9 +57,10 @@ SAVINGS = {
 
 
 @pytest.mark.parametrize("saving", SAVINGS.values(), ids=SAVINGS)
+@pytest.mark.parametrize("rank", [4, 8])  # 4: ranks that fill no 16 bytes stand beside no weight
 @pytest.mark.parametrize(("nf4", "held"), [(False, False), (True, False), (True, True)], ids=["float32", "nf4", "held"])
-def test_values_and_gradients_equal_the_plain_block(saving: Saving, nf4: bool, held: bool) -> None:
-    model = adapted(nf4)
+def test_values_and_gradients_equal_the_plain_block(saving: Saving, nf4: bool, held: bool, rank: int) -> None:
+    model = adapted(nf4, rank)
     layer = model.get_base_model().model.layers[1]
     hidden, rope, attention = inputs(model)
     trained = [p for name, p in layer.named_parameters() if "lora" in name]
@@ -74,8 +77,9 @@ def test_values_and_gradients_equal_the_plain_block(saving: Saving, nf4: bool, h
         assert relative(got, want) < 2e-6
 
 
-def test_a_partial_adapter_and_a_first_layer_without_input_gradient() -> None:
-    model = adapted(exclude_modules=["k_proj", "down_proj"])
+@pytest.mark.parametrize(("nf4", "rank"), [(False, 4), (True, 4), (True, 8)])
+def test_a_partial_adapter_and_a_first_layer_without_input_gradient(nf4: bool, rank: int) -> None:
+    model = adapted(nf4, rank, exclude_modules=["k_proj", "down_proj", "up_proj"])
     layer = model.get_base_model().model.layers[0]
     hidden, rope, attention = inputs(model)
     hidden = hidden.detach()
@@ -126,14 +130,43 @@ def test_what_was_kept_serves_one_backward() -> None:
 
 
 def test_4_bit_neighbours_are_multiplied_at_once_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(nf4=True)
+    model = adapted(nf4=True, r=8)
     parts = read_parts(model.get_base_model().model.layers[0], "silu")
     assert not isinstance(parts, str)
     group = parts.rounded(torch.float32).qkv
     whole = torch.cat([p.weight(torch.float32) for p in group.members])
-    for most, pieces in ((whole.numel(), 1), (whole.numel() - 1, 2), (1, 3)):
+    adapters = torch.block_diag(*(b * p.scaling for b, p in zip(group.bs_Or, group.members) if b is not None))
+    for most, count in ((whole.numel(), 1), (whole.numel() - 1, 2), (1, 3)):
         monkeypatch.setattr(projection, "STACK", most)
-        found = list(projection.weights(group, torch.float32))
-        assert len(found) == pieces
-        assert torch.equal(torch.cat([w for _, w in found]), whole)
-        assert [c.start for c, _ in found] == [0, *(c.stop for c, _ in found[:-1])]
+        for wide in (False, True):
+            found = list(projection.pieces(group, torch.float32, wide))
+            assert len(found) == count
+            assert torch.equal(torch.cat([piece.weight_OI for piece in found]), whole)
+            assert [p.columns.start for p in found] == [0, *(p.columns.stop for p in found[:-1])]
+            tails = [piece.wide_OK for piece in found]
+            if wide:
+                both = torch.cat([t for t in tails if t is not None])
+                assert torch.equal(both, torch.cat([whole, adapters], dim=1))
+            else:
+                assert tails == [None] * count
+
+
+def test_held_weights_follow_the_masters_and_the_4_bit_ones() -> None:
+    model = adapted(nf4=True, r=8)
+    layer = model.get_base_model().model.layers[0]
+    parts = read_parts(layer, "silu")
+    assert not isinstance(parts, str)
+    rounded = Rounded(parts.members, torch.float32)
+    held = HeldWeights(rounded.groups[0], torch.float32)
+    before = held.table.clone()
+    with torch.no_grad():
+        for p in parts.projections[:3]:
+            assert p.a_rI is not None and p.b_Or is not None
+            p.a_rI.mul_(2)
+            p.b_Or.mul_(-1)
+    rounded.refresh()
+    held.refresh(rounded.groups[0])
+    O, I = held.outputs, held.inputs  # noqa: E741
+    assert torch.equal(held.table[:O, :I], before[:O, :I])
+    assert torch.equal(held.table[:O, I:], -before[:O, I:])
+    assert torch.equal(held.table[O:, :I], 2 * before[O:, :I])

@@ -10,15 +10,21 @@ import torch.nn.functional as F
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
-def glu_forward(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str = "silu") -> torch.Tensor:
-    """``activation(gate) * up`` in float32 (float64 for float64), rounded once; autograd is PyTorch's own."""
+def glu_forward(
+    gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str = "silu", out_TI: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``activation(gate) * up`` in float32 (float64 for float64), rounded once; autograd is PyTorch's own.
+
+    It is written to ``out_TI`` where given: rows with any stride, outside of autograd.
+    """
     wide = torch.promote_types(gate_TI.dtype, torch.float32)
     gate, up = gate_TI.to(wide), up_TI.to(wide)
     if activation == "silu":
         activated = F.silu(gate)
     else:
         activated = F.gelu(gate, approximate="tanh" if activation == "gelu_pytorch_tanh" else "none")
-    return (activated * up).to(gate_TI.dtype)
+    h_TI = (activated * up).to(gate_TI.dtype)
+    return h_TI if out_TI is None else out_TI.copy_(h_TI)
 
 
 def _value_and_slope(gate: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,13 +52,14 @@ def glu_backward(
 ) -> None:
     """Write :func:`glu_forward`'s gradients to ``dgate_TI`` and ``dup_TI``, which may be ``gate_TI`` and ``up_TI``.
 
-    ``h_TI``, where given, receives the forward's result again.
+    ``h_TI``, where given, receives the forward's result again; it may be ``dh_TI``.
     """
     wide = torch.promote_types(gate_TI.dtype, torch.float32)
     gate, up, dh = gate_TI.to(wide), up_TI.to(wide), dh_TI.to(wide)
     value, slope = _value_and_slope(gate, activation)
-    if h_TI is not None:
-        h_TI.copy_(value * up)
-    dgate, dup = dh * up * slope, dh * value  # both before either is written: for float32 the inputs are not copies
+    h = value * up
+    dgate, dup = dh * up * slope, dh * value  # all before any is written: for float32 the inputs are not copies
     dgate_TI.copy_(dgate)
     dup_TI.copy_(dup)
+    if h_TI is not None:
+        h_TI.copy_(h)

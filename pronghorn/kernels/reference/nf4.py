@@ -129,14 +129,15 @@ def output(out: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype, d
     """``out``, checked against what will be written to it, or a new tensor where it is None.
 
     Raises:
-        ValueError: ``out`` has another shape or dtype, or is not contiguous.
+        ValueError: ``out`` has another shape or dtype, or is neither contiguous nor rows at an even distance.
     """
     if out is None:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
-    if tuple(out.shape) != tuple(shape) or out.dtype != dtype or not out.is_contiguous():
+    rows = out.dim() == 2 and out.stride(1) == 1 and out.stride(0) >= out.shape[1]
+    if tuple(out.shape) != tuple(shape) or out.dtype != dtype or not (rows or out.is_contiguous()):
         raise ValueError(
-            f"out: {tuple(out.shape)}, {out.dtype}, contiguous={out.is_contiguous()} given; "
-            f"pass a contiguous {dtype} tensor of shape {tuple(shape)}"
+            f"out: {tuple(out.shape)}, {out.dtype}, strides {out.stride()} given; pass a {dtype} tensor of shape "
+            f"{tuple(shape)}, contiguous or the left part of a wider one"
         )
     return out
 
@@ -161,7 +162,7 @@ def dequantize_nf4(
         scales: uint8 [blocks] with ``nested_absmax`` [ceil(blocks / nested_blocksize)] and ``offset`` (scalar), or
             float32 [blocks] with neither.
         shape: shape of the weight; its numel decides how many codes count.
-        out: contiguous tensor of that shape and ``dtype`` to write to.
+        out: tensor of that shape and ``dtype`` to write to, contiguous or the left part of a wider matrix.
         nested_code: float32 [256]; the dynamic map where None.
 
     Returns:
@@ -170,7 +171,8 @@ def dequantize_nf4(
     numel = math.prod(shape)
     absmax = dequantize_scales(scales, nested_absmax, offset, nested_code, nested_blocksize)
     result = output(out, shape, dtype, codes.device)
-    flat, packed = result.view(-1), codes.reshape(-1)
+    whole = result if result.is_contiguous() else torch.empty(tuple(shape), dtype=dtype, device=codes.device)
+    flat, packed = whole.view(-1), codes.reshape(-1)
     # A byte's two float32 levels are moved as one 64-bit item.
     pairs = nf4_pairs(codes.device).view(torch.int64).view(-1)
     chunk = max(_DEQUANTIZE_CHUNK // blocksize, 1) * blocksize
@@ -183,4 +185,4 @@ def dequantize_nf4(
             flat[start:stop] = level.mul_(scale.repeat_interleave(blocksize)[: stop - start])
         else:
             flat[start:stop] = level.view(-1, blocksize).mul_(scale.unsqueeze(1)).view(-1)
-    return result
+    return result if whole is result else result.copy_(whole)

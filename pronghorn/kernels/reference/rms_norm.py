@@ -30,8 +30,12 @@ def rms_norm_forward(
     residual_TD: torch.Tensor | None,
     offset: float,
     cast_before_scale: bool,
+    out_TD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(normed_TD, summed_TD, rstd_T)``; ``summed_TD`` is ``x_TD`` itself where there is no residual."""
+    """``(normed_TD, summed_TD, rstd_T)``; ``summed_TD`` is ``x_TD`` itself where there is no residual.
+
+    ``normed_TD`` is ``out_TD``, where that is given: rows with any stride.
+    """
     summed_TD = x_TD if residual_TD is None else x_TD + residual_TD
     wide_TD = summed_TD.to(_wide(summed_TD.dtype))
     rstd_T1 = torch.rsqrt(wide_TD.pow(2).mean(-1, keepdim=True) + eps)
@@ -42,7 +46,7 @@ def rms_norm_forward(
     plain = cast_before_scale and offset == 0
     scale_D = weight_D if plain else weight_D.to(wide_TD.dtype) + offset
     normed_TD = (scale_D * unit_TD).to(normed_dtype(summed_TD.dtype, weight_D.dtype, cast_before_scale))
-    return normed_TD, summed_TD, rstd_T1.squeeze(-1)
+    return normed_TD if out_TD is None else out_TD.copy_(normed_TD), summed_TD, rstd_T1.squeeze(-1)
 
 
 def normed_dtype(x: torch.dtype, weight: torch.dtype, cast_before_scale: bool) -> torch.dtype:

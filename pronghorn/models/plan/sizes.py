@@ -2,6 +2,7 @@
 
 The moments are read off ``fused_block.py`` and ``fused_mlp.py``, tensor by tensor. x stands for ``[T, D]``, q and k for
 ``[T, H*E]`` and ``[T, K*E]``, i for ``[T, I]``; ' marks the rows of one tile; w is the largest dequantized weight.
+Beside gate and up lies room (spare) for what backward puts there.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class _Units:
     i: int
     lse: int
     low: int
+    spare: int
 
     @classmethod
     def of(cls, shape: ModelShape, tokens: int) -> _Units:
@@ -62,6 +64,7 @@ class _Units:
             unit * shape.inner,
             4 * tokens * shape.heads,
             unit * sum(shape.ranks),
+            unit * sum(shape.ranks[4:6]),
         )
 
     @property
@@ -78,7 +81,7 @@ def kept_bytes(shape: ModelShape, tokens: int) -> dict[Keep, int]:
     own = u.x + u.low
     core = own + u.q + u.lse
     attention = core + u.qkv + u.x
-    return {Keep.INPUT: own, Keep.CORE: core, Keep.ATTENTION: attention, Keep.ALL: attention + 2 * u.i}
+    return {Keep.INPUT: own, Keep.CORE: core, Keep.ATTENTION: attention, Keep.ALL: attention + 2 * u.i + u.spare}
 
 
 def layer_sizes(shape: ModelShape, tokens: int, mlp_rows: int | None, cached: bool) -> Sizes:

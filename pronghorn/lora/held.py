@@ -1,0 +1,48 @@
+"""A group's weights in the compute dtype, kept in memory: made once, with room for the adapters beside them."""
+
+from __future__ import annotations
+
+import torch
+
+from .projection import Group, Piece, write_adapters
+
+
+class HeldWeights:
+    """``[W | s B]`` of all of a group's projections, one under another, and below it their A: ``[O + R, I + R]``.
+
+    Forward multiplies ``[x | x A^T]`` by the rows of W; backward multiplies ``[dy | s dy B]`` by the columns of W, A.
+    Either way the adapter costs no product and no pass of its own. W stays, A and B are written anew with every
+    :meth:`refresh`.
+    """
+
+    def __init__(self, group: Group, dtype: torch.dtype) -> None:
+        base = group.members[0].base
+        O, I, R = group.outputs, base.in_features, group.rank  # noqa: E741 - shape letters
+        self.table = torch.zeros(O + R, I + R, dtype=dtype, device=base.weight.device)
+        for p, columns in zip(group.members, group.columns):
+            weight_OI = self.table[columns, :I]
+            if p.nf4 is not None:
+                p.weight(dtype, weight_OI)
+            else:
+                weight_OI.copy_(p.weight(dtype))
+        self.outputs, self.inputs = O, I
+        self.refresh(group)
+
+    @torch.no_grad()
+    def refresh(self, group: Group) -> None:
+        """Write the adapters as they are rounded now."""
+        if group.a_RI is None:
+            return
+        write_adapters(self.table[: self.outputs, self.inputs :], group, list(range(len(group.members))), clear=False)
+        self.table[self.outputs :, : self.inputs].copy_(group.a_RI)
+
+    @property
+    def forward_piece(self) -> Piece:
+        """W with B beside it."""
+        rows = self.table[: self.outputs]
+        return Piece(slice(0, self.outputs), rows[:, : self.inputs], rows)
+
+    @property
+    def with_a(self) -> torch.Tensor:
+        """W with A below it, ``[O + R, I]``."""
+        return self.table[:, : self.inputs]
