@@ -35,10 +35,10 @@ def step(model: Any, optimizer: Any, trained: list[Any], ids: Any) -> float:
 
 def measure(results: Results, folder: str, case: str, checkpointing: str, steps: int, profile: bool) -> None:
     """Load, train ``steps`` steps, record."""
-    import bitsandbytes
     import torch
 
     from pronghorn import FastLanguageModel
+    from pronghorn.optim import PagedAdamW8bit
 
     quant, shape = case.split("/")
     batch, length = map(int, shape.split("x"))
@@ -47,7 +47,7 @@ def measure(results: Results, folder: str, case: str, checkpointing: str, steps:
     )
     model = FastLanguageModel.get_peft_model(model, r=32, lora_alpha=32, use_gradient_checkpointing=checkpointing)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = bitsandbytes.optim.PagedAdamW8bit(trained, lr=5e-6)
+    optimizer = PagedAdamW8bit(trained, lr=5e-6)
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
     torch.manual_seed(0)
