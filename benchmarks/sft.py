@@ -1,10 +1,13 @@
 """One training step on a local model, as the peers' scripts measure theirs: tokens/s and peak memory.
 
-    python -m benchmarks.sft --model FOLDER --cases nf4/2x2048,nf4/1x32768 --checkpointing memory,off
+    python -m benchmarks.sft --model FOLDER --cases nf4/2x2048/memory,nf4/2x2048/off,nf4/1x32768/memory/5
 
-LoRA rank 32 on all projections, 8-bit paged AdamW, clipping included, random ids, median after two steps. A case is
-``sft/<quant>/<batch>x<length>/<memory>`` with ``tokens_per_s``, ``step_s``, ``peak_gb`` and ``base_gb`` (2^30 bytes),
-``<memory>`` being ``same-memory`` for ``memory`` and ``free-memory`` for ``off``.
+LoRA rank 32 on all projections, paged 8-bit AdamW, clipping included, random ids, median after two steps. A case is
+``<quant>/<batch>x<length>/<use_gradient_checkpointing>[/<steps>]``; a model is loaded once for the cases that follow
+one another with the same quant. Results are ``sft/<quant>/<batch>x<length>/<memory>`` with ``tokens_per_s``, ``step_s``,
+``first_step_s``, every ``raw_step_s_<n>``, ``peak_gb`` and ``base_gb`` (2^30 bytes) and what the plan foresaw,
+``plan_step_s`` and ``plan_peak_gb``; ``<memory>`` is ``same-memory`` for ``memory`` and ``free-memory`` for ``off``.
+``load/8b`` is the time of ``from_pretrained`` in seconds.
 """
 
 from __future__ import annotations
@@ -33,21 +36,37 @@ def step(model: Any, optimizer: Any, trained: list[Any], ids: Any) -> float:
     return time.perf_counter() - begun
 
 
-def measure(results: Results, folder: str, case: str, checkpointing: str, steps: int, profile: bool) -> None:
-    """Load, train ``steps`` steps, record."""
+def load(results: Results, folder: str, quant: str) -> tuple[Any, Any, list[Any]]:
+    """Model under LoRA, optimizer, trained parameters; the time of loading is recorded."""
     import torch
 
     from pronghorn import FastLanguageModel
     from pronghorn.optim import PagedAdamW8bit
 
-    quant, shape = case.split("/")
-    batch, length = map(int, shape.split("x"))
+    begun = time.perf_counter()
     model, _ = FastLanguageModel.from_pretrained(
-        folder, max_seq_length=length, load_in_4bit=quant == "nf4", dtype=torch.bfloat16
+        folder, max_seq_length=2048, load_in_4bit=quant == "nf4", dtype=torch.bfloat16
     )
-    model = FastLanguageModel.get_peft_model(model, r=32, lora_alpha=32, use_gradient_checkpointing=checkpointing)
+    torch.cuda.synchronize()
+    results.add(f"load/8b/{quant}", "pronghorn", s=time.perf_counter() - begun)
+    model = FastLanguageModel.get_peft_model(model, r=32, lora_alpha=32, use_gradient_checkpointing="memory")
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = PagedAdamW8bit(trained, lr=5e-6)
+    return model, PagedAdamW8bit(trained, lr=5e-6), trained
+
+
+def measure(results: Results, loaded: tuple[Any, Any, list[Any]], case: str, steps: int, profile: bool) -> None:
+    """Train ``steps`` steps, record."""
+    import torch
+
+    from pronghorn.models import checkpointing
+    from pronghorn.models.tree import layers
+
+    model, optimizer, trained = loaded
+    quant, shape, mode = case.split("/")
+    batch, length = map(int, shape.split("x"))
+    checkpointing.set_mode(model, mode)
+    gc.collect()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
     torch.manual_seed(0)
@@ -55,32 +74,32 @@ def measure(results: Results, folder: str, case: str, checkpointing: str, steps:
     for _ in range(steps):
         ids = torch.randint(5, 16000, (batch, length), device="cuda")
         seconds.append(step(model, optimizer, trained, ids))
-    median = statistics.median(seconds[2:])
-    raw = {f"raw_step_s_{number}": value for number, value in enumerate(seconds)}
+    median = statistics.median(seconds[2:] if len(seconds) > 3 else seconds[1:])
+    plan = checkpointing.step_plan_for(layers(model)[0])
+    foreseen = {} if plan is None else {"plan_step_s": plan.step_seconds, "plan_peak_gb": plan.peak_bytes / 2**30}
     results.add(
-        f"sft/{case}/{MEMORY[checkpointing]}",
+        f"sft/{quant}/{shape}/{MEMORY[mode]}",
         "pronghorn",
         tokens_per_s=batch * length / median,
         step_s=median,
         first_step_s=seconds[0],
         peak_gb=torch.cuda.max_memory_allocated() / 2**30,
         base_gb=base / 2**30,
-        **raw,
+        **foreseen,
+        **{f"raw_step_s_{number}": value for number, value in enumerate(seconds)},
     )
     if profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
             step(model, optimizer, trained, ids)
-        print(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=24, max_name_column_width=70))
-    del model, optimizer, trained
-    gc.collect()
-    torch.cuda.empty_cache()
+        print(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90))
 
 
 def main() -> None:
+    import torch
+
     parser = arguments((__doc__ or "").split("\n")[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--cases", default="nf4/2x2048")
-    parser.add_argument("--checkpointing", default="memory,off")
+    parser.add_argument("--cases", default="nf4/2x2048/memory,nf4/2x2048/off")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
@@ -98,9 +117,16 @@ def main() -> None:
                 peak_gb=run["peak_gb"],
                 base_gb=run["base_gb"],
             )
+    loaded, of = None, ""
     for case in args.cases.split(","):
-        for checkpointing in args.checkpointing.split(","):
-            measure(results, args.model, case, checkpointing, args.steps, args.profile)
+        quant, shape, mode, *count = case.split("/")
+        if quant != of:
+            loaded = None  # the model before is freed first
+            gc.collect()
+            torch.cuda.empty_cache()
+            loaded, of = load(results, args.model, quant), quant
+        assert loaded is not None
+        measure(results, loaded, f"{quant}/{shape}/{mode}", int(count[0]) if count else args.steps, args.profile)
     results.write(args.out)
 
 

@@ -29,13 +29,15 @@ def _merge(
     own_weight = tl.exp(own - high)
     part_weight = tl.exp(part - high)
     total = own_weight + part_weight
-    tl.store(lse_ptr + h * T + row, high + tl.log(total), mask=live)
     mask = live[:, None] & (e < E)[None, :]
     o_at = o_ptr + ((row * H + h) * E)[:, None] + e[None, :]
     part_at = part_ptr + ((n * H + h) * E)[:, None] + e[None, :]
     o = tl.load(o_at, mask=mask, other=0.0).to(tl.float32)
     p = tl.load(part_at, mask=mask, other=0.0).to(tl.float32)
     merged = o * (own_weight / total)[:, None] + p * (part_weight / total)[:, None]
+    # Several threads hold the same log-sum-exp, and of a small tile the same o: none may store before all have loaded.
+    tl.debug_barrier()
+    tl.store(lse_ptr + h * T + row, high + tl.log(total), mask=live)
     tl.store(o_at, merged.to(o_ptr.dtype.element_ty), mask=mask)
 
 
@@ -47,6 +49,7 @@ def _add_rows(x_ptr, part_ptr, index_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr
     at = x_ptr + tl.load(index_ptr + n) * D + d
     x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     p = tl.load(part_ptr + n * D + d, mask=mask, other=0.0).to(tl.float32)
+    tl.debug_barrier()
     tl.store(at, (x + p).to(x_ptr.dtype.element_ty), mask=mask)
 
 

@@ -83,6 +83,7 @@ def _backward_kernel(
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
     value, slope = _value_and_slope(gate, ACTIVATION)
+    tl.debug_barrier()  # outputs may lie over inputs: none is stored before all are loaded, whichever thread does which
     tl.store(dgate_ptr + row * dgate_stride + column, (dh * up * slope).to(dtype), mask=inside)
     tl.store(dup_ptr + row * dup_stride + column, (dh * value).to(dtype), mask=inside)
     if WANT_H:

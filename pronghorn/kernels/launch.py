@@ -37,7 +37,7 @@ class Launcher:
         compiled[(*grid, 1, 1)[:3]](*args)
 
     def _key(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
-        key: list[Any] = [torch.cuda.current_device() if torch.cuda.is_available() else None, *options.items()]
+        key: list[Any] = [next(a.get_device() for a in args if isinstance(a, torch.Tensor)), *options.items()]
         for value, constant in zip(args, self.constants):
             if isinstance(value, torch.Tensor):
                 key.append((value.dtype, value.data_ptr() % 16 == 0))

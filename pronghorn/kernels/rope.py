@@ -69,8 +69,9 @@ def rotate_(
     sin_TE: torch.Tensor,
     positions_T: torch.Tensor | None = None,
     transpose: bool = False,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Rotate q and k in place, outside autograd: for inference and for hand-written backward passes.
+    """Rotate q and k in place, or into ``out``, outside autograd: for inference and for hand-written backward passes.
 
     Args:
         q_THE: ``[T, H, E]``, float32, float16 or bfloat16; tokens and heads with any stride, so a view of a packed
@@ -82,12 +83,20 @@ def rotate_(
         positions_T: integer ``[T]``, each token's row of the tables, gathered in the kernel. Must lie in [0, P): a GPU
             does not check.
         transpose: rotate by the negative angle, which turns the result's gradient into the input's.
+        out: where the rotated q and k go, q and k staying as they are; needs R = E, as nothing else is copied.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
     """
     _check(q_THE, k_TKE, cos_TE, sin_TE, positions_T)
-    _path(q_THE).rotate_(q_THE, k_TKE, cos_TE, sin_TE, positions_T, transpose)
+    if out is not None:
+        _check(*out, cos_TE, sin_TE, positions_T)
+        if out[0].shape != q_THE.shape or out[1].shape != k_TKE.shape or cos_TE.shape[1] != q_THE.shape[2]:
+            raise ValueError(
+                f"out is {tuple(out[0].shape)} and {tuple(out[1].shape)} for q {tuple(q_THE.shape)}, k "
+                f"{tuple(k_TKE.shape)} and {cos_TE.shape[1]} rotary dimensions; give q's and k's shapes, all rotary"
+            )
+    _path(q_THE).rotate_(q_THE, k_TKE, cos_TE, sin_TE, positions_T, transpose, out)
 
 
 class Layout(NamedTuple):

@@ -36,7 +36,7 @@ def launch_config(q_heads: int, k_heads: int, rotary_dim: int) -> Launch:
 
 @triton.jit
 def _rotate_heads(
-    x_ptr, head_stride, cos, sin, HEADS: tl.constexpr, HALF: tl.constexpr,
+    x_ptr, head_stride, out_ptr, out_head_stride, cos, sin, HEADS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_HALF)[None, :]
@@ -44,18 +44,20 @@ def _rotate_heads(
         head = first + tl.arange(0, BLOCK_HEADS)[:, None]
         inside = (head < HEADS) & (column < HALF)
         left_ptr = x_ptr + head * head_stride + column
+        out_left_ptr = out_ptr + head * out_head_stride + column
         left = tl.load(left_ptr, mask=inside, other=0.0).to(tl.float32)
         right = tl.load(left_ptr + HALF, mask=inside, other=0.0).to(tl.float32)
         # A tile smaller than the program is loaded by several threads: none may store before all have loaded.
         tl.debug_barrier()
-        tl.store(left_ptr, (left * cos - right * sin).to(x_ptr.dtype.element_ty), mask=inside)
-        tl.store(left_ptr + HALF, (right * cos + left * sin).to(x_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_left_ptr, (left * cos - right * sin).to(x_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_left_ptr + HALF, (right * cos + left * sin).to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _rope_kernel(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, q_stride, q_head_stride, k_stride, k_head_stride,
-    cos_stride, sin_stride, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
+    q_ptr, k_ptr, out_q_ptr, out_k_ptr, cos_ptr, sin_ptr, positions_ptr, q_stride, q_head_stride, k_stride,
+    k_head_stride, out_q_stride, out_q_head_stride, out_k_stride, out_k_head_stride, cos_stride, sin_stride,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
     TABLE: tl.constexpr, TRANSPOSE: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
@@ -68,8 +70,14 @@ def _rope_kernel(
     sin = tl.load(sin_ptr + at * sin_stride + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
     if TRANSPOSE:
         sin = -sin
-    _rotate_heads(q_ptr + token * q_stride, q_head_stride, cos, sin, Q_HEADS, HALF, Q_BLOCK, BLOCK_HALF)
-    _rotate_heads(k_ptr + token * k_stride, k_head_stride, cos, sin, K_HEADS, HALF, K_BLOCK, BLOCK_HALF)
+    _rotate_heads(
+        q_ptr + token * q_stride, q_head_stride, out_q_ptr + token * out_q_stride, out_q_head_stride, cos, sin,
+        Q_HEADS, HALF, Q_BLOCK, BLOCK_HALF,
+    )  # fmt: skip
+    _rotate_heads(
+        k_ptr + token * k_stride, k_head_stride, out_k_ptr + token * out_k_stride, out_k_head_stride, cos, sin,
+        K_HEADS, HALF, K_BLOCK, BLOCK_HALF,
+    )  # fmt: skip
 
 
 _rope = Launcher(_rope_kernel)
@@ -82,8 +90,10 @@ def rotate_(
     sin_TE: torch.Tensor,
     positions_T: torch.Tensor | None,
     transpose: bool,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """The Triton kernel: as ``reference.rotate_``."""
+    out_q_THE, out_k_TKE = (q_THE, k_TKE) if out is None else out
     T, H, _ = q_THE.shape
     K, R = k_TKE.shape[1], cos_TE.shape[1]
     if T == 0:
@@ -91,10 +101,11 @@ def rotate_(
     config = launch_config(H, K, R)
     with torch.cuda.device_of(q_THE):
         _rope(
-            (T,), q_THE, k_TKE, cos_TE, sin_TE, cos_TE if positions_T is None else positions_T,
-            q_THE.stride(0), q_THE.stride(1), k_TKE.stride(0), k_TKE.stride(1), cos_TE.stride(0), sin_TE.stride(0),
-            H, K, R // 2, positions_T is not None, transpose,
+            (T,), q_THE, k_TKE, out_q_THE, out_k_TKE, cos_TE, sin_TE, cos_TE if positions_T is None else positions_T,
+            q_THE.stride(0), q_THE.stride(1), k_TKE.stride(0), k_TKE.stride(1),
+            out_q_THE.stride(0), out_q_THE.stride(1), out_k_TKE.stride(0), out_k_TKE.stride(1),
+            cos_TE.stride(0), sin_TE.stride(0), H, K, R // 2, positions_T is not None, transpose,
             config.q_heads, config.k_heads, config.half, num_warps=config.num_warps,
         )  # fmt: skip
     # A kernel's write is invisible to autograd: count it, so that a use of what was overwritten raises.
-    torch.autograd.graph.increment_version([t for t in (q_THE, k_TKE) if not t.is_inference()])
+    torch.autograd.graph.increment_version([t for t in (out_q_THE, out_k_TKE) if not t.is_inference()])

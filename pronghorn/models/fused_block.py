@@ -226,10 +226,14 @@ def _attention_backward(
     grads = attention.backward(do_TI.view_as(q_THE), q_THE, k_TKE, v_TKE, o_TI.view_as(q_THE), stats, parts.scale)
     T, O = qkv_TO.shape  # noqa: E741 - shape letters
     dqkv_TO = qkv_TO.new_empty(T, O + groups.qkv.rank)
-    heads = dqkv_TO[:, :O].view(T, -1, parts.head_dim)
-    torch.cat(grads, dim=1, out=heads)
-    dq_THE, dk_TKE, _ = _heads(parts, dqkv_TO[:, :O])
-    rotate_(dq_THE, dk_TKE, *rope_TE, transpose=True)
+    dq_THE, dk_TKE, dv_TKE = _heads(parts, dqkv_TO[:, :O])
+    if rope_TE[0].shape[1] == parts.head_dim:
+        rotate_(*grads[:2], *rope_TE, transpose=True, out=(dq_THE, dk_TKE))
+    else:
+        dq_THE.copy_(grads[0])
+        dk_TKE.copy_(grads[1])
+        rotate_(dq_THE, dk_TKE, *rope_TE, transpose=True)
+    dv_TKE.copy_(grads[2])
     return dqkv_TO
 
 

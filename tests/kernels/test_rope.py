@@ -188,3 +188,21 @@ def test_bad_input() -> None:
         rope_(x.view(3, 2, 4), q.clone(), cos, cos)
     with pytest.raises(ValueError, match="holds no 2 q and 1 k"):
         rope_packed_(q, 2, 1, cos, cos)
+
+
+def test_into_other_tensors(path: str) -> None:
+    T, H, K, E = 5, 3, 1, 16
+    cos, sin = _angles(torch.arange(T), E, torch.float16)
+    packed = torch.randn(T, H + 2 * K, E).to(DEVICE, torch.float16)
+    q, k = packed[:, :H], packed[:, H : H + K]
+    before = packed.clone()
+    room = torch.full((T, (H + 2 * K) * E + 8), 7.0, dtype=torch.float16, device=DEVICE)
+    heads = room[:, : (H + 2 * K) * E].view(T, H + 2 * K, E)
+    rotate_(q, k, cos, sin, transpose=True, out=(heads[:, :H], heads[:, H : H + K]))
+    assert torch.equal(packed, before)
+    rotate_(q, k, cos, sin, transpose=True)
+    assert torch.equal(heads[:, : H + K], packed[:, : H + K])
+    assert bool((heads[:, H + K :] == 7).all()) and bool((room[:, (H + 2 * K) * E :] == 7).all())
+    half = tuple(t[:, : E // 2] for t in (cos, sin))
+    with pytest.raises(ValueError, match="all rotary"):
+        rotate_(q, k, *half, out=(torch.empty_like(q), torch.empty_like(k)))

@@ -37,8 +37,10 @@ def rotate_(
     sin_TE: torch.Tensor,
     positions_T: torch.Tensor | None,
     transpose: bool,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """:func:`rope` written over q and k, outside autograd."""
+    """:func:`rope` written over q and k, or to ``out``, outside autograd."""
     with torch.no_grad():
-        for x_THE, rotated_THE in zip((q_THE, k_TKE), rope(q_THE, k_TKE, cos_TE, sin_TE, positions_T, transpose)):
+        targets = (q_THE, k_TKE) if out is None else out
+        for x_THE, rotated_THE in zip(targets, rope(q_THE, k_TKE, cos_TE, sin_TE, positions_T, transpose)):
             x_THE.copy_(rotated_THE)
