@@ -66,7 +66,9 @@ def main() -> None:
     model, tokenizer = FastLanguageModel.from_pretrained(
         args.model, max_seq_length=512, load_in_4bit=True, fast_inference=True, max_lora_rank=32
     )
-    model = FastLanguageModel.get_peft_model(model, r=32, lora_alpha=32, random_state=3407)
+    model = FastLanguageModel.get_peft_model(
+        model, r=32, lora_alpha=32, use_gradient_checkpointing="unsloth", random_state=3407
+    )
     loaded = time.perf_counter() - started
     config = GRPOConfig(
         use_vllm=True, learning_rate=5e-6, adam_beta1=0.9, adam_beta2=0.99, weight_decay=0.1, warmup_ratio=0.1,

@@ -22,23 +22,32 @@ TABLES = [
         "grpo/blog",
         [("s_per_step", "s a step"), ("load_s", "load, s"), ("first_step_s", "first step, s"), ("used_gb", "GPU GB")],
     ),
-    (
-        "A training step, 8B in 4 bits, rank 32, 2 x 2048 tokens, layer inputs kept only",
-        "sft",
-        "sft/nf4/2x2048/same-memory",
-        [("tokens_per_s", "tokens/s"), ("peak_gb", "peak GB"), ("base_gb", "of it weights")],
-    ),
-    (
-        "The same with nothing recomputed",
-        "sft",
-        "sft/nf4/2x2048/free-memory",
-        [("tokens_per_s", "tokens/s"), ("peak_gb", "peak GB")],
-    ),
+]
+# (case, heading): training steps, every implementation of the run a column.
+STEPS = [
+    ("sft/nf4/2x2048/same-memory", "NF4, 2 x 2,048, `memory`"),
+    ("sft/nf4/2x2048/free-memory", "NF4, 2 x 2,048, `off`"),
+    ("sft/nf4/8x2048/same-memory", "NF4, 8 x 2,048, `memory`"),
+    ("sft/nf4/8x2048/free-memory", "NF4, 8 x 2,048, `off`"),
+    ("sft/nf4/1x32768/same-memory", "NF4, 1 x 32,768, `memory`"),
+    ("sft/nf4/1x65536/same-memory", "NF4, 1 x 65,536, `memory`"),
+    ("sft/bf16/2x2048/same-memory", "bf16, 2 x 2,048, `memory`"),
+    ("sft/bf16/2x2048/free-memory", "bf16, 2 x 2,048, `off`"),
 ]
 # How the peers' short names read.
-NAMES = {"trl": "TRL + PEFT + bitsandbytes", "hf": "transformers + PEFT + bitsandbytes", "pronghorn": "**Pronghorn**"}
+NAMES = {
+    "trl": "TRL + PEFT + bitsandbytes",
+    "hf": "transformers + PEFT + bitsandbytes",
+    "unsloth": "Unsloth",
+    "pronghorn": "**Pronghorn**",
+}
 # (results file, case prefix, heading): one line a case, ours against each peer.
-KERNELS = [("nf4", "kernel/nf4_dequantize/", "NF4 dequantize"), ("elementwise", "kernel/", "element-wise kernels")]
+KERNELS = [
+    ("nf4", "kernel/nf4_dequantize/", "NF4 dequantize"),
+    ("elementwise", "kernel/", "element-wise kernels"),
+    ("linear_cross_entropy", "kernel/linear_cross_entropy", "the head's loss"),
+    ("adamw8bit", "kernel/paged_adamw8bit/", "8-bit AdamW over 448 LoRA tensors"),
+]
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -76,6 +85,32 @@ def flow_table(title: str, name: str, case: str, metrics: list[tuple[str, str]])
     return [*lines, ""]
 
 
+def steps_table() -> list[str]:
+    """A training step of the 8B shape: tokens/s at peak GB."""
+    record = load("sft")
+    if record is None:
+        return []
+    impls = [impl for impl in NAMES if any(row["impl"] == impl for row in record["rows"])]
+    peers = ", ".join(f"{peer} {version}" for peer, version in record["peers"].items())
+    lines = [
+        f"**A training step, 8B, rank 32 on all projections, 8-bit AdamW and clipping included: tokens/s at peak GB, by "
+        f"`use_gradient_checkpointing`** "
+        f"({record['gpu']}, commit {record['commit']}, {record['date']}; {peers})",
+        "",
+        "| | " + " | ".join(NAMES[impl] for impl in impls) + " |",
+        "|---" * (len(impls) + 1) + "|",
+    ]
+    for case, heading in STEPS:
+        rows = values(record, case)
+        cells = [
+            f"{rows[impl]['tokens_per_s']:,.0f} at {rows[impl]['peak_gb']:.2f}" if impl in rows else ""
+            for impl in impls
+        ]
+        if any(cells):
+            lines.append(f"| {heading} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def kernel_table() -> list[str]:
     lines = ["| kernel (median ms) | Pronghorn | peer in the same run | floor |", "|---|---|---|---|"]
     heads = []
@@ -99,6 +134,7 @@ def render() -> str:
     lines: list[str] = []
     for table in TABLES:
         lines += flow_table(*table)
+    lines += steps_table()
     return "\n".join([*lines, *kernel_table()]).strip()
 
 

@@ -5,9 +5,9 @@
 LoRA rank 32 on all projections, paged 8-bit AdamW, clipping included, random ids, median after two steps. A case is
 ``<quant>/<batch>x<length>/<use_gradient_checkpointing>[/<steps>]``; a model is loaded once for the cases that follow
 one another with the same quant. Results are ``sft/<quant>/<batch>x<length>/<memory>`` with ``tokens_per_s``,
-``step_s``, ``first_step_s``, every ``raw_step_s_<n>``, ``peak_gb`` and ``base_gb`` (2^30 bytes) and what the plan foresaw,
-``plan_step_s`` and ``plan_peak_gb``; ``<memory>`` is ``same-memory`` for ``memory`` and ``free-memory`` for ``off``.
-``load/8b`` is the time of ``from_pretrained`` in seconds.
+``step_s``, ``first_step_s``, every ``raw_step_s_<n>``, ``peak_gb`` and ``base_gb`` (2^30 bytes) and what the plan
+foresaw, ``plan_step_s`` and ``plan_peak_gb``; ``<memory>`` is ``same-memory`` for ``memory``, ``free-memory`` for
+``off``. ``load/8b`` is the time of ``from_pretrained`` in seconds.
 """
 
 from __future__ import annotations

@@ -118,7 +118,10 @@ def test_kernel_equals_reference(dtype: torch.dtype) -> None:
                 allowed = 1 + got.param.numel() // (10_000 if dtype == torch.float32 else 500)
                 assert (getattr(got, name) != getattr(exact, name)).sum() <= allowed
             for name in ("absmax1", "absmax2"):
-                assert _share_close(getattr(got, name), getattr(exact, name), rtol=1e-5) > 0.999
+                share = _share_close(getattr(got, name), getattr(exact, name), rtol=1e-5)
+                assert share > (
+                    0.999 if dtype == torch.float32 else 0.99
+                )  # a code off by one may be its block's largest
 
 
 def _run(steps: int, wait: bool) -> list[torch.Tensor]:
