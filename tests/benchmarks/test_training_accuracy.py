@@ -1,4 +1,4 @@
-"""What the accuracy benchmark compares: models that are equal, curves that are the same in float32, errors that show."""
+"""What the accuracy benchmark compares: models that are equal, curves the same in float32, errors that show."""
 
 from __future__ import annotations
 
