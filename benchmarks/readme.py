@@ -93,8 +93,8 @@ def steps_table() -> list[str]:
     impls = [impl for impl in NAMES if any(row["impl"] == impl for row in record["rows"])]
     peers = ", ".join(f"{peer} {version}" for peer, version in record["peers"].items())
     lines = [
-        f"**A training step, 8B, rank 32 on all projections, 8-bit AdamW and clipping included: tokens/s at peak GB, by "
-        f"`use_gradient_checkpointing`** "
+        "**A training step, 8B, rank 32 on all projections, 8-bit AdamW and clipping included: tokens/s at peak GB, "
+        "by `use_gradient_checkpointing`** "
         f"({record['gpu']}, commit {record['commit']}, {record['date']}; {peers})",
         "",
         "| | " + " | ".join(NAMES[impl] for impl in impls) + " |",
