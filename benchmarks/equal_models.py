@@ -22,8 +22,8 @@ from torch import nn
 
 from pronghorn.lora.config import register
 from pronghorn.models import attach, unwrap
-from pronghorn.models.checkpointing import forget, set_plans
-from pronghorn.models.plan import LayerPlan
+from pronghorn.models.checkpointing import LAYER_PLAN, STEP_PLAN, forget, set_plans
+from pronghorn.models.plan import LayerPlan, TrainingPlan
 from pronghorn.models.state import ATTRIBUTE, ModelState
 from pronghorn.models.tree import layers
 from pronghorn.quant.linear4bit import Linear4bit
@@ -115,17 +115,22 @@ def _rounded(plain: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def use_plan(model: Any, plan: str | LayerPlan | Sequence[LayerPlan]) -> None:
-    """Let ``model`` keep for backward what ``plan`` says: a ``use_gradient_checkpointing``, or each layer's own."""
+def use_plan(model: Any, plan: str | LayerPlan | TrainingPlan) -> None:
+    """Let ``model`` keep for backward what ``plan`` says: a ``use_gradient_checkpointing``, all layers' or the step's.
+
+    The first is planned anew for each size of step; the others hold whatever the step.
+    """
     base = unwrap(model)
     if isinstance(plan, str):
         getattr(base, ATTRIBUTE).use_gradient_checkpointing = plan
         attach(model)
         return
     forget(model)
-    every = layers(base)
-    for layer, own in zip(every, [plan] * len(every) if isinstance(plan, LayerPlan) else plan, strict=True):
-        set_plans([layer], own)
+    if isinstance(plan, LayerPlan):
+        set_plans(layers(base), plan)
+        return
+    for layer, own in zip(layers(base), plan.layers, strict=True):
+        layer.__dict__[LAYER_PLAN], layer.__dict__[STEP_PLAN] = own, plan
 
 
 def packed_rows(lengths: Sequence[int], vocabulary: int, device: str, seed: int = 0) -> Batch:
