@@ -61,11 +61,13 @@ def merge_(
     block_e = triton.next_power_of_2(E)
     block_n = max(1, TILE // block_e)
     grid = (triton.cdiv(N, block_n), H)
-    _merge[grid](o_THE, lse_HT, part_NHE, lse_HN, index_N, N, T, H, E, block_n, block_e, num_warps=4)
+    with torch.cuda.device_of(o_THE):
+        _merge[grid](o_THE, lse_HT, part_NHE, lse_HN, index_N, N, T, H, E, block_n, block_e, num_warps=4)
 
 
 def add_rows_(x_THE: torch.Tensor, part_NHE: torch.Tensor, index_N: torch.Tensor) -> None:
     """See :func:`pronghorn.kernels.attention_merge.add_rows_`."""
     N, D = index_N.shape[0], x_THE.shape[1] * x_THE.shape[2]
     block = min(TILE, triton.next_power_of_2(D))
-    _add_rows[(N, triton.cdiv(D, block))](x_THE, part_NHE, index_N, D, block, num_warps=4)
+    with torch.cuda.device_of(x_THE):
+        _add_rows[(N, triton.cdiv(D, block))](x_THE, part_NHE, index_N, D, block, num_warps=4)

@@ -138,13 +138,14 @@ def logit_stats_(
     written = x_CV.view(gradient) if narrow and gradient is not None else x_CV
     if C:
         block, num_warps = launch_config(V)
-        _stats_kernel[(C,)](
-            x_CV, written, targets_C.contiguous(), bias_V, weights_C, logps_C, entropy_C,
-            0 if weights_C is None else weights_C.stride(0), float(scale), float(softcap or 1), 1 / temperature,
-            -1 if ignore_index is None else ignore_index,
-            V=V, BIAS=bias_V is not None, CAP=softcap is not None, IGNORE=ignore_index is not None,
-            WEIGHTS=weights_C is not None, ENTROPY=with_entropy, GRADIENT=gradient is not None, NARROW=narrow,
-            BLOCK=block, num_warps=num_warps, num_stages=1,
-        )  # fmt: skip
+        with torch.cuda.device_of(x_CV):
+            _stats_kernel[(C,)](
+                x_CV, written, targets_C.contiguous(), bias_V, weights_C, logps_C, entropy_C,
+                0 if weights_C is None else weights_C.stride(0), float(scale), float(softcap or 1), 1 / temperature,
+                -1 if ignore_index is None else ignore_index,
+                V=V, BIAS=bias_V is not None, CAP=softcap is not None, IGNORE=ignore_index is not None,
+                WEIGHTS=weights_C is not None, ENTROPY=with_entropy, GRADIENT=gradient is not None, NARROW=narrow,
+                BLOCK=block, num_warps=num_warps, num_stages=1,
+            )  # fmt: skip
     gradient_CV = None if gradient is None else written[:, V:] if narrow else x_CV
     return logps_C, entropy_C, gradient_CV

@@ -41,7 +41,7 @@ def _rotate_heads(
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_HALF)[None, :]
     for first in range(0, HEADS, BLOCK_HEADS):
-        head = first + tl.arange(0, BLOCK_HEADS)[:, None]
+        head = (first + tl.arange(0, BLOCK_HEADS)[:, None]).to(tl.int64)  # heads first: a head's stride is T * E
         inside = (head < HEADS) & (column < HALF)
         left_ptr = x_ptr + head * head_stride + column
         out_left_ptr = out_ptr + head * out_head_stride + column

@@ -10,7 +10,7 @@ and so are their gradients. An adapter's term is a product over r numbers for ea
 and write all of y for almost no arithmetic. So it rides on the base's product: where a weight is made from 4 bits
 anyway, it is made with B beside it, and ``[x | x A^T] [W | s B]^T`` is all of y; likewise ``[dy | g] [W; A]`` is all of
 dx. Where W is a parameter that lies as it lies, the adapter's term is written first and the base's product adds onto
-it. Masters are rounded to the compute dtype, as ``LoraLinear`` does.
+it; a bias always is. Masters are rounded to the compute dtype, as ``LoraLinear`` does.
 """
 
 from __future__ import annotations
@@ -82,24 +82,36 @@ def project(
     """
     x_TI = given.x_TI
     y_TO = x_TI.new_empty(x_TI.shape[0], group.outputs + (group.rank if spare else 0))
-    adapted = low_TR is not None
-    first = adapted and not given.wide and all(b_Or is not None for b_Or in group.bs_Or)
+    # What adds to the base's product is written first, where it can be, and the product adds onto it: then only the sum
+    # is rounded at the size of an output.
+    adapted, begun = low_TR is not None, _write_biases(y_TO, group)
+    first = adapted and not given.wide and (begun or all(b_Or is not None for b_Or in group.bs_Or))
     if first:
-        _add_adapters(y_TO, low_TR, group, beta=0.0)
+        _add_adapters(y_TO, low_TR, group, beta=1.0 if begun else 0.0)
     for piece in _pieces(group, x_TI.dtype, held, given.wide):
         out = y_TO[:, piece.columns]
+        left, right = x_TI, piece.weight_OI
         if given.wide and piece.wide_OK is not None:
-            torch.mm(given.table_TK, piece.wide_OK.T, out=out)
-        elif first:
-            out.addmm_(x_TI, piece.weight_OI.T)
+            left, right = given.table_TK, piece.wide_OK
+        if begun or first:
+            out.addmm_(left, right.T)
         else:
-            torch.mm(x_TI, piece.weight_OI.T, out=out)
+            torch.mm(left, right.T, out=out)
     if adapted and not first and not given.wide:
         _add_adapters(y_TO, low_TR, group, beta=1.0)
-    for p, columns in zip(group.members, group.columns):
-        if p.base.bias is not None:
-            y_TO[:, columns] += p.base.bias.to(y_TO.dtype)
     return y_TO
+
+
+def _write_biases(y_TO: torch.Tensor, group: Group) -> bool:
+    """Every projection's bias into its columns, zeros where it has none; False, and nothing, if none has one."""
+    if all(p.base.bias is None for p in group.members):
+        return False
+    for p, columns in zip(group.members, group.columns):
+        if p.base.bias is None:
+            y_TO[:, columns].zero_()
+        else:
+            y_TO[:, columns].copy_(p.base.bias)
+    return True
 
 
 def _pieces(group: Group, dtype: torch.dtype, held: HeldWeights | None, wide: bool) -> Iterator[Piece]:

@@ -15,6 +15,7 @@ from ..quant.nf4 import NF4Tensor
 from .layer import LoraLinear
 
 _CAPTURE = "transformers.utils.output_capturing"
+_OWN = "pronghorn."
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,14 @@ class Projection:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What this projection is made of; as long as it does not change, everything made of it holds."""
-        parts = (self.base, self.base.weight, getattr(self.base, "scales", None), self.a_rI, self.b_Or)
-        return (*(id(part) for part in parts), self.scaling)
+        """What this projection is made of, now; as long as it does not change, everything made of it holds.
+
+        Parameters count with their memory: ``.to()``, ``.data =`` and ``vector_to_parameters`` give them another.
+        """
+        weight, a, b = self.base.weight, self.a_rI, self.b_Or
+        memory = (weight.data_ptr(), 0 if a is None else a.data_ptr(), 0 if b is None else b.data_ptr())
+        parts = (self.base, weight, getattr(self.base, "scales", None), a, b)
+        return (*(id(part) for part in parts), *memory, self.scaling)
 
     @property
     def rank(self) -> int:
@@ -160,12 +166,14 @@ def write_adapters(tail_OR: torch.Tensor, group: Group, run: list[int], clear: b
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether anything outside watches calls of ``module`` itself.
+    """Whether anything outside watches calls of ``module`` itself, or has put another ``forward`` on it.
 
     transformers leaves hooks behind once it was asked for hidden states or attentions; outside such a call they do
-    nothing, and Pronghorn's own walk is never inside one.
+    nothing, and Pronghorn's own walk is never inside one. A ``forward`` that Pronghorn put there is its own.
     """
     d = module.__dict__  # nn.Module keeps them here; its own attribute lookup is slow, and this runs for every layer
+    if "forward" in d and not str(getattr(d["forward"], "__module__", "")).startswith(_OWN):
+        return True
     if d["_forward_pre_hooks"] or d["_backward_hooks"] or d.get("_backward_pre_hooks"):
         return True
     return any(getattr(hook, "__module__", None) != _CAPTURE for hook in d["_forward_hooks"].values())

@@ -32,8 +32,9 @@ class Rounded:
             self.masters += [p.b_Or.detach() for p in projections if p.b_Or is not None]
         sizes = [m.numel() for m in self.masters]
         device = self.masters[0].device if self.masters else None
-        self.flat = torch.empty(sum(sizes), dtype=dtype, device=device)
-        self.pieces = [piece.view(m.shape) for piece, m in zip(self.flat.split(sizes), self.masters)]
+        with torch.inference_mode(False), torch.no_grad():  # a first walk in inference mode: training may follow
+            self.flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+            self.pieces = [piece.view(m.shape) for piece, m in zip(self.flat.split(sizes), self.masters)]
         starts = [end - size for end, size in zip(itertools.accumulate(sizes), sizes)]
         self.groups: list[Group] = []
         at = 0

@@ -17,7 +17,8 @@ from ..config.errors import ConfigError
 from . import checkpointing
 from .attention import Attention
 from .causal_lm import causal_lm_forward
-from .packed_layer import run_layer
+from .packed_layer import ROUNDED, run_layer
+from .parts import release_held
 from .registry import spec_for
 from .state import ATTRIBUTE, ModelState
 from .tree import unwrap
@@ -109,6 +110,8 @@ def detach(model: nn.Module) -> None:
     """Undo :func:`attach`: the instance runs its class's own methods again."""
     base = unwrap(model)
     checkpointing.forget(base)
+    base.__dict__.pop(ROUNDED, None)
+    release_held(base.model.layers)
     for layer in base.model.layers:
         layer.__dict__.pop("forward", None)
         layer.__dict__.pop("pronghorn_unpacked", None)

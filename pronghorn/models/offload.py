@@ -58,6 +58,7 @@ class Stored:
         self.kinds = [None if t is None else (tuple(t.shape), t.dtype) for t in tensors]
         self.slots: list[Slot | None] = []
         self.coming: list[torch.Tensor | None] | None = None
+        self.asked = torch.cuda.current_stream(store.device)
         self.ready = torch.cuda.Event()
         held = [t for t in tensors if t is not None]
         store.out.wait_stream(torch.cuda.current_stream(store.device))
@@ -76,10 +77,11 @@ class Stored:
         if self.coming is not None or not self.slots:
             return
         store = self.store
+        self.asked = torch.cuda.current_stream(store.device)
         self.coming = [
             None if kind is None else torch.empty(kind[0], dtype=kind[1], device=store.device) for kind in self.kinds
         ]
-        store.back.wait_stream(torch.cuda.current_stream(store.device))
+        store.back.wait_stream(self.asked)
         store.back.wait_event(self.gone)
         with torch.cuda.stream(store.back):
             for t, slot in zip(self.coming, self.slots):
@@ -119,6 +121,7 @@ class Stored:
         if self.slots:  # a graph dropped without its backward: later copies out wait for what still reads or writes
             if self.coming is not None:
                 self.store.out.wait_event(self.ready)
+                self.asked.wait_event(self.ready)  # and so does whoever takes the memory that is being copied to
             self._release()
 
 

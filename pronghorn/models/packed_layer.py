@@ -15,7 +15,7 @@ from . import checkpointing
 from .attention import Attention, PackedAttention
 from .fused_block import Saving, fused_block, layer_forward
 from .offload import host_store
-from .parts import Groups, Held, Parts, held_weights
+from .parts import HELD, Groups, Held, HeldOf, Parts, held_weights, release_held
 from .registry import spec_for
 from .state import ATTRIBUTE
 from .tree import layers, unwrap
@@ -25,9 +25,6 @@ PREPARED = "pronghorn_prepared"
 
 ROUNDED = "pronghorn_rounded"
 """Attribute of the transformers model: what :func:`prepared` made last, to be used again."""
-
-HELD = "pronghorn_held"
-"""Attribute of a layer whose dequantized weights stay in memory, as the plan may have it: their key, and they."""
 
 
 def _parts(layer: Any) -> Parts | str:
@@ -56,6 +53,7 @@ def run_layer(
             ready = parts, parts.rounded(hidden_TD.dtype)
     if reason is not None:
         layer.__dict__.pop(PREPARED, None)
+        release_held([layer])
         _say_once(layer, reason, attention)
         block = spec_for(layer.self_attn.config).block
         return checkpointing.run(layer, block, layer, hidden_TD, rope_TE, attention)
@@ -75,29 +73,19 @@ def _saving(layer: Any, ready: tuple[Parts, Groups], hidden_TD: torch.Tensor) ->
     own, step = checkpointing.plan_for(layer), checkpointing.step_plan_for(layer)
     store = host_store(hidden_TD.device.index) if own.host and hidden_TD.is_cuda else None
     if step is None or not step.cached_weights:
-        layer.__dict__.pop(HELD, None)
+        release_held([layer])
         return Saving(own.keep, store, None if step is None else step.mlp_rows)
     return Saving(own.keep, store, step.mlp_rows, _held(layer, ready, hidden_TD.dtype))
-
-
-class _HeldWeights:
-    """Dequantized weights of one layer and what they were made from; a deep copy of the model makes its own."""
-
-    def __init__(self, key: object, weights: Held) -> None:
-        self.key, self.weights = key, weights
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _HeldWeights:
-        return _HeldWeights(None, Held())
 
 
 def _held(layer: Any, ready: tuple[Parts, Groups], dtype: torch.dtype) -> Held:
     """The layer's weights in ``dtype``, made once, and again if something wrote to the 4-bit ones."""
     parts, groups = ready
     key = (dtype, parts.key, *(p.base.weight._version for p in parts.projections))
-    found: _HeldWeights | None = layer.__dict__.get(HELD)
+    found: HeldOf | None = layer.__dict__.get(HELD)
     if found is None or found.key != key:
-        layer.__dict__.pop(HELD, None)
-        found = layer.__dict__[HELD] = _HeldWeights(key, held_weights(groups, dtype))
+        release_held([layer])
+        found = layer.__dict__[HELD] = HeldOf(key, held_weights(groups, dtype))
     else:
         found.weights.refresh(groups)
     return found.weights
@@ -106,8 +94,9 @@ def _held(layer: Any, ready: tuple[Parts, Groups], dtype: torch.dtype) -> Held:
 class _Ready:
     """One layer's parts and rounded adapters, and whether this walk has seen that they still hold."""
 
-    def __init__(self, parts: Parts, groups: Groups) -> None:
+    def __init__(self, parts: Parts, groups: Groups, dtype: torch.dtype) -> None:
         self.parts, self.groups, self.checked = parts, groups, False
+        self.made_of: object = (dtype, parts.key)  # as it was: the parts read their modules anew
 
     def holds(self, layer: Any, dtype: torch.dtype) -> str | None:
         """Make sure of it once a walk; gives, in words, why the layer's own sub-modules have to be called now.
@@ -119,8 +108,9 @@ class _Ready:
         now = _parts(layer)
         if isinstance(now, str):
             return now
-        if now.key != self.parts.key:
-            self.parts, self.groups = now, now.rounded(dtype)
+        made_of = dtype, now.key
+        if made_of != self.made_of:
+            self.parts, self.groups, self.made_of = now, now.rounded(dtype), made_of
         self.checked = True
         return None
 
@@ -133,7 +123,7 @@ class _Made:
         self.rounded = Rounded([members for _, parts in fused for members in parts.members], dtype)
         groups = self.rounded.groups
         self.layers = [
-            (layer, _Ready(parts, Groups(*groups[4 * i : 4 * i + 4]))) for i, (layer, parts) in enumerate(fused)
+            (layer, _Ready(parts, Groups(*groups[4 * i : 4 * i + 4]), dtype)) for i, (layer, parts) in enumerate(fused)
         ]
 
     def serves(self, all_layers: list[nn.Module], dtype: torch.dtype) -> bool:
@@ -179,7 +169,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
         stale = any(PREPARED not in layer.__dict__ for layer, _ in made.layers)
         for layer, _ in made.layers:
             layer.__dict__.pop(PREPARED, None)
-        if stale or any(ready.parts.key != parts.key for ready, parts in before if ready.parts is not parts):
+        if stale or any(ready.parts is not parts for ready, parts in before):
             base.__dict__.pop(ROUNDED, None)
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..kernels.glu import ACTIVATIONS
 from ..lora.held import HeldWeights
 from ..lora.projection import Group, Projection, hooked, read_projection
 from ..lora.rounded import Rounded
+
+HELD = "pronghorn_held"
+"""Attribute of a layer whose dequantized weights stay in memory, as the plan may have it: a :class:`HeldOf`."""
 
 
 class Groups(NamedTuple):
@@ -36,6 +41,28 @@ class Held(NamedTuple):
         for own, group in zip(self, groups):
             if own is not None:
                 own.refresh(group)
+
+
+class HeldOf:
+    """Dequantized weights of one layer and what they were made from; a deep copy of the model makes its own."""
+
+    def __init__(self, key: object, weights: Held) -> None:
+        self.key, self.weights = key, weights
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeldOf:
+        return HeldOf(None, Held())
+
+
+def held_bytes(of: Iterable[nn.Module]) -> int:
+    """Bytes of the dequantized weights that these layers hold now."""
+    found: list[HeldOf] = [layer.__dict__[HELD] for layer in of if HELD in layer.__dict__]
+    return sum(own.table.nbytes for held in found for own in held.weights if own is not None)
+
+
+def release_held(of: Iterable[nn.Module]) -> None:
+    """Give the memory of the dequantized weights back; the next training step whose plan has them makes them again."""
+    for layer in of:
+        layer.__dict__.pop(HELD, None)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .keep import Keep
+from .parts import held_bytes
 from .plan.budget import Budget, gpu_budget, host_budget
 from .plan.card import card_of
 from .plan.choose import CannotFit, choose
@@ -53,7 +54,7 @@ class Planner:
         shape, budget = read_shape(model), gpu_budget(device)
         if self._first_allocated is None:
             self._first_allocated = budget.allocated
-        held = self._held(model, shape, budget)
+        held = self._held(model, budget)
         room = budget.peak - self._optimizer_to_come(shape, budget)
         card = card_of(torch.cuda.get_device_properties(device))
         try:
@@ -61,11 +62,10 @@ class Planner:
         except CannotFit as none:
             return none.smallest
 
-    def _held(self, model: nn.Module, shape: ModelShape, budget: Budget) -> int:
+    def _held(self, model: nn.Module, budget: Budget) -> int:
         """What lies on the GPU before a step, apart from gradients and from what this plan decides."""
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-        cached = shape.cached_bytes if self.current is not None and self.current.cached_weights else 0
-        return max(budget.allocated - gradients - cached, 0)
+        return max(budget.allocated - gradients - held_bytes(layers(model)), 0)
 
     def _optimizer_to_come(self, shape: ModelShape, budget: Budget) -> int:
         """Bytes to leave for optimizer state and gradients held over micro-batches, which may not be there yet."""

@@ -56,6 +56,21 @@ def test_a_dropped_graph_gives_its_memory_back_and_a_second_backward_is_refused(
         three.take()
 
 
+def test_a_copy_in_that_was_dropped_writes_to_no_memory_that_others_took() -> None:
+    own = store()
+    one = own.save([torch.full((1 << 20,), 3.0, device="cuda")])
+    own.settle()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(own.back):
+        torch.cuda._sleep(200_000_000)  # the copy comes late
+    one.prefetch()
+    del one
+    gc.collect()
+    others = [torch.zeros(1 << 20, device="cuda") for _ in range(4)]
+    torch.cuda.synchronize()
+    assert not any(bool(t.any()) for t in others)
+
+
 @pytest.mark.parametrize("keep", list(Keep))
 def test_gradients_are_those_of_tensors_kept_on_the_gpu(keep: Keep) -> None:
     model, layer = layer_under_lora(64)

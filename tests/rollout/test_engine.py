@@ -10,6 +10,8 @@ import torch
 from pronghorn.config.errors import ConfigError
 from pronghorn.config.sampling import SamplingParams
 from pronghorn.models import unwrap
+from pronghorn.models.parts import HELD, HeldOf, held_bytes, held_weights, read_parts
+from pronghorn.models.tree import layers
 from pronghorn.rollout import base
 from tests.helpers import tiny_llama
 from tests.rollout.conftest import load, with_lora
@@ -35,6 +37,17 @@ def test_weights_are_the_models_own(tmp_path):
         if type(t) is torch.Tensor and t.shape in shapes and t.data_ptr() not in own and t.dtype == torch.float32
     ]
     assert copies == []
+
+
+def test_a_new_kv_cache_takes_the_place_of_training_s_dequantized_weights(tmp_path):
+    model, tokenizer = load(tiny_llama(tmp_path))
+    for layer in layers(model):
+        parts = read_parts(layer, "silu")
+        assert not isinstance(parts, str), parts
+        vars(layer)[HELD] = HeldOf(None, held_weights(parts.rounded(torch.float32), torch.float32))
+    assert held_bytes(layers(model)) > 0
+    base.create("native", model, tokenizer).generate([PROMPT], SamplingParams(max_tokens=2))
+    assert held_bytes(layers(model)) == 0
 
 
 def test_the_prompt_is_prefilled_once_for_its_samples(loaded):

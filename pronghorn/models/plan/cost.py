@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..keep import Keep
 from . import constants as c
 from .card import Card
-from .shape import ModelShape
+from .shape import GROUPS, ModelShape
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class _Work:
         """Gradients of the inputs of these projections and of their adapters (or, where they train, their weights)."""
         x_passes, y_passes = c.LORA_BACKWARD_PASSES
         seconds = sum(self.product(i) for i in indices) * (2 if self.shape.trains_base else 1)
-        for group in ((0, 1, 2), (3,), (4, 5), (6,)):
+        for group in GROUPS:
             adapted = [self.shape.sizes[i] for i in group if i in indices and self.shape.ranks[i]]
             if adapted:
                 seconds += self.elementwise(x_passes * adapted[0][1] + y_passes * sum(out for out, _ in adapted))

@@ -12,6 +12,9 @@ from ...kernels.nf4_code import NESTED_BLOCKSIZE, NF4_BLOCKSIZE
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))
+"""Which of :data:`PROJECTIONS` read one input."""
+
 OPTIMIZER_BYTES = {
     "paged_adamw_8bit": 0.0, "paged_adamw_32bit": 0.0, "paged_adamw": 0.0, "paged_lion_8bit": 0.0,
     "adamw_8bit": 2.0, "adamw_bnb_8bit": 2.0, "lion_8bit": 1.0,
@@ -77,8 +80,16 @@ class ModelShape:
 
     @property
     def cached_bytes(self) -> int:
-        """What a 4-bit base takes on the GPU once more, dequantized."""
-        return self.layers * self.layer_weights * self.compute_bytes if self.quant == "nf4" else 0
+        """What a 4-bit base takes on the GPU once more, dequantized, its adapters beside it."""
+        return self.layers * self.compute_bytes * self.held_weights(GROUPS) if self.quant == "nf4" else 0
+
+    def held_weights(self, groups: Iterable[tuple[int, ...]]) -> int:
+        """Elements of these groups' weights in one layer as they are held: ``[O + R, I + R]`` each."""
+        found = 0
+        for group in groups:
+            outputs, rank = sum(self.sizes[i][0] for i in group), sum(self.ranks[i] for i in group)
+            found += (outputs + rank) * (self.sizes[group[0]][1] + rank)
+        return found
 
     @property
     def layer_gradient_bytes(self) -> int:

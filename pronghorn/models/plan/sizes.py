@@ -20,7 +20,7 @@ from .constants import (
     UNFUSED_QUERY,
     WEIGHT_BUFFERS,
 )
-from .shape import ModelShape
+from .shape import GROUPS, ModelShape
 
 
 @dataclass(frozen=True)
@@ -155,4 +155,4 @@ def _tile_weights(shape: ModelShape, cached: bool) -> int:
     """Gate, up and down, held for all tiles of a layer."""
     if shape.quant != "nf4" or cached:
         return 0
-    return shape.compute_bytes * sum(o * i for o, i in shape.sizes[4:])
+    return shape.compute_bytes * shape.held_weights(GROUPS[2:])

@@ -14,8 +14,9 @@ from ...config.adapters import LIVE, AdapterChoice, Live
 from ...config.errors import ConfigError
 from ...config.sampling import SamplingParams
 from ...models.packed_layer import prepared
+from ...models.parts import release_held
 from ...models.state import state_of
-from ...models.tree import unwrap
+from ...models.tree import layers, unwrap
 from ..base import Logprob, Progress, RequestOutput
 from .blocks import BlockManager
 from .held import Buffers
@@ -153,6 +154,7 @@ class NativeEngine:
         if self.cache is not None and self.cache.shape == shape and self.cache.num_blocks >= needed:
             return self.cache
         self.release()
+        release_held(layers(self.model))  # training's; generation reads the 4-bit ones
         if self.num_kv_blocks is None:
             needed = capacity(shape, self.block_size, needed, at_least, self.utilization)
         self.cache = KVCache(shape, needed, self.block_size)

@@ -1,0 +1,145 @@
+r"""Decode attention: one query token a row against a paged cache of keys and values, and the write of that token's own.
+
+With a query :math:`q`, keys :math:`k_t` and values :math:`v_t` of the row's n cached tokens (its own included),
+
+.. math:: o = \sum_t \frac{e^{s_t - m}}{l} v_t, \qquad s_t = \sigma \, q \cdot k_t, \quad m = \max_t s_t, \quad
+    l = \sum_t e^{s_t - m} .
+
+A decode step reads every key and value once and does little else, so what counts is that all of the GPU reads. The
+H / K query heads of a kv head are one program, which reads its keys once for all of them (Ainslie et al. 2023,
+arXiv:2305.13245), and a row's tokens are cut into splits that go to programs of their own (Flash-Decoding, Dao et al.
+2023). Split j has :math:`m_j, l_j` and :math:`o_j` over its own tokens, and a second small kernel merges
+
+.. math:: o = \sum_j w_j o_j / \sum_j w_j, \qquad w_j = e^{L_j - \max_i L_i}, \quad L_j = m_j + \log l_j .
+
+Nothing is decided on the host: lengths, positions and block tables are read on the GPU, and the grid depends on the
+tensors' shapes and on ``num_splits`` alone, so that a CUDA graph captured once serves every step. Where a row is cut
+depends on its own length and on ``num_splits``: its result has the same bits in whatever batch it stands.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from pronghorn.kernels.reference import decode_attention as reference
+
+MAX_SPLITS = 32
+_PROGRAMS = 528  # four for each of an H100's or H200's 132 processors
+
+
+def _path(tensor: torch.Tensor) -> ModuleType:
+    """The module that does the work for ``tensor``; Triton is imported only where it is used."""
+    if not tensor.is_cuda or tensor.dtype == torch.float64:
+        return reference
+    from pronghorn.kernels import decode_attention_triton
+
+    return decode_attention_triton
+
+
+def splits_for(rows: int, kv_heads: int) -> int:
+    """Into how many parts to cut each row, so that ``rows * kv_heads`` programs become enough to fill a GPU."""
+    wanted = max(1, min(MAX_SPLITS, _PROGRAMS // (rows * kv_heads)))
+    return 1 << (wanted.bit_length() - 1)
+
+
+def decode_attention(
+    q_BHE: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table_BN: torch.Tensor,
+    lengths_B: torch.Tensor,
+    scale: float,
+    num_splits: int = 1,
+) -> torch.Tensor:
+    """Attend from one token a row to the tokens of its blocks; query head h reads kv head ``h // (H // K)``.
+
+    Args:
+        q_BHE: float32, float16 or bfloat16 (float64 in plain PyTorch); heads dense, rows at any stride.
+        k_cache, v_cache: ``[num_blocks, block_size, K, E]``, contiguous, of q's dtype.
+        block_table_BN: int32, contiguous. Token t of row b is at offset ``t % block_size`` of block
+            ``block_table[b, t // block_size]``; entries past a row's last token are not read.
+        lengths_B: int32, tokens in the cache of each row, the one that asks included. A row of length 0 (padding) gets
+            zeros. A length beyond the table is a caller's error, which a GPU cannot raise without waiting for it: the
+            tokens of the table are attended to, and nothing outside of it is read. On a CPU it raises.
+        scale: multiplies scores.
+        num_splits: programs that share a row's tokens; :func:`splits_for` proposes a number.
+
+    Returns:
+        ``[B, H, E]`` in q's dtype, contiguous; scores, softmax and sums are float32. What unused slots of the cache
+        hold, NaN included, has no effect.
+
+    Raises:
+        ValueError: shapes, dtypes or layouts do not fit; or, on a CPU, a length beyond the table.
+    """
+    B, H, E = q_BHE.shape
+    _check(q_BHE, "q", k_cache, v_cache, block_table_BN)
+    K = k_cache.shape[2]
+    if H % K:
+        raise ValueError(f"{H} query heads are no multiple of {K} kv heads; give a whole number for each")
+    _check_counts("lengths", lengths_B, B)
+    if num_splits < 1:
+        raise ValueError(f"num_splits={num_splits} is out of range; give 1 or more")
+    o_BHE: torch.Tensor = _path(q_BHE).decode_attention(
+        q_BHE, k_cache, v_cache, block_table_BN, lengths_B, scale, num_splits
+    )
+    return o_BHE
+
+
+def write_kv(
+    k_BKE: torch.Tensor,
+    v_BKE: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table_BN: torch.Tensor,
+    positions_B: torch.Tensor,
+) -> None:
+    """Store one token's keys and values a row, at its position in the blocks of its table.
+
+    Args:
+        k_BKE, v_BKE: of the cache's dtype; heads dense, rows at any stride.
+        k_cache, v_cache, block_table_BN: see :func:`decode_attention`. No two rows may share a slot.
+        positions_B: int32, from 0; a row of position -1 (padding) is left out. A position beyond the table is a
+            caller's error: a GPU writes nothing, a CPU raises.
+
+    Raises:
+        ValueError: shapes, dtypes or layouts do not fit; or, on a CPU, a position beyond the table.
+    """
+    B = k_BKE.shape[0]
+    if k_BKE.shape != (B, *k_cache.shape[2:]) or v_BKE.shape != k_BKE.shape:
+        raise ValueError(
+            f"k is {tuple(k_BKE.shape)} and v {tuple(v_BKE.shape)} where a slot of the cache is "
+            f"{tuple(k_cache.shape[2:])}; give [B, K, E]"
+        )
+    _check(k_BKE, "k", k_cache, v_cache, block_table_BN)
+    _check(v_BKE, "v", k_cache, v_cache, block_table_BN)
+    _check_counts("positions", positions_B, B)
+    _path(k_cache).write_kv(k_BKE, v_BKE, k_cache, v_cache, block_table_BN, positions_B)
+
+
+def _check(
+    x: torch.Tensor, name: str, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table_BN: torch.Tensor
+) -> None:
+    B, _, E = x.shape
+    if k_cache.ndim != 4 or k_cache.shape != v_cache.shape or k_cache.shape[3] != E:
+        raise ValueError(
+            f"the caches are {tuple(k_cache.shape)} and {tuple(v_cache.shape)} where {name}'s heads have {E} elements; "
+            f"give both as [num_blocks, block_size, K, {E}]"
+        )
+    if not k_cache.dtype == v_cache.dtype == x.dtype:
+        raise ValueError(f"{name} is {x.dtype} and the caches {k_cache.dtype} and {v_cache.dtype}; give one dtype")
+    if x.stride(2) != 1 or (x.shape[1] > 1 and x.stride(1) != E):
+        raise ValueError(f"{name} has strides {x.stride()}; a row's heads must follow each other without a gap")
+    if block_table_BN.ndim != 2 or block_table_BN.shape[0] != B or block_table_BN.dtype != torch.int32:
+        raise ValueError(
+            f"block_table is {block_table_BN.dtype} {tuple(block_table_BN.shape)}; {B} rows need int32 [{B}, blocks]"
+        )
+    for what, tensor in (("k_cache", k_cache), ("v_cache", v_cache), ("block_table", block_table_BN)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{what} has strides {tensor.stride()}; make it contiguous")
+
+
+def _check_counts(name: str, counts_B: torch.Tensor, rows: int) -> None:
+    if counts_B.shape != (rows,) or counts_B.dtype != torch.int32 or not counts_B.is_contiguous():
+        raise ValueError(f"{name} is {counts_B.dtype} {tuple(counts_B.shape)}; {rows} rows need dense int32 [{rows}]")
