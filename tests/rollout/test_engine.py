@@ -41,6 +41,7 @@ def test_weights_are_the_models_own(tmp_path):
 
 def test_a_new_kv_cache_takes_the_place_of_training_s_dequantized_weights(tmp_path):
     model, tokenizer = load(tiny_llama(tmp_path))
+    model.requires_grad_(False)
     for layer in layers(model):
         parts = read_parts(layer, "silu")
         assert not isinstance(parts, str), parts
