@@ -1,0 +1,139 @@
+"""CUDA C++ compiled at run time by the NVRTC that comes with torch: no toolkit, no headers, one second a kernel.
+
+Triton chooses which thread holds which element; where that is the point of a kernel, the kernel is CUDA C++. The
+compiled code is kept under ``~/.cache/pronghorn`` (``XDG_CACHE_HOME`` as usual), named by everything that made it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+class CompileError(RuntimeError):
+    """NVRTC refused a source, or the driver what it made of it; the text is theirs."""
+
+
+@lru_cache(maxsize=1)
+def _nvrtc() -> ctypes.CDLL:
+    """NVRTC of torch's own CUDA version."""
+    name = f"libnvrtc.so.{str(torch.version.cuda).split('.')[0]}"
+    try:
+        return ctypes.CDLL(name)
+    except OSError as error:
+        for folder in map(Path, sys.path):
+            for found in sorted(folder.glob(f"nvidia/*/lib/{name}")):
+                return ctypes.CDLL(str(found))
+        raise CompileError(
+            f"{name} is not to be found ({error}); reinstall torch with its CUDA packages, or run `pronghorn doctor`"
+        ) from error
+
+
+@lru_cache(maxsize=1)
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check_driver(code: int, what: str) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        raise CompileError(f"{what}: CUDA error {code} ({(text.value or b'unknown').decode()})")
+
+
+def compile_cubin(source: str, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
+    """Machine code for GPUs of ``capability``.
+
+    Raises:
+        CompileError: with the compiler's own messages.
+    """
+    rtc = _nvrtc()
+    program = ctypes.c_void_p()
+    made = rtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"pronghorn.cu", 0, None, None)
+    if made:
+        raise CompileError(f"NVRTC could not begin: error {made}")
+    options = [f"-arch=sm_{capability[0]}{capability[1]}", "-std=c++17", "-default-device", "-fmad=false"]
+    options += [f"-D{name}={value}" for name, value in defines.items()]
+    given = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+    code = rtc.nvrtcCompileProgram(program, len(options), given)
+    size = ctypes.c_size_t()
+    if code:
+        rtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        rtc.nvrtcGetProgramLog(program, log)
+        raise CompileError(f"NVRTC error {code} with {' '.join(options)}:\n{log.value.decode(errors='replace')}")
+    rtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    rtc.nvrtcGetCUBIN(program, cubin)
+    rtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return cubin.raw
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pronghorn"
+
+
+def _cached_cubin(source: str, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
+    made_of = repr((source, sorted(defines.items()), capability, torch.version.cuda))
+    path = _cache_folder() / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    cubin = compile_cubin(source, defines, capability)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(cubin)
+    os.replace(file.name, path)  # whole, or not there: another process may be writing the same
+    return cubin
+
+
+class CudaKernel:
+    """One kernel of a compiled source on one GPU; launches go to torch's current stream, CUDA graphs included.
+
+    Args:
+        source: CUDA C++ with the kernel as ``extern "C"``.
+        name: the kernel.
+        defines: macros.
+        device: the GPU.
+        shared_bytes: dynamic shared memory of a block.
+    """
+
+    def __init__(
+        self, source: str, name: str, defines: Mapping[str, int], device: torch.device, shared_bytes: int
+    ) -> None:
+        self.device, self.shared_bytes = device, shared_bytes
+        cubin = _cached_cubin(source, defines, torch.cuda.get_device_capability(device))
+        driver = _driver()
+        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # torch's context is the current one from here on
+            _check_driver(driver.cuModuleLoadData(ctypes.byref(self._module), cubin), f"loading {name}")
+            found = driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode())
+            _check_driver(found, f"finding {name}")
+            allowed = driver.cuFuncSetAttribute(self._function, _SHARED_BYTES, shared_bytes)
+            _check_driver(allowed, f"{shared_bytes} bytes of shared memory for {name}")
+
+    def __call__(self, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure) -> None:
+        """Launch with one parameter, a structure passed by value."""
+        pointers = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.byref(argument), ctypes.c_void_p))
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        with torch.cuda.device(self.device):
+            code = _driver().cuLaunchKernel(
+                self._function, *grid, threads, 1, 1, self.shared_bytes, stream, pointers, None
+            )
+        _check_driver(code, f"launching a grid of {grid} blocks of {threads}")
+
+
+def pointer(tensor: Any) -> int:
+    """A tensor's address, 0 for None."""
+    return 0 if tensor is None else int(tensor.data_ptr())

@@ -1,0 +1,129 @@
+r"""A product with a group's NF4 weights for few rows: 4-bit codes are read once, no weight is ever written.
+
+.. math:: y = x\, [W_1; W_2; W_3]^T + low\, (s B)^T + bias
+
+for the projections that share an input (q, k and v; gate and up), in one launch. Decoding reads every weight for a
+handful of rows: 0.52 bytes a weight here, where making the 16-bit weight first moves 4.5.
+
+**Bits.** The sum over the inputs is taken in order, 16 products at a time, in one float32 accumulator, and the
+adapter's low rank follows the inputs: the order of cuBLAS's kernels that do not split the sum, so that a sampler that
+multiplies 6 rows here and a trainer that multiplies thousands there get the same bits
+(``tests/gpu/test_nf4_matmul.py``). That is why no two warps share an output. Weights are rounded as ``dequantize_nf4`` rounds them.
+
+**How** (``nf4_matmul.cu``). A warp owns 16 outputs: they are the rows of the instruction's left operand (``mma``
+m16n8k16), whose k of 16 consecutive inputs four threads share; 8 rows of x are the right one. Within the 16 the order
+is free, so thread t takes inputs 4t to 4t + 3: two bytes of codes. A code becomes its float32 level by a shuffle (lane
+i holds level i; one instruction a weight, on a pipe that is idle otherwise), is multiplied by its scale, and two are
+rounded into a register of the operand: 3.5 instructions a weight, against some 5 of half rate by byte permutes from a
+table of each block. Codes and x come through shared memory, several stages ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+from pronghorn.kernels.reference import nf4_matmul as reference
+from pronghorn.kernels.reference.nf4_matmul import Member, NF4Weight
+
+__all__ = ["MAX_ROWS", "Member", "NF4Weight", "nf4_matmul", "why_not"]
+
+MAX_ROWS = 64
+"""Rows of x up to which this is the faster way; above, make the weight and call cuBLAS."""
+
+MEMBERS = 3
+"""Projections of one group at most."""
+
+_COLUMNS = 256  # inputs of one stage
+
+
+def _path(tensor: torch.Tensor) -> ModuleType:
+    """The module that does the work for ``tensor``."""
+    if not tensor.is_cuda:
+        return reference
+    from pronghorn.kernels import nf4_matmul_cuda
+
+    return nf4_matmul_cuda
+
+
+def why_not(weights: Sequence[NF4Weight], dtype: torch.dtype, device: torch.device, ranks: Sequence[int] = ()) -> str:
+    """In words, why a group of these weights cannot take this path on ``device``; empty where it can."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{dtype} in place of bfloat16 or float16"
+    if not 1 <= len(weights) <= MEMBERS:
+        return f"{len(weights)} projections in a group of up to {MEMBERS}"
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
+        return "a GPU older than compute capability 8.0"
+    for w in weights:
+        if len(w.shape) != 2 or w.shape[1] % _COLUMNS or w.shape[1] != weights[0].shape[1]:
+            return f"a weight of {tuple(w.shape)}: inputs in multiples of {_COLUMNS}"
+        nested = w.nested_absmax is not None
+        if w.blocksize != 64 or (nested and w.nested_blocksize != 256):
+            return f"blocks of {w.blocksize} weights and {w.nested_blocksize} scales in place of 64 and 256"
+        if nested != (weights[0].nested_absmax is not None):
+            return "single and double quantization in one group"
+    if any(rank % 16 for rank in ranks):
+        return f"adapters of rank {max(rank for rank in ranks if rank % 16)}, no multiple of 16"
+    return ""
+
+
+def nf4_matmul(
+    x_MI: torch.Tensor,
+    members: Sequence[Member],
+    low_MR: torch.Tensor | None = None,
+    out_MO: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Outputs of all ``members`` side by side; no gradient.
+
+    Args:
+        x_MI: ``[M, I]``, bfloat16 or float16 (on the CPU any float dtype), rows contiguous and 16-byte aligned.
+        members: one to three projections of this input.
+        low_MR: ``x A^T`` of all adapters side by side, in x's dtype; None without adapters.
+        out_MO: ``[M, sum of O]``, x's dtype, rows contiguous, to write to.
+
+    Returns:
+        ``y_MO`` in x's dtype: products, adapter and bias summed in float32 and rounded once.
+
+    Raises:
+        ValueError: shapes, dtypes or layouts do not fit; the text says which.
+    """
+    outputs = sum(member.weight.shape[0] for member in members)
+    if out_MO is None:
+        out_MO = torch.empty(x_MI.shape[0], outputs, dtype=x_MI.dtype, device=x_MI.device)
+    elif out_MO.shape != (x_MI.shape[0], outputs) or out_MO.dtype != x_MI.dtype or out_MO.stride(1) != 1:
+        raise ValueError(
+            f"out is {tuple(out_MO.shape)}, {out_MO.dtype}, strides {out_MO.stride()}; "
+            f"give {(x_MI.shape[0], outputs)}, {x_MI.dtype}, rows contiguous"
+        )
+    _check(x_MI, members, low_MR)
+    _path(x_MI).nf4_matmul(x_MI, members, low_MR, out_MO)
+    return out_MO
+
+
+def _check(x_MI: torch.Tensor, members: Sequence[Member], low_MR: torch.Tensor | None) -> None:
+    for m in members:
+        if x_MI.dim() != 2 or x_MI.stride(1) != 1 or x_MI.shape[1] != m.weight.shape[1]:
+            raise ValueError(
+                f"x is {tuple(x_MI.shape)}, strides {x_MI.stride()}, for a weight of {tuple(m.weight.shape)}; "
+                "give [M, I] with contiguous rows"
+            )
+        if m.b_Or is None:
+            continue
+        O, r = m.weight.shape[0], m.b_Or.shape[1]  # noqa: E741 - shape letters
+        if low_MR is None or low_MR.shape[0] != x_MI.shape[0] or m.at + r > low_MR.shape[1] or low_MR.stride(1) != 1:
+            found = None if low_MR is None else tuple(low_MR.shape)
+            raise ValueError(f"low is {found} for an adapter on columns {m.at} to {m.at + r}; give x A^T, [M, R]")
+        if m.b_Or.shape[0] != O or not m.b_Or.is_contiguous() or not m.b_Or.dtype == low_MR.dtype == x_MI.dtype:
+            raise ValueError(
+                f"b is {tuple(m.b_Or.shape)}, {m.b_Or.dtype} and low {low_MR.dtype} for {O} outputs of {x_MI.dtype}; "
+                "give [O, r], contiguous, and one dtype"
+            )
+    if x_MI.is_cuda:
+        ranks = [0 if m.b_Or is None else m.b_Or.shape[1] for m in members]
+        reason = why_not([m.weight for m in members], x_MI.dtype, x_MI.device, ranks)
+        if reason:
+            raise ValueError(f"{reason}; dequantize and multiply instead")
+        if x_MI.data_ptr() % 16 or x_MI.stride(0) % 8:
+            raise ValueError(f"x lies at {x_MI.data_ptr()}, rows {x_MI.stride(0)} apart; align rows to 16 bytes")

@@ -1,0 +1,110 @@
+"""The GPU side of the product with NF4 weights: launch configurations and the call of ``nf4_matmul.cu``."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.resources import files
+from typing import NamedTuple
+
+import torch
+
+from pronghorn.kernels.cuda_source import CudaKernel, pointer
+from pronghorn.kernels.nf4_code import dynamic_code, nf4_code
+from pronghorn.kernels.reference.nf4_matmul import Member
+
+_P, _I = ctypes.c_void_p, ctypes.c_int
+
+
+class _Member(ctypes.Structure):
+    _fields_ = (
+        *((name, _P) for name in ("codes", "scales", "nested", "offset", "levels", "b", "bias")),
+        *((name, _I) for name in ("outputs", "column", "at", "rank")),
+    )
+
+
+class _Args(ctypes.Structure):
+    _fields_ = (
+        ("member", _Member * 3),
+        *((name, _P) for name in ("x", "low", "y", "nf4")),
+        *((name, _I) for name in ("members", "rows", "K", "x_stride", "low_stride", "y_stride")),
+    )
+
+
+class Tile(NamedTuple):
+    """A launch configuration: the macros of ``nf4_matmul.cu`` of the same names."""
+
+    warps: int
+    tiles: int
+    chunk: int
+    stages: int
+
+    def shared_bytes(self, K: int, nested: bool) -> int:
+        outputs = self.warps * 16
+        stage = outputs * (self.chunk // 2 + 16) + self.tiles * 8 * (self.chunk * 2 + 32)
+        return 1024 + outputs * (K // 64) * (1 if nested else 4) + self.stages * stage
+
+
+def tile_for(M: int, outputs: int) -> Tile:
+    """The tile for M rows and so many outputs.
+
+    Every block reads all of x. Few outputs take small blocks, so that every multiprocessor has one; many outputs take
+    larger ones, so that x is read less often.
+    """
+    many = outputs >= 8192
+    if M <= 8:
+        return Tile(4, 1, 256, 3) if many else Tile(2, 1, 256, 8)
+    if M <= 16:
+        return Tile(4, 2, 256, 3) if many else Tile(2, 2, 256, 6)
+    if M <= 32:
+        return Tile(8, 4, 128, 4) if many else Tile(2, 4, 256, 4)
+    return Tile(8, 8, 128, 3) if many else Tile(4, 8, 128, 4)
+
+
+@lru_cache(maxsize=1)
+def _source() -> str:
+    return files("pronghorn.kernels").joinpath("nf4_matmul.cu").read_text()
+
+
+@lru_cache(maxsize=256)
+def _kernel(tile: Tile, K: int, nested: bool, rank16: int, half: bool, device: torch.device) -> CudaKernel:
+    defines = {
+        "WARPS": tile.warps, "TILES": tile.tiles, "CHUNK": tile.chunk, "STAGES": tile.stages,
+        "NESTED": int(nested), "RANK16": rank16, "F16": int(half),
+    }  # fmt: skip
+    return CudaKernel(_source(), "nf4_matmul", defines, device, tile.shared_bytes(K, nested))
+
+
+def nf4_matmul(
+    x_MI: torch.Tensor,
+    members: Sequence[Member],
+    low_MR: torch.Tensor | None,
+    out_MO: torch.Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """As ``reference.nf4_matmul.nf4_matmul``; ``tile`` instead of :func:`tile_for`'s choice, for measurements."""
+    (M, K), device = x_MI.shape, x_MI.device
+    if M == 0:
+        return
+    tile = tile or tile_for(M, out_MO.shape[1])
+    nested = members[0].weight.nested_absmax is not None
+    args = _Args(
+        x=pointer(x_MI), low=pointer(low_MR), y=pointer(out_MO), nf4=pointer(nf4_code(device)),
+        members=len(members), rows=M, K=K,
+        x_stride=x_MI.stride(0), low_stride=0 if low_MR is None else low_MR.stride(0), y_stride=out_MO.stride(0),
+    )  # fmt: skip
+    column = rank16 = blocks = 0
+    for i, m in enumerate(members):
+        w = m.weight
+        levels = dynamic_code(device) if w.nested_code is None else w.nested_code
+        args.member[i] = _Member(
+            codes=pointer(w.codes), scales=pointer(w.scales), nested=pointer(w.nested_absmax),
+            offset=pointer(w.offset), levels=pointer(levels), b=pointer(m.b_Or), bias=pointer(m.bias_O),
+            outputs=w.shape[0], column=column, at=m.at, rank=0 if m.b_Or is None else m.b_Or.shape[1],
+        )  # fmt: skip
+        rank16 = max(rank16, args.member[i].rank // 16)
+        column += w.shape[0]
+        blocks += -(-w.shape[0] // (tile.warps * 16))
+    kernel = _kernel(tile, K, nested, rank16, x_MI.dtype == torch.float16, device)
+    kernel((blocks, -(-M // (tile.tiles * 8)), 1), tile.warps * 32, args)

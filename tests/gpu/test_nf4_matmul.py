@@ -1,0 +1,122 @@
+"""The product with NF4 weights on a GPU: the bits of cuBLAS on the dequantized weights, whatever the number of rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pronghorn.kernels.low_rank import low_rank
+from pronghorn.kernels.nf4 import quantize_nf4
+from pronghorn.kernels.nf4_matmul import Member, nf4_matmul
+from pronghorn.kernels.nf4_matmul_cuda import Tile
+from pronghorn.kernels.nf4_matmul_cuda import nf4_matmul as launch
+from pronghorn.quant.nf4 import NF4Tensor
+
+ROWS = 512
+"""With so many rows cuBLAS does not split the sum on the shapes below."""
+
+
+def weight(O: int, I: int, dtype: torch.dtype) -> NF4Tensor:  # noqa: E741
+    w = torch.randn(O, I, device="cuda") * torch.linspace(0.01, 0.05, O, device="cuda")[:, None]
+    w.view(-1)[64:128] = 0
+    return NF4Tensor.quantize(w.to(dtype))
+
+
+def single(nf4: NF4Tensor, dtype: torch.dtype) -> NF4Tensor:
+    """About the same weight with float32 scales."""
+    codes, scales = quantize_nf4(nf4.dequantize(dtype))
+    return NF4Tensor(codes, scales, None, None, nf4.shape, dtype=dtype)
+
+
+def group(outputs: list[int], I: int, rank: int, bias: bool, dtype: torch.dtype) -> list[Member]:  # noqa: E741
+    made = []
+    for i, O in enumerate(outputs):  # noqa: E741
+        b = (torch.randn(O, rank, device="cuda") * 0.05).to(dtype) if rank else None
+        made.append(Member(weight(O, I, dtype), b, i * rank, torch.randn(O, device="cuda").to(dtype) if bias else None))
+    return made
+
+
+def by_cublas(x: torch.Tensor, members: list[Member], low: torch.Tensor | None) -> torch.Tensor:
+    """``[x | low] [W | s B]^T`` as training multiplies it, bias first."""
+    R = 0 if low is None else low.shape[1]
+    outs = []
+    for m in members:
+        O, I = m.weight.shape  # noqa: E741
+        wide = torch.zeros(O, I + R, dtype=x.dtype, device="cuda")
+        m.weight.dequantize(x.dtype, out=wide[:, :I])
+        if m.b_Or is not None:
+            wide[:, I + m.at : I + m.at + m.b_Or.shape[1]] = m.b_Or
+        left = x if low is None else torch.cat((x, low), dim=1)
+        if m.bias_O is None:
+            outs.append(left @ wide.T)
+        else:
+            outs.append(m.bias_O.expand(len(x), O).contiguous().addmm_(left, wide.T))
+    return torch.cat(outs, dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("outputs", "I", "rank", "bias"),
+    [
+        ([4096, 1024, 1024], 4096, 32, False),
+        ([4096], 4096, 32, False),
+        ([2048, 2048], 4096, 64, False),
+        ([4096], 14336, 16, False),
+        ([4096, 1024, 1024], 4096, 0, True),
+        ([1000, 72], 1024, 32, True),  # outputs that are no multiple of a tile
+    ],
+)
+def test_bits_are_those_of_the_trainer_s_product(outputs, I, rank, bias, dtype) -> None:  # noqa: E741
+    members = group(outputs, I, rank, bias, dtype)
+    x = torch.randn(ROWS, I, device="cuda").to(dtype)
+    low = torch.randn(ROWS, rank * len(outputs), device="cuda").to(dtype) if rank else None
+    expected = by_cublas(x, members, low)
+    for M in (1, 3, 8, 9, 16, 31, 64):
+        found = nf4_matmul(x[:M].contiguous(), members, None if low is None else low[:M].contiguous())
+        assert torch.equal(found, expected[:M]), f"{M} rows: {(found != expected[:M]).float().mean():.4f} differ"
+
+
+@pytest.mark.parametrize("tile", [Tile(1, 1, 256, 4), Tile(2, 1, 256, 8), Tile(4, 2, 128, 4), Tile(8, 8, 128, 3)])
+def test_tiles_change_no_bit(tile: Tile) -> None:
+    members = group([512, 256], 2048, 32, False, torch.bfloat16)
+    x, low = torch.randn(20, 2048, device="cuda").bfloat16(), torch.randn(20, 64, device="cuda").bfloat16()
+    found = torch.full((20, 768), float("nan"), device="cuda", dtype=torch.bfloat16)
+    launch(x, members, low, found, tile)
+    assert torch.equal(found, nf4_matmul(x, members, low))
+
+
+def test_single_quantization() -> None:
+    plain = single(weight(512, 1024, torch.bfloat16), torch.bfloat16)
+    x = torch.randn(ROWS, 1024, device="cuda").bfloat16()
+    assert torch.equal(nf4_matmul(x[:6].contiguous(), [Member(plain)]), (x @ plain.dequantize(torch.bfloat16).T)[:6])
+
+
+def test_error_is_one_rounding() -> None:
+    members = group([4096], 4096, 32, False, torch.bfloat16)
+    x, low = torch.randn(6, 4096, device="cuda").bfloat16(), torch.randn(6, 32, device="cuda").bfloat16()
+    dense, b = members[0].weight.dequantize(torch.bfloat16), members[0].b_Or
+    assert b is not None
+    exact = x.double() @ dense.double().T + low.double() @ b.double().T
+    assert ((nf4_matmul(x, members, low).double() - exact).norm() / exact.norm()).item() <= 2e-3
+
+
+def test_no_race_and_nan_shows() -> None:
+    members = group([6144], 4096, 32, False, torch.bfloat16)
+    x, low = torch.randn(6, 4096, device="cuda").bfloat16(), torch.randn(6, 32, device="cuda").bfloat16()
+    first = nf4_matmul(x, members, low)
+    for _ in range(50):
+        assert torch.equal(nf4_matmul(x, members, low), first)
+    x[2, 7] = float("nan")
+    found = nf4_matmul(x, members, low)
+    assert found[2].isnan().all() and torch.equal(found[[0, 1, 3, 4, 5]], first[[0, 1, 3, 4, 5]])
+
+
+@pytest.mark.parametrize(("I", "R"), [(4096, 96), (14336, 32), (4096, 64)])
+def test_low_rank_bits_do_not_depend_on_the_rows(I: int, R: int) -> None:  # noqa: E741
+    x, a = torch.randn(1500, I, device="cuda").bfloat16(), torch.randn(R, I, device="cuda").bfloat16()
+    whole = low_rank(x, a)
+    exact = x.double() @ a.double().T
+    assert ((whole.double() - exact).norm() / exact.norm()).item() <= 2e-3
+    for M in (1, 6, 64, 200, 300, 1499):
+        for _ in range(3):
+            assert torch.equal(low_rank(x[:M], a), whole[:M])

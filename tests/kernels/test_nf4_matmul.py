@@ -1,0 +1,73 @@
+"""The product with NF4 weights: the reference against dequantized weights in float64, and what is refused.
+
+The GPU's kernel is CUDA C++, which no interpreter runs: ``tests/gpu/test_nf4_matmul.py`` tests it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pronghorn.kernels.nf4_matmul import Member, nf4_matmul, why_not
+from pronghorn.kernels.nf4_matmul_cuda import Tile, tile_for
+from pronghorn.quant.nf4 import NF4Tensor
+
+CPU = torch.device("cpu")
+
+
+def make(O: int, I: int, r: int, at: int, bias: bool, dtype: torch.dtype) -> Member:  # noqa: E741
+    weight = NF4Tensor.quantize(torch.randn(O, I).to(dtype))
+    b = torch.randn(O, r).to(dtype) if r else None
+    return Member(weight, b, at, torch.randn(O).to(dtype) if bias else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_is_the_sum_of_base_adapter_and_bias(dtype: torch.dtype) -> None:
+    members = [make(40, 192, 16, 0, True, dtype), make(24, 192, 0, 0, False, dtype), make(8, 192, 32, 16, False, dtype)]
+    x, low = torch.randn(5, 192).to(dtype), torch.randn(5, 48).to(dtype)
+    expected = []
+    for m in members:
+        y = x.double() @ m.weight.dequantize(dtype).double().T
+        if m.b_Or is not None:
+            y += low[:, m.at : m.at + m.b_Or.shape[1]].double() @ m.b_Or.double().T
+        expected.append(y if m.bias_O is None else y + m.bias_O.double())
+    exact = torch.cat(expected, dim=1)
+    found = nf4_matmul(x, members, low)
+    assert found.dtype == dtype
+    assert ((found.double() - exact).norm() / exact.norm()).item() <= (1e-6 if dtype == torch.float32 else 4e-4)
+    assert nf4_matmul(x[:0], members, low[:0]).shape == (0, 72)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    member = make(8, 64, 16, 0, False, torch.float32)
+    x, low = torch.randn(2, 64), torch.randn(2, 16)
+    with pytest.raises(ValueError, match="give x A"):
+        nf4_matmul(x, [member])
+    with pytest.raises(ValueError, match="contiguous rows"):
+        nf4_matmul(torch.randn(2, 128), [member], low)
+    with pytest.raises(ValueError, match="one dtype"):
+        nf4_matmul(x, [member], low.half())
+    with pytest.raises(ValueError, match="out is"):
+        nf4_matmul(x, [member], low, torch.empty(2, 9))
+
+
+def test_the_gpu_s_path_says_why_it_is_not_taken() -> None:
+    def weight(shape: tuple[int, int]) -> NF4Tensor:
+        return NF4Tensor.quantize(torch.randn(shape))
+
+    half = torch.float16
+    assert why_not([weight((8, 256))], half, CPU) == ""
+    assert "float32" in why_not([weight((8, 256))], torch.float32, CPU)
+    assert "multiples of 256" in why_not([weight((8, 192))], half, CPU)
+    assert "rank 8" in why_not([weight((8, 256))], half, CPU, [32, 8])
+    assert "4 projections" in why_not([weight((8, 256))] * 4, half, CPU)
+
+
+@pytest.mark.parametrize("M", [1, 6, 8, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize(("outputs", "K"), [(6144, 4096), (4096, 14336), (28672, 4096), (1024, 28672)])
+def test_every_tile_fits_into_shared_memory(M: int, outputs: int, K: int) -> None:
+    """227 KB a block on Hopper; every thread copies whole 16-byte pieces."""
+    tile = tile_for(M, outputs)
+    assert tile.shared_bytes(K, nested=True) <= 227 * 1024
+    assert tile.tiles * tile.chunk % (tile.warps * 32) == 0
+    assert tile.stages >= 2 and isinstance(tile, Tile)
