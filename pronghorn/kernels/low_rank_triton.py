@@ -20,14 +20,14 @@ FEW_ROWS = 256
 
 @triton.jit
 def _run(
-    x_ptr, a_ptr, t, r, first, last, T, R, x_stride, I,
+    x_ptr, a_ptr, t, r, first, last, T, R, x_stride, width,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """One run's sum for a tile of rows and ranks: products in order, 16 at a time, in one accumulator."""
     i = tl.arange(0, BLOCK_I)
     acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     x_row = x_ptr + t.to(tl.int64)[:, None] * x_stride
-    a_row = a_ptr + r[:, None] * I
+    a_row = a_ptr + r[:, None] * width
     for start in range(first, last, BLOCK_I):
         at = start + i
         inside = (at < last)[None, :]
@@ -39,7 +39,7 @@ def _run(
 
 @triton.jit(do_not_specialize=["T"])
 def _few_rows(
-    x_ptr, a_ptr, out_ptr, part_ptr, arrived_ptr, T, R, x_stride, out_stride, I, step,
+    x_ptr, a_ptr, out_ptr, part_ptr, arrived_ptr, T, R, x_stride, out_stride, width, step,
     SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """A run a program; the last of a tile adds all of them up, from the first, and clears the count."""
@@ -47,8 +47,8 @@ def _few_rows(
     tile = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    last = tl.minimum((split + 1) * step, I)
-    acc = _run(x_ptr, a_ptr, t, r, split * step, last, T, R, x_stride, I, BLOCK_T, BLOCK_R, BLOCK_I)
+    last = tl.minimum((split + 1) * step, width)
+    acc = _run(x_ptr, a_ptr, t, r, split * step, last, T, R, x_stride, width, BLOCK_T, BLOCK_R, BLOCK_I)
     place = tl.arange(0, BLOCK_T)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
     parts = part_ptr + tile * (SPLITS * BLOCK_T * BLOCK_R)
     tl.store(parts + split * (BLOCK_T * BLOCK_R) + place, acc, cache_modifier=".cg")
@@ -65,16 +65,16 @@ def _few_rows(
 
 @triton.jit(do_not_specialize=["T"])
 def _many_rows(
-    x_ptr, a_ptr, out_ptr, T, R, x_stride, out_stride, I, step,
+    x_ptr, a_ptr, out_ptr, T, R, x_stride, out_stride, width, step,
     SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """All runs of a tile."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    total = _run(x_ptr, a_ptr, t, r, 0, tl.minimum(step, I), T, R, x_stride, I, BLOCK_T, BLOCK_R, BLOCK_I)
+    total = _run(x_ptr, a_ptr, t, r, 0, tl.minimum(step, width), T, R, x_stride, width, BLOCK_T, BLOCK_R, BLOCK_I)
     for s in range(1, SPLITS):
-        last = tl.minimum((s + 1) * step, I)
-        total += _run(x_ptr, a_ptr, t, r, s * step, last, T, R, x_stride, I, BLOCK_T, BLOCK_R, BLOCK_I)
+        last = tl.minimum((s + 1) * step, width)
+        total += _run(x_ptr, a_ptr, t, r, s * step, last, T, R, x_stride, width, BLOCK_T, BLOCK_R, BLOCK_I)
     out = out_ptr + t.to(tl.int64)[:, None] * out_stride + r[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(t < T)[:, None] & (r < R)[None, :])
 
@@ -93,12 +93,12 @@ def _workspace(device: torch.device, tiles: int, elements: int) -> tuple[torch.T
 
 def low_rank(x_TI: torch.Tensor, a_RI: torch.Tensor, out_TR: torch.Tensor, few_rows: int = FEW_ROWS) -> None:
     """See :func:`pronghorn.kernels.low_rank.low_rank`; ``few_rows`` is for tests."""
-    (T, I), R = x_TI.shape, a_RI.shape[0]  # noqa: E741 - shape letters
+    (T, width), R = x_TI.shape, a_RI.shape[0]
     if not T:
         return
     block_r = min(max(16, triton.next_power_of_2(R)), 128)
     tiles_r = triton.cdiv(R, block_r)
-    common = (T, R, x_TI.stride(0), out_TR.stride(0), I, run_length(I), SPLITS)
+    common = (T, R, x_TI.stride(0), out_TR.stride(0), width, run_length(width), SPLITS)
     with torch.cuda.device_of(x_TI):
         if few_rows >= T:  # noqa: SIM300
             tiles_t = triton.cdiv(T, 16)

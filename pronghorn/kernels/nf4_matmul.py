@@ -8,7 +8,8 @@ handful of rows: 0.52 bytes a weight here, where making the 16-bit weight first 
 **Bits.** The sum over the inputs is taken in order, 16 products at a time, in one float32 accumulator, and the
 adapter's low rank follows the inputs: the order of cuBLAS's kernels that do not split the sum, so that a sampler that
 multiplies 6 rows here and a trainer that multiplies thousands there get the same bits
-(``tests/gpu/test_nf4_matmul.py``). That is why no two warps share an output. Weights are rounded as ``dequantize_nf4`` rounds them.
+(``tests/gpu/test_nf4_matmul.py``). That is why no two warps share an output's sum. Weights are rounded as
+``dequantize_nf4`` rounds them.
 
 **How** (``nf4_matmul.cu``). A warp owns 16 outputs: they are the rows of the instruction's left operand (``mma``
 m16n8k16), whose k of 16 consecutive inputs four threads share; 8 rows of x are the right one. Within the 16 the order

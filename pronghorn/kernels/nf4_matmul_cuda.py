@@ -32,34 +32,48 @@ class _Args(ctypes.Structure):
     )
 
 
+STATIC_SHARED = 32768
+"""Bytes of the table of levels, beside the dynamic shared memory of a block."""
+
+
 class Tile(NamedTuple):
     """A launch configuration: the macros of ``nf4_matmul.cu`` of the same names."""
 
     warps: int
+    ring: bool
     tiles: int
     chunk: int
     stages: int
+    blocks_per_sm: int
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a block."""
+        return 16 if self.ring else self.warps * 16
 
     def shared_bytes(self, K: int, nested: bool) -> int:
-        outputs = self.warps * 16
-        stage = outputs * (self.chunk // 2 + 16) + self.tiles * 8 * (self.chunk * 2 + 32)
-        return 1024 + outputs * (K // 64) * (1 if nested else 4) + self.stages * stage
+        """Dynamic shared memory of a block."""
+        codes = self.warps * 16 * (self.chunk // 2 + 16)
+        x = self.tiles * 8 * (self.chunk * 2 + 32)
+        stages = self.stages * (codes if self.ring else codes + x)
+        handed = self.warps * self.tiles * 512 if self.ring else 0
+        return 1024 + self.outputs * (K // 64) * (1 if nested else 4) + stages + handed
 
 
 def tile_for(M: int, outputs: int) -> Tile:
     """The tile for M rows and so many outputs.
 
-    Every block reads all of x. Few outputs take small blocks, so that every multiprocessor has one; many outputs take
-    larger ones, so that x is read less often.
+    Many outputs keep every multiprocessor busy with a warp for each 16 of them, and blocks of 8 warps read x once. Few
+    outputs do not: there, the warps of a block share the work on the same 16.
     """
     many = outputs >= 8192
     if M <= 8:
-        return Tile(4, 1, 256, 3) if many else Tile(2, 1, 256, 8)
+        return Tile(8, False, 1, 256, 3, 2) if many else Tile(4, True, 1, 256, 2, 3)
     if M <= 16:
-        return Tile(4, 2, 256, 3) if many else Tile(2, 2, 256, 6)
+        return Tile(8, False, 2, 256, 3, 2) if many else Tile(4, True, 2, 128, 2, 3)
     if M <= 32:
-        return Tile(8, 4, 128, 4) if many else Tile(2, 4, 256, 4)
-    return Tile(8, 8, 128, 3) if many else Tile(4, 8, 128, 4)
+        return Tile(8, False, 4, 128, 3, 2) if many else Tile(4, False, 4, 256, 3, 1)
+    return Tile(8, False, 8, 128, 3, 1) if many else Tile(4, False, 8, 256, 3, 1)
 
 
 @lru_cache(maxsize=1)
@@ -70,8 +84,8 @@ def _source() -> str:
 @lru_cache(maxsize=256)
 def _kernel(tile: Tile, K: int, nested: bool, rank16: int, half: bool, device: torch.device) -> CudaKernel:
     defines = {
-        "WARPS": tile.warps, "TILES": tile.tiles, "CHUNK": tile.chunk, "STAGES": tile.stages,
-        "NESTED": int(nested), "RANK16": rank16, "F16": int(half),
+        "WARPS": tile.warps, "RING": int(tile.ring), "TILES": tile.tiles, "CHUNK": tile.chunk, "STAGES": tile.stages,
+        "BLOCKS_PER_SM": tile.blocks_per_sm, "NESTED": int(nested), "RANK16": rank16, "F16": int(half),
     }  # fmt: skip
     return CudaKernel(_source(), "nf4_matmul", defines, device, tile.shared_bytes(K, nested))
 
@@ -105,6 +119,6 @@ def nf4_matmul(
         )  # fmt: skip
         rank16 = max(rank16, args.member[i].rank // 16)
         column += w.shape[0]
-        blocks += -(-w.shape[0] // (tile.warps * 16))
+        blocks += -(-w.shape[0] // tile.outputs)
     kernel = _kernel(tile, K, nested, rank16, x_MI.dtype == torch.float16, device)
     kernel((blocks, -(-M // (tile.tiles * 8)), 1), tile.warps * 32, args)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pronghorn.kernels.nf4_matmul import Member, nf4_matmul, why_not
-from pronghorn.kernels.nf4_matmul_cuda import Tile, tile_for
+from pronghorn.kernels.nf4_matmul_cuda import STATIC_SHARED, Tile, tile_for
 from pronghorn.quant.nf4 import NF4Tensor
 
 CPU = torch.device("cpu")
@@ -68,6 +68,6 @@ def test_the_gpu_s_path_says_why_it_is_not_taken() -> None:
 def test_every_tile_fits_into_shared_memory(M: int, outputs: int, K: int) -> None:
     """227 KB a block on Hopper; every thread copies whole 16-byte pieces."""
     tile = tile_for(M, outputs)
-    assert tile.shared_bytes(K, nested=True) <= 227 * 1024
-    assert tile.tiles * tile.chunk % (tile.warps * 32) == 0
+    assert STATIC_SHARED + tile.shared_bytes(K, nested=True) <= 227 * 1024
+    assert tile.ring or tile.tiles * tile.chunk % (tile.warps * 32) == 0
     assert tile.stages >= 2 and isinstance(tile, Tile)
