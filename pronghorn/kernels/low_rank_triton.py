@@ -100,7 +100,7 @@ def low_rank(x_TI: torch.Tensor, a_RI: torch.Tensor, out_TR: torch.Tensor, few_r
     tiles_r = triton.cdiv(R, block_r)
     common = (T, R, x_TI.stride(0), out_TR.stride(0), width, run_length(width), SPLITS)
     with torch.cuda.device_of(x_TI):
-        if few_rows >= T:  # noqa: SIM300
+        if few_rows >= T:
             tiles_t = triton.cdiv(T, 16)
             part, arrived = _workspace(x_TI.device, tiles_t * tiles_r, 16 * block_r)
             _launch_few(
