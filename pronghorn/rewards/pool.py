@@ -15,8 +15,11 @@ from .errors import RewardError
 from .policy import OnError, Scored, score_rows, shifted
 from .process import WorkerProcess
 
-ALONE_SHARE = 8
-"""A row tried alone gets this part of `timeout`: several that hang must fit into the one more `timeout` of a search."""
+ALONE = 0.5
+"""A row tried alone gets this part of `timeout`: enough for what a fresh worker's first call imports."""
+
+SEARCH = 2.0
+"""All rows tried alone get so many times `timeout`: four that hang fit."""
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -146,7 +149,7 @@ class WorkerPool:
                 part.metrics += metrics
                 return scored
 
-            part.scored = score_rows(self.name, attempt, rows, self.on_error, self.timeout)
+            part.scored = score_rows(self.name, attempt, rows, self.on_error, self.timeout * SEARCH)
             return part
         finally:
             self._idle.put(slot)
@@ -155,7 +158,7 @@ class WorkerPool:
         request = _packed_request(self.name, rows, state, self.on_error != "raise", alone)
         process = self._started(slot)
         try:
-            answer = process.ask(request, self.timeout / ALONE_SHARE if alone else self.timeout)
+            answer = process.ask(request, self.timeout * ALONE if alone else self.timeout)
         except CallFailed:
             slot.process = None  # it is dead; the next attempt starts another
             raise

@@ -19,7 +19,7 @@ import torch
 
 from ..config.errors import ConfigError
 from .calling import RESERVED, RewardFunc, Rows, call, check_arguments, is_async, name_of, no_log, raised
-from .isolated import TIMEOUT, IsolatedReward, isolated, with_zeros
+from .isolation import TIMEOUT, IsolatedReward, isolated, with_zeros
 from .loop import BackgroundLoop
 from .policy import SEARCH_SECONDS, OnError, Scored, check_policy, first_fault, score_rows
 from .pool import PendingCall

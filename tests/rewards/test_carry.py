@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from pronghorn.config.errors import ConfigError
+from pronghorn.rewards import isolated
 from pronghorn.rewards.carry import pack
-from pronghorn.rewards.isolated import isolated
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,7 +101,7 @@ def test_a_script_and_its_globals_without_running_it_again(tmp_path: Path) -> No
     """No `if __name__ == "__main__"` guard: a second run of the script would print twice, or start workers for ever."""
     script = tmp_path / "train.py"
     script.write_text(
-        "import re\nfrom collections import Counter\nfrom pronghorn.rewards.isolated import isolated\n"
+        "import re\nfrom collections import Counter\nfrom pronghorn.rewards import isolated\n"
         "PATTERN = re.compile(r'\\d+')\nseen = 0\nprint('once')\n"
         "def number(text):\n    return float(PATTERN.search(text).group())\n"
         "def reward(completions, **kwargs):\n    global seen\n    seen += 1\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -21,7 +20,7 @@ from torch.testing import assert_close
 
 from pronghorn.config.errors import ConfigError
 from pronghorn.rewards.errors import RewardError
-from pronghorn.rewards.isolated import IsolatedReward, isolated
+from pronghorn.rewards.isolation import IsolatedReward, isolated
 from pronghorn.rewards.kill import descendants
 from pronghorn.rewards.runner import RewardRunner
 
@@ -35,10 +34,8 @@ IDS = [[1], [2, 3], [4, 5, 6]]
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
     """Every test ends with the processes, file descriptors and threads that it began with."""
-    gc.collect()
     before = _held()
     yield
-    gc.collect()
     assert _held() == before
 
 
@@ -103,8 +100,8 @@ def test_workers_are_light_blind_to_gpus_and_kept(make: Any) -> None:
         ("sysexit", "ended by itself with exit status 4 while running"),
         ("segfault", "died of SIGSEGV while running"),
         ("killed", "died of SIGKILL .out of memory.. while running"),
-        ("hang", r"ran over its timeout of 0.05 s"),
-        ("spin", r"ran over its timeout of 0.05 s"),
+        ("hang", r"ran over its timeout of 0.2 s"),
+        ("spin", r"ran over its timeout of 0.2 s"),
         ("nan", "gave NaN; give None"),
         ("inf", "gave inf, which is not finite"),
         ("text", "gave str '1.0', which is not a number"),
@@ -156,8 +153,8 @@ def test_a_function_that_does_not_fit_is_an_error_under_every_policy(make: Any) 
 
 def test_a_hang_is_killed_with_all_its_children_and_named(make: Any, tmp_path: Path) -> None:
     """Also a child in a session of its own, and a grandchild whose parent has ended."""
-    runner = make(isolated(functions.spawns_and_hangs, timeout=0.9))
-    with pytest.raises(RewardError, match="'spawns_and_hangs'.*timeout of 0.1125 s"):
+    runner = make(isolated(functions.spawns_and_hangs, timeout=0.8))
+    with pytest.raises(RewardError, match="'spawns_and_hangs'.*timeout of 0.4 s"):
         texts(runner, ["x"], columns={"folder": [str(tmp_path)]})
     started = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(started) == 3 and not any(_runs(pid) for pid in started)
@@ -241,7 +238,7 @@ def test_workers_end_when_the_trainer_is_killed(tmp_path: Path, text: str) -> No
     """`kill -9` of the process that owns them, while idle and while a function holds the interpreter."""
     script = tmp_path / "train.py"
     script.write_text(
-        "import sys, time\nfrom pronghorn.rewards.isolated import isolated\nfrom tests.rewards import functions\n"
+        "import sys, time\nfrom pronghorn.rewards import isolated\nfrom tests.rewards import functions\n"
         "reward = isolated(functions.faulty, timeout=60)\nreward(completions=['x'])\n"
         "print(*reward.pool.pids, flush=True)\n"
         f"reward(completions=[{text!r}])\ntime.sleep(60)\n"

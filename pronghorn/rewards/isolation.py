@@ -79,7 +79,8 @@ def isolated(
         func: a reward function of TRL's contract, also a lambda, a closure or one defined in a notebook; it, and what
             it reads, is copied to the workers as it is now.
         timeout: seconds that one call on a batch may take; then the worker and all that it started are killed. Where a
-            batch fails, its rows are tried alone, each for an eighth of `timeout`, all of them for one more `timeout`.
+            batch fails, its rows are tried alone, each for half of `timeout`, all of them for twice `timeout`; what
+            was not reached then counts as failed.
         on_error: of a row that fails: `"raise"` a `RewardError`; `"nan"` gives the completion no reward and no
             advantage; `"zero"` gives it 0.0 from this function.
         workers: processes. With more than one each gets a part of the batch: not for functions that compare
