@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -338,6 +339,46 @@ def test_many_at_once() -> None:
     for thread in threads:
         thread.join()
     assert sorted(results) == list("012345")
+
+
+@isolating
+def test_it_ends_with_the_trainer(tmp_path: Path) -> None:
+    """`kill -9` of the process that runs it; what listens for its end is a pipe that only it holds open."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from pronghorn.rewards.code import Limits, run_code\n"
+        "run_code('import time; time.sleep(60)', limits=Limits(seconds=60))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, script], env=env) as trainer:
+        until = time.monotonic() + 30
+        while len(started := descendants(trainer.pid)) < 4 and time.monotonic() < until:
+            time.sleep(0.01)
+        trainer.kill()
+    assert len(started) == 4, "keeper, builder, init and program"
+    until = time.monotonic() + 5
+    while (left := [pid for pid in started if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not left
+
+
+@isolating
+def test_an_ordinary_user_has_it_too() -> None:
+    """Where the tests run as root: the same attempts by a program of a user without any right."""
+    python = shutil.which("python3", path="/usr/bin")
+    if os.geteuid() != 0 or python is None:
+        pytest.skip("needs root, and a Python that other users can run")
+    code = (
+        "import sys; assert sys.version_info >= (3, 11); from pronghorn.rewards.code import run_code; "
+        "print(run_code('print(6)').stdout)"
+    )
+    ran = subprocess.run(
+        [python, "-B", "-c", code], capture_output=True, text=True, cwd="/", env={"PYTHONPATH": str(ROOT)}, timeout=60,
+        user=12345, group=12345, extra_groups=[],
+    )  # fmt: skip
+    if "sys.version_info" in ran.stderr or "ModuleNotFoundError" in ran.stderr or "PermissionError" in ran.stderr:
+        pytest.skip("the other user's Python is too old, or cannot read this folder")
+    assert ran.stdout.strip() == "6", ran.stderr
 
 
 def test_it_refuses_where_it_cannot_isolate(tmp_path: Path) -> None:

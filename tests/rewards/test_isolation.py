@@ -167,6 +167,14 @@ def _runs(pid: int) -> bool:
         return False
 
 
+def _ends(pid: int) -> bool:
+    """Whether it ends within a few seconds."""
+    until = time.monotonic() + 5
+    while _runs(pid) and time.monotonic() < until:
+        time.sleep(0.02)
+    return not _runs(pid)
+
+
 def test_functions_run_at_the_same_time(make: Any, tmp_path: Path) -> None:
     """Each waits for the other: one after another they would run over their timeouts."""
 
@@ -233,6 +241,18 @@ def test_close_during_a_call_ends_it(make: Any) -> None:
         pending.result()
 
 
+def test_a_script_that_closes_nothing_ends_and_leaves_nothing(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from pronghorn.rewards import isolated\nfrom tests.rewards import functions\n"
+        "reward = isolated(functions.length)\nreward(completions=['x'])\nprint(*reward.pool.pids)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, timeout=60)
+    assert ran.returncode == 0 and ran.stderr == ""
+    assert _ends(int(ran.stdout))
+
+
 @pytest.mark.parametrize("text", ["idle", "spin"])
 def test_workers_end_when_the_trainer_is_killed(tmp_path: Path, text: str) -> None:
     """`kill -9` of the process that owns them, while idle and while a function holds the interpreter."""
@@ -250,11 +270,7 @@ def test_workers_end_when_the_trainer_is_killed(tmp_path: Path, text: str) -> No
         time.sleep(0.1)
         assert _runs(pid)
         p.kill()
-    for _ in range(100):
-        if not _runs(pid):
-            return
-        time.sleep(0.02)
-    pytest.fail(f"worker {pid} outlived its parent")
+    assert _ends(pid), "the worker outlived its parent"
 
 
 def test_a_worker_killed_while_idle_is_replaced(make: Any) -> None:

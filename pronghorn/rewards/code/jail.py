@@ -20,6 +20,7 @@ import signal
 import struct
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -101,7 +102,12 @@ def keeper(job: dict[str, Any], status: int, parent: int) -> None:
     unshared, mapped = os.pipe(), os.pipe()
     me = os.getpid()
     child = fork(lambda: builder(job, status, me, unshared, mapped), status)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
+
+    def end(*_: Any) -> None:
+        with suppress(ProcessLookupError):  # it may just have ended by itself
+            os.kill(child, signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, end)
     os.close(unshared[1])
     if os.read(unshared[0], 1):
         for name, text in (
