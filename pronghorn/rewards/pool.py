@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import queue
 import threading
@@ -14,6 +15,8 @@ from .calling import CallFailed, Rows, no_log
 from .errors import RewardError
 from .policy import OnError, Scored, score_rows, shifted
 from .process import WorkerProcess
+
+logger = logging.getLogger("pronghorn")
 
 ALONE = 0.5
 """A row tried alone gets this part of `timeout`: enough for what a fresh worker's first call imports."""
@@ -168,7 +171,12 @@ class WorkerPool:
 
     def _started(self, slot: _Slot) -> WorkerProcess:
         if slot.process is not None:
-            return slot.process
+            death = slot.process.ended_idle()
+            if death is None:
+                return slot.process
+            logger.warning("a worker of reward function %r %s while it had nothing to do; starting another",
+                           self.name, death)  # fmt: skip
+            slot.process = None
         with self._lock:
             if self._closing:
                 raise RewardError(self.name, "was stopped: its workers were closed")

@@ -79,6 +79,12 @@ class WorkerProcess:
         """
         return self._exchange(request, limit, "running")
 
+    def ended_idle(self) -> str | None:
+        """Between two questions: how the worker died meanwhile, in words, or None while it lives."""
+        if not self._connection.poll():  # it never speaks unasked, so there is only an end to be read
+            return None
+        return _in_words(self.kill())
+
     def _exchange(self, message: bytes, limit: float, doing: str) -> Any:
         started = time.monotonic()
         try:
