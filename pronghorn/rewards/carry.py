@@ -33,7 +33,7 @@ def pack(func: Any, name: str) -> bytes:
     buffer = io.BytesIO()
     try:
         _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(func)
-    except (pickle.PicklingError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except Exception as error:  # whatever a value's own __reduce__ raises
         raise ConfigError(
             f"reward function {name!r} cannot be sent to a worker process: {error}. Move it, and what it reads, into a "
             "module that it imports; or make what cannot travel inside the function; or leave it in the process "
