@@ -8,6 +8,7 @@ from typing import Any
 from trl.trainer.grpo_config import GRPOConfig as TRLGRPOConfig
 
 from ..config.errors import ConfigError, reject_unknown
+from ..rewards.policy import POLICIES
 from .correction import MODES
 from .losses import LEVELS, LOSSES
 from .translate import batch_line, before_checks, plain
@@ -18,6 +19,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "importance_sampling_level": LEVELS,
     "vllm_importance_sampling_mode": tuple(MODES),
     "scale_rewards": ("group", "batch", "none"),
+    "reward_on_error": POLICIES,
     "multi_objective_aggregation": ("sum_then_normalize",),
     "sync_ref_model": (False,),
     "top_entropy_quantile": (1.0,),
@@ -65,6 +67,12 @@ class GRPOConfig(TRLGRPOConfig):
             when training starts. By default such a folder is refused.
         log_completions_steps: with ``log_completions``, print the sample table every so many optimizer steps (TRL
             prints one at every log); ``completions.jsonl`` gets the samples of every log.
+        reward_workers: 0 calls reward functions in this process, as TRL does; n gives each of them n worker processes,
+            which may hang, crash or run out of memory without taking the run down (``docs/rewards.md``). Functions
+            wrapped by ``pronghorn.rewards.isolated`` have their own settings.
+        reward_timeout: seconds that a worker's call on a batch may take; None is 60. Needs ``reward_workers``.
+        reward_on_error: of a completion whose reward function fails: ``"raise"``, ``"nan"`` (it gets no advantage) or
+            ``"zero"`` (0.0 from this function).
         translations: the lines printed so far.
 
     Raises:
@@ -84,6 +92,15 @@ class GRPOConfig(TRLGRPOConfig):
     )
     log_completions_steps: int = field(
         default=10, metadata={"help": "Print the sample table every so many steps, where log_completions is on."}
+    )
+    reward_workers: int = field(
+        default=0, metadata={"help": "Worker processes of each reward function; 0 calls it in the process."}
+    )
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds that a reward function may take on a batch in a worker; None is 60."}
+    )
+    reward_on_error: str = field(
+        default="raise", metadata={"help": "What a failing row becomes: raise, nan (no advantage) or zero."}
     )
     translations: list[str] | None = field(
         default=None, metadata={"help": "Lines that earlier initialisations of this config printed."}
@@ -122,6 +139,10 @@ class GRPOConfig(TRLGRPOConfig):
             )
         if not self.temperature > 0:
             raise ConfigError(f"GRPOConfig: temperature={self.temperature} gives no spread to learn from; give > 0")
+        if self.reward_workers < 0:
+            raise ConfigError(f"GRPOConfig: reward_workers={self.reward_workers} is out of range; give 0 or more")
+        if self.reward_timeout is not None and not self.reward_timeout > 0:
+            raise ConfigError(f"GRPOConfig: reward_timeout={self.reward_timeout} is out of range; give seconds above 0")
         if self.world_size > 1:
             raise ConfigError(f"GRPOConfig: {self.world_size} processes; Pronghorn trains in one process on one GPU")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,7 +80,14 @@ class SamplingLoop:
         return self._engine
 
     def make(
-        self, rows: Sequence[dict[str, Any]], group: int, seed: int, metrics: Metrics, state: Any, mode: str = "train"
+        self,
+        rows: Sequence[dict[str, Any]],
+        group: int,
+        seed: int,
+        metrics: Metrics,
+        state: Any,
+        mode: str = "train",
+        meanwhile: Callable[[list[Rollout]], None] | None = None,
     ) -> list[Rollout]:
         """Rollouts of ``rows``, of which each run of ``group`` is one prompt, with their advantages.
 
@@ -89,7 +96,9 @@ class SamplingLoop:
             metrics: gets TRL's ``completions/*``, ``reward*`` and ``rewards/*``.
             state: the ``TrainerState`` that reward functions see.
             mode: ``"train"`` or ``"eval"``, for the samples that are kept in ``samples``.
+            meanwhile: work on the rollouts that needs no rewards; isolated and async reward functions run beside it.
         """
+        self.runner.prepare()
         prompt_ids, truncated = self.encoder([row["prompt"] for row in rows[::group]])
         metrics.mean("prompts/truncated_ratio", truncated / len(prompt_ids), len(prompt_ids))
         params = [self.params(group, request_seed(seed, p)) for p in range(len(prompt_ids))]
@@ -106,7 +115,7 @@ class SamplingLoop:
             ids, logps = list(output.token_ids), list(output.policy_logprobs)
             rollouts.append(Rollout(prompt_ids[i // group], ids, logps, truncated=cut, scored=scored))
         _length_metrics(rollouts, metrics)
-        self._score(rows, rollouts, group, metrics, state, mode)
+        self._score(rows, rollouts, group, metrics, state, mode, meanwhile)
         return rollouts
 
     def _score(
@@ -117,6 +126,7 @@ class SamplingLoop:
         metrics: Metrics,
         state: Any,
         mode: str,
+        meanwhile: Callable[[list[Rollout]], None] | None,
     ) -> None:
         """Fill in the advantages and keep the samples."""
         prompts = [row["prompt"] for row in rows]
@@ -131,9 +141,12 @@ class SamplingLoop:
         def log_extra(column: str, values: list[Any]) -> None:
             extra[column].extend(values)
 
-        rewards_BF = self.runner.score(
+        with self.runner.start(
             prompts, completions, ids, columns, state=state, log_extra=log_extra, log_metric=metrics.mean
-        )
+        ) as pending:
+            if meanwhile is not None:
+                meanwhile(rollouts)
+            rewards_BF = pending.result()
         result = group_advantages(rewards_BF, self.runner.weights_F, group, str(self.args.scale_rewards))
         _reward_metrics(rewards_BF, self.runner.names, result, metrics)
         scores = [[None if x != x else x for x in row] for row in rewards_BF.tolist()]

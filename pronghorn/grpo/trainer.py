@@ -25,6 +25,7 @@ from .samples import print_samples
 from .sampling_loop import SamplingLoop, request_seed
 from .saving import SavingMixin
 from .setup import as_config, as_model, check_precision, check_reference, prompt_encoder
+from .translate import plain
 
 TRAIN, EVAL = "train", "eval"
 
@@ -71,7 +72,13 @@ class GRPOTrainer(SavingMixin, Trainer):
     ) -> None:
         args = as_config(args, model)
         set_seed(args.seed)
-        runner = RewardRunner(reward_funcs, weights=args.reward_weights)
+        runner = RewardRunner(
+            reward_funcs,
+            weights=args.reward_weights,
+            workers=args.reward_workers,
+            timeout=args.reward_timeout,
+            on_error=plain(args.reward_on_error),
+        )
         train_dataset = as_dataset(train_dataset, "train_dataset")
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: as_dataset(ds, f"eval_dataset[{name!r}]") for name, ds in eval_dataset.items()}
@@ -159,6 +166,13 @@ class GRPOTrainer(SavingMixin, Trainer):
 
     # Training
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the workers of reward functions end with it, however it ends."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.sampling.runner.close()
+
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
         """As transformers' choice; bitsandbytes' 8-bit AdamW in the form that steps all tensors in one launch."""
@@ -215,12 +229,15 @@ class GRPOTrainer(SavingMixin, Trainer):
     def _generate(self, rows: list[dict[str, Any]], group: int, mode: str, index: int) -> list[Rollout]:
         """Generation number ``index`` of this mode: sampled, scored, and with the log-probabilities the loss needs."""
         seed = request_seed(self.args.seed, mode == EVAL, index)
-        rollouts = self.sampling.make(rows, group, seed, self.metrics[mode], self.state, mode)
-        if self.args.log_completions:
-            self.completions.append(*(sample.to_json() for sample in self.sampling.samples))
         training = mode == TRAIN
         size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
-        self.loss_step.annotate(rollouts, size)
+
+        def meanwhile(rollouts: list[Rollout]) -> None:
+            self.loss_step.annotate(rollouts, size)
+
+        rollouts = self.sampling.make(rows, group, seed, self.metrics[mode], self.state, mode, meanwhile)
+        if self.args.log_completions:
+            self.completions.append(*(sample.to_json() for sample in self.sampling.samples))
         if training:
             self.state.num_input_tokens_seen += sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
             if self.args.steps_per_generation > self.args.gradient_accumulation_steps:

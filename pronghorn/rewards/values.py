@@ -1,34 +1,40 @@
-"""What a reward function returned, checked value by value and turned into floats."""
+"""What a reward function returned, checked value by value and turned into floats.
+
+Imports no torch: it also runs in workers, where torch is only there if the reward function brings it.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-import torch
-
 from .errors import RewardError
 
-_FLOAT32_MAX = torch.finfo(torch.float32).max
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
-def as_rewards(function: str, returned: Any, completions: Sequence[Any]) -> list[float]:
+def as_rewards(
+    function: str, returned: Any, completions: Sequence[Any], faults: dict[int, RewardError] | None = None
+) -> list[float]:
     """One float a completion, NaN standing for None ("does not apply to this row").
 
     Takes a list, tuple, array, tensor or generator of B numbers or None; booleans count as 0 and 1, as they do in TRL.
     Raises `RewardError` for anything else: another length (never broadcast), no sequence, a value that is no number,
-    NaN (None is how to abstain), an infinity, or a number too large for float32.
+    NaN (None is how to abstain), an infinity, or a number too large for float32. With `faults`, what is wrong with a
+    single value is put there under its row, whose reward is NaN, and not raised.
     """
     B = len(completions)
     if returned is None or isinstance(returned, (str, bytes, Mapping, Real)) or not isinstance(returned, Iterable):
         raise RewardError(function, f"returned {_brief(returned)}; return a list of {B} numbers, one a completion")
-    if isinstance(returned, torch.Tensor):
-        if returned.dim() != 1:
-            shape = list(returned.shape)
+    if _is_tensor(returned):
+        tensor: Any = returned
+        if tensor.dim() != 1:
+            shape = list(tensor.shape)
             raise RewardError(function, f"returned a tensor of shape {shape}; return one of shape [{B}]")
-        returned = returned.detach().cpu().tolist()
+        returned = tensor.detach().cpu().tolist()
     values = list(returned)
     if len(values) != B:
         row = min(len(values), B) if len(values) < B else None
@@ -38,13 +44,22 @@ def as_rewards(function: str, returned: Any, completions: Sequence[Any]) -> list
             row,
             None if row is None else completions[row],
         )
-    return [_number(function, row, value, completions[row]) for row, value in enumerate(values)]
+    rewards = []
+    for row, value in enumerate(values):
+        try:
+            rewards.append(_number(function, row, value, completions[row]))
+        except RewardError as fault:
+            if faults is None:
+                raise
+            faults[row] = fault
+            rewards.append(math.nan)
+    return rewards
 
 
 def _number(function: str, row: int, value: Any, completion: Any) -> float:
     if value is None:
         return math.nan
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and value.dim() == 0:
+    if _is_tensor(value) and value.numel() == 1 and value.dim() == 0:
         value = value.item()
     if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "shape", None) == ():
         value = value.item()
@@ -56,6 +71,11 @@ def _number(function: str, row: int, value: Any, completion: Any) -> float:
     if abs(number) > _FLOAT32_MAX:
         raise RewardError(function, f"gave {number}, which is not finite in float32", row, completion)
     return number
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")  # a tensor cannot exist before torch is imported
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _brief(value: Any) -> str:
