@@ -56,19 +56,27 @@ def _normed(parts: Parts, groups: Groups, held: Held, hidden_TD: torch.Tensor) -
 
 
 def _qkv(
-    parts: Parts, groups: Groups, held: Held, rope_TE: RopeTE, normed: Input, low_TR: torch.Tensor | None
+    parts: Parts,
+    groups: Groups,
+    held: Held,
+    rope_TE: RopeTE,
+    normed: Input,
+    low_TR: torch.Tensor | None,
+    ordered: bool = False,
 ) -> torch.Tensor:
     """Rotated q and k, and v, side by side: ``[T, (H + 2K) E]``."""
-    qkv_TO = project(normed, groups.qkv, low_TR, held.qkv)
+    qkv_TO = project(normed, groups.qkv, low_TR, held.qkv, ordered=ordered)
     q_THE, k_TKE, _ = _heads(parts, qkv_TO)
     rotate_(q_THE, k_TKE, *rope_TE)
     return qkv_TO
 
 
-def _o(groups: Groups, held: Held, o_TI: torch.Tensor, low_TR: torch.Tensor | None = None) -> torch.Tensor:
+def _o(
+    groups: Groups, held: Held, o_TI: torch.Tensor, low_TR: torch.Tensor | None = None, ordered: bool = False
+) -> torch.Tensor:
     """The output projection; writes ``low_TR`` where it is given."""
     attended = Input(groups.o, held.o, o_TI)
-    return project(attended, groups.o, attended.lower(groups.o, low_TR), held.o)
+    return project(attended, groups.o, attended.lower(groups.o, low_TR, ordered), held.o, ordered=ordered)
 
 
 def _heads(parts: Parts, qkv_TO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -99,14 +107,15 @@ def layer_forward(
     attention: Attention,
     held: Held = Held(),  # noqa: B008 - immutable
 ) -> torch.Tensor:
-    """One decoder layer without gradients: what a rollout runs at every token."""
+    """One decoder layer without gradients: what a rollout's prefill runs."""
+    ordered = attention.ordered
     normed, _ = _normed(parts, groups, held, hidden_TD)
-    qkv_TO = _qkv(parts, groups, held, rope_TE, normed, normed.lower(groups.qkv))
+    qkv_TO = _qkv(parts, groups, held, rope_TE, normed, normed.lower(groups.qkv, None, ordered), ordered)
     del normed
     o_TI = attention(parts.layer_idx, *_heads(parts, qkv_TO), parts.scale).reshape(hidden_TD.shape[0], -1)
     del qkv_TO
-    middle = _middle(parts, groups, held, _o(groups, held, o_TI), hidden_TD, None)
-    return mlp_forward(parts, groups, held, middle, Lows.empty(groups, hidden_TD), None)[0]
+    middle = _middle(parts, groups, held, _o(groups, held, o_TI, None, ordered), hidden_TD, None)
+    return mlp_forward(parts, groups, held, middle, Lows.empty(groups, hidden_TD), None, ordered)[0]
 
 
 class _FusedBlock(torch.autograd.Function):
@@ -123,14 +132,14 @@ class _FusedBlock(torch.autograd.Function):
         saving: Saving,
         *trainables: torch.Tensor | None,
     ) -> torch.Tensor:
-        held, keep = saving.held, saving.keep
+        held, keep, ordered = saving.held, saving.keep, attention.ordered
         lows = Lows.empty(groups, hidden_TD)
         normed, _ = _normed(parts, groups, held, hidden_TD)
-        qkv_TO = _qkv(parts, groups, held, rope_TE, normed, normed.lower(groups.qkv, lows.qkv))
+        qkv_TO = _qkv(parts, groups, held, rope_TE, normed, normed.lower(groups.qkv, lows.qkv, ordered), ordered)
         del normed
         o_THE, stats = attention.forward(*_heads(parts, qkv_TO), parts.scale)
         o_TI = o_THE.reshape(hidden_TD.shape[0], -1)
-        middle = _middle(parts, groups, held, _o(groups, held, o_TI, lows.o), hidden_TD, saving.mlp_rows)
+        middle = _middle(parts, groups, held, _o(groups, held, o_TI, lows.o, ordered), hidden_TD, saving.mlp_rows)
         kept = [hidden_TD, lows.table_TR]
         if keep is not Keep.INPUT:
             kept += [o_TI.contiguous(), *stats]
@@ -138,7 +147,7 @@ class _FusedBlock(torch.autograd.Function):
             kept += [qkv_TO, middle.sum_TD]
         del o_THE, o_TI, qkv_TO
         out_TD, gate_up_TI = mlp_forward(
-            parts, groups, held, middle, lows, None if keep is Keep.ALL else saving.mlp_rows
+            parts, groups, held, middle, lows, None if keep is Keep.ALL else saving.mlp_rows, ordered
         )
         if keep is Keep.ALL and gate_up_TI is not None:
             kept.append(gate_up_TI)

@@ -75,7 +75,7 @@ def _held(held: Held, groups: Groups, dtype: torch.dtype, tiles: int) -> Held:
 
 
 def mlp_forward(
-    parts: Parts, groups: Groups, held: Held, middle: Middle, lows: Lows, rows: int | None
+    parts: Parts, groups: Groups, held: Held, middle: Middle, lows: Lows, rows: int | None, ordered: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``h' + down(act(gate) * up)``, ``[T, D]``; and gate and up side by side where there is one tile, else None.
 
@@ -89,14 +89,15 @@ def mlp_forward(
     gate_up_TI = None
     for tile in tiles:
         normed, _ = _normed(parts, groups, held, middle, tile)
-        low_TR = normed.lower(groups.gate_up, _some(lows.gate_up, tile))
-        gate_up_TI = project(normed, groups.gate_up, low_TR, held.gate_up, spare=True)
+        low_TR = normed.lower(groups.gate_up, _some(lows.gate_up, tile), ordered)
+        gate_up_TI = project(normed, groups.gate_up, low_TR, held.gate_up, spare=True, ordered=ordered)
         del normed
         product = Input(groups.down, held.down, rows=gate_up_TI.shape[0], like=gate_up_TI)
         glu_forward(*_halves(groups, gate_up_TI), parts.activation, product.x_TI)
         if out_TD is not None:
             gate_up_TI = None
-        down_TD = project(product, groups.down, product.lower(groups.down, _some(lows.down, tile)), held.down)
+        low_down_TR = product.lower(groups.down, _some(lows.down, tile), ordered)
+        down_TD = project(product, groups.down, low_down_TR, held.down, ordered=ordered)
         del product
         if out_TD is None:
             return down_TD.add_(middle.sum_TD), gate_up_TI

@@ -36,12 +36,14 @@ class Chunk:
 class Step:
     """One step of the model: chunks to prefill, or else sequences to decode by one token.
 
-    ``copies`` are blocks ``(source, target)`` to copy first, all sources read before any target is written.
+    ``copies`` are blocks ``(source, target)`` to copy first, all sources read before any target is written. ``ahead``
+    is how many tokens in a row every sequence of ``decode`` has room for: so many steps may run before the host looks.
     """
 
     prefill: list[Chunk] = field(default_factory=list)
     decode: list[Sequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    ahead: int = 1
 
 
 class Scheduler:
@@ -83,12 +85,16 @@ class Scheduler:
             )
         bisect.insort(self.waiting, sequence, key=_order)
 
-    def next_step(self) -> Step | None:
-        """What to run now, or None when nothing is left. Blocks are taken before it returns."""
+    def next_step(self, ahead: int = 1) -> Step | None:
+        """What to run now, or None when nothing is left. Blocks are taken before it returns.
+
+        A decode step may run up to ``ahead`` times over; nobody is preempted for more than the first.
+        """
         step = Step()
         self._plan_prefill(step)
         if not step.prefill:
             self._plan_decode(step)
+            step.ahead = self._look_ahead(step.decode, ahead) if step.decode else 1
         if step.prefill or step.decode:
             return step
         if self.waiting:
@@ -204,6 +210,20 @@ class Scheduler:
             if copy is not None:
                 step.copies.append(copy)
             return True
+
+    def _look_ahead(self, rows: list[Sequence], ahead: int) -> int:
+        """Take blocks for up to ``ahead`` tokens a row, and say for how many there was room in every row."""
+        size = self.blocks.block_size
+        wanted = min(ahead, max(row.longest - len(row) for row in rows))
+        for more in range(1, wanted):
+            for row in rows:
+                position = len(row) - 1 + more
+                if position % size == 0 and position < row.longest and position // size == len(row.table):
+                    try:
+                        self.blocks.make_writable(row.table, position)
+                    except OutOfBlocks:
+                        return more
+        return max(wanted, 1)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
