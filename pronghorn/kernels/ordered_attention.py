@@ -20,8 +20,8 @@ and :math:`o = a / l` is rounded once. Tiles and segments without a visible key 
 which queries share a program; a segment can be computed by itself, which is what a decode step does with each
 (:mod:`pronghorn.kernels.decode_attention`). ``ordered_step_triton.py`` holds these steps for all kernels.
 
-Equal bits are promised on a GPU in 16 bits and for finite keys and values. In float32 and on the CPU results are the
-softmax, to that precision.
+Equal bits are promised in 16 bits, for finite keys and values, on GPUs whose tensor core adds in the order of the keys
+for every shape of product (measured on Hopper). In float32 and on the CPU results are the softmax, to that precision.
 """
 
 from __future__ import annotations
@@ -30,10 +30,30 @@ from types import ModuleType
 
 import torch
 
+from pronghorn.kernels.attention import Path, choose
 from pronghorn.kernels.ordered_rows import OrderedRows
 from pronghorn.kernels.reference import ordered_attention as reference
 
 DTYPES = (torch.bfloat16, torch.float16)
+
+
+def refusal(
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> str | None:
+    """In words why attention of this kind does not run in order; None where it does.
+
+    What flash's backward does not take is refused too: trainer and sampler must answer alike.
+    """
+    if capability is None:
+        return "tensors on the CPU"
+    if window is not None or softcap is not None:
+        return f"window={window}, softcap={softcap}"
+    choice = choose(capability, dtype, head_dim, None)
+    return None if choice.path is Path.FLASH else choice.reason
 
 
 def _path(tensor: torch.Tensor) -> ModuleType:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,9 +26,20 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def launch_config(E: int) -> Config:
-    """128 rows for two groups of warps on Hopper's tensor cores; half of it for heads that fill the registers."""
+def launch_config(E: int, capability: tuple[int, int] = (9, 0)) -> Config:
+    """128 rows for two groups of warps on Hopper's tensor cores; half of it for heads that fill the registers.
+
+    Five stages are three tiles of keys: the index that finds them comes two stages earlier. Other GPUs have less shared
+    memory, some only 99 KiB.
+    """
+    if capability[0] != 9:
+        return Config(64 if E <= 128 else 32, 4, 3)
     return Config(128, 8, 5) if E <= 128 else Config(64, 8, 3)
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index) if index >= 0 else (9, 0)
 
 
 def _padded(E: int) -> int:
@@ -101,7 +113,7 @@ def ordered_attention_forward(
     (T, H, E), K = q_THE.shape, k_UKE.shape[1]
     o_THE = torch.empty((T, H, E), dtype=q_THE.dtype, device=q_THE.device)
     lse_HT = torch.empty((H, T), dtype=torch.float32, device=q_THE.device)
-    block_m, num_warps, num_stages = config or launch_config(E)
+    block_m, num_warps, num_stages = config or launch_config(E, _capability(q_THE.get_device()))
     R = H // K
     block_r = int(triton.next_power_of_2(R))
     block_q = max(block_m // block_r, 1)

@@ -9,7 +9,7 @@ import torch
 
 from pronghorn.kernels import decode_attention_triton, ordered_attention_triton
 from pronghorn.kernels import ordered_attention as module
-from pronghorn.kernels.ordered_attention import ordered_attention_forward
+from pronghorn.kernels.ordered_attention import ordered_attention_forward, refusal
 from pronghorn.kernels.ordered_attention_triton import Config
 from pronghorn.kernels.ordered_rows import OrderedRows
 from pronghorn.kernels.reference import ordered_attention as reference
@@ -27,7 +27,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     for where in (ordered_attention_triton, decode_attention_triton):
         monkeypatch.setattr(where, "TILE", 16)
         monkeypatch.setattr(where, "SEGMENT", 32)
-    monkeypatch.setattr(ordered_attention_triton, "launch_config", lambda E: Config(32, 4, 2))
+    monkeypatch.setattr(ordered_attention_triton, "launch_config", lambda *of: Config(32, 4, 2))
     return request.param
 
 
@@ -184,3 +184,13 @@ def test_what_does_not_fit_is_refused() -> None:
         ordered_attention_forward(q[:4], k, k, rows, 1.0)
     with pytest.raises(ValueError, match="scale=0"):
         ordered_attention_forward(q, k, k, rows, 0.0)
+
+
+def test_who_is_refused() -> None:
+    hopper, bf16 = (9, 0), torch.bfloat16
+    assert refusal(hopper, bf16, 128) is None and refusal((8, 6), torch.float16, 80) is None
+    assert "CPU" in (refusal(None, bf16, 128) or "")
+    assert "window=5" in (refusal(hopper, bf16, 128, window=5) or "")
+    assert "softcap=30" in (refusal(hopper, bf16, 128, softcap=30.0) or "")
+    assert "float32" in (refusal(hopper, torch.float32, 128) or "")
+    assert "head_dim=36" in (refusal(hopper, bf16, 36) or "")
