@@ -23,7 +23,7 @@ def score(
     Gradients flow where the model trains and grad mode is on; ``entropy_N`` has none and is None unless asked for.
     Only the rows of hidden states that predict a completion token meet the head, in chunks of rows.
     """
-    attention = PackedAttention(batch.row_lengths, batch.input_ids_T.device, batch.prefix)
+    attention = PackedAttention(batch.row_lengths, batch.input_ids_T.device, batch.prefix, ordered=True)
     hidden_TD = hidden_states(model, batch.input_ids_T, batch.positions_T, attention)
     out = head(model)
     return chosen_logprobs(

@@ -5,16 +5,16 @@ With a query :math:`q`, keys :math:`k_t` and values :math:`v_t` of the row's n c
 .. math:: o = \sum_t \frac{e^{s_t - m}}{l} v_t, \qquad s_t = \sigma \, q \cdot k_t, \quad m = \max_t s_t, \quad
     l = \sum_t e^{s_t - m} .
 
+in the order of operations that :mod:`pronghorn.kernels.ordered_attention` defines, so that the bits are those that its
+kernel gives for the same query among the rows of a training batch or a prefill.
+
 A decode step reads every key and value once and does little else, so what counts is that all of the GPU reads. The
 H / K query heads of a kv head are one program, which reads its keys once for all of them (Ainslie et al. 2023,
-arXiv:2305.13245), and a row's tokens are cut into splits that go to programs of their own (Flash-Decoding, Dao et al.
-2023). Split j has :math:`m_j, l_j` and :math:`o_j` over its own tokens, and a second small kernel merges
-
-.. math:: o = \sum_j w_j o_j / \sum_j w_j, \qquad w_j = e^{L_j - \max_i L_i}, \quad L_j = m_j + \log l_j .
+arXiv:2305.13245), and each segment of a row's tokens goes to a program of its own (Flash-Decoding, Dao et al. 2023); a
+second small kernel merges the segments of the rows that have several.
 
 Nothing is decided on the host: lengths, positions and block tables are read on the GPU, and the grid depends on the
-tensors' shapes and on ``num_splits`` alone, so that a CUDA graph captured once serves every step. Where a row is cut
-depends on its own length and on ``num_splits``: its result has the same bits in whatever batch it stands.
+tensors' shapes alone, so that a CUDA graph captured once serves every step.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from types import ModuleType
 
 import torch
 
+from pronghorn.kernels.ordered_rows import SEGMENT
 from pronghorn.kernels.reference import decode_attention as reference
-
-MAX_SPLITS = 32
-_PROGRAMS = 528  # four for each of an H100's or H200's 132 processors
 
 
 def _path(tensor: torch.Tensor) -> ModuleType:
@@ -38,10 +36,12 @@ def _path(tensor: torch.Tensor) -> ModuleType:
     return decode_attention_triton
 
 
-def splits_for(rows: int, kv_heads: int) -> int:
-    """Into how many parts to cut each row, so that ``rows * kv_heads`` programs become enough to fill a GPU."""
-    wanted = max(1, min(MAX_SPLITS, _PROGRAMS // (rows * kv_heads)))
-    return 1 << (wanted.bit_length() - 1)
+def workspace_elements(rows: int, table_tokens: int, H: int, E: int) -> int:
+    """float32 elements that :func:`decode_attention` needs for ``rows`` tables of ``table_tokens`` tokens; 0 for one
+    segment.
+    """
+    segments = -(-table_tokens // SEGMENT)
+    return rows * segments * H * (E + 2) if segments > 1 else 0
 
 
 def decode_attention(
@@ -51,7 +51,7 @@ def decode_attention(
     block_table_BN: torch.Tensor,
     lengths_B: torch.Tensor,
     scale: float,
-    num_splits: int = 1,
+    workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from one token a row to the tokens of its blocks; query head h reads kv head ``h // (H // K)``.
 
@@ -63,8 +63,8 @@ def decode_attention(
         lengths_B: int32, tokens in the cache of each row, the one that asks included. A row of length 0 (padding) gets
             zeros. A length beyond the table is a caller's error, which a GPU cannot raise without waiting for it: the
             tokens of the table are attended to, and nothing outside of it is read. On a CPU it raises.
-        scale: multiplies scores.
-        num_splits: programs that share a row's tokens; :func:`splits_for` proposes a number.
+        scale: multiplies scores; above 0.
+        workspace: float32, contiguous, of at least :func:`workspace_elements`; overwritten. None: made for the call.
 
     Returns:
         ``[B, H, E]`` in q's dtype, contiguous; scores, softmax and sums are float32. What unused slots of the cache
@@ -74,15 +74,22 @@ def decode_attention(
         ValueError: shapes, dtypes or layouts do not fit; or, on a CPU, a length beyond the table.
     """
     B, H, E = q_BHE.shape
-    _check(q_BHE, "q", k_cache, v_cache, block_table_BN)
+    check_cache(q_BHE, "q", k_cache, v_cache, block_table_BN)
     K = k_cache.shape[2]
     if H % K:
         raise ValueError(f"{H} query heads are no multiple of {K} kv heads; give a whole number for each")
-    _check_counts("lengths", lengths_B, B)
-    if num_splits < 1:
-        raise ValueError(f"num_splits={num_splits} is out of range; give 1 or more")
+    check_counts("lengths", lengths_B, B)
+    if scale <= 0:
+        raise ValueError(f"scale={scale} is out of range; give one above 0")
+    if workspace is not None:
+        needed = workspace_elements(B, block_table_BN.shape[1] * k_cache.shape[1], H, E)
+        if workspace.dtype != torch.float32 or not workspace.is_contiguous() or workspace.numel() < needed:
+            raise ValueError(
+                f"workspace is {workspace.dtype} {tuple(workspace.shape)}; give {needed} float32 elements without a gap"
+            )
+        workspace = workspace.flatten()
     o_BHE: torch.Tensor = _path(q_BHE).decode_attention(
-        q_BHE, k_cache, v_cache, block_table_BN, lengths_B, scale, num_splits
+        q_BHE, k_cache, v_cache, block_table_BN, lengths_B, scale, workspace
     )
     return o_BHE
 
@@ -112,15 +119,16 @@ def write_kv(
             f"k is {tuple(k_BKE.shape)} and v {tuple(v_BKE.shape)} where a slot of the cache is "
             f"{tuple(k_cache.shape[2:])}; give [B, K, E]"
         )
-    _check(k_BKE, "k", k_cache, v_cache, block_table_BN)
-    _check(v_BKE, "v", k_cache, v_cache, block_table_BN)
-    _check_counts("positions", positions_B, B)
+    check_cache(k_BKE, "k", k_cache, v_cache, block_table_BN)
+    check_cache(v_BKE, "v", k_cache, v_cache, block_table_BN)
+    check_counts("positions", positions_B, B)
     _path(k_cache).write_kv(k_BKE, v_BKE, k_cache, v_cache, block_table_BN, positions_B)
 
 
-def _check(
+def check_cache(
     x: torch.Tensor, name: str, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table_BN: torch.Tensor
 ) -> None:
+    """Raise where one token a row, the caches and the table do not fit together."""
     B, _, E = x.shape
     if k_cache.ndim != 4 or k_cache.shape != v_cache.shape or k_cache.shape[3] != E:
         raise ValueError(
@@ -140,6 +148,7 @@ def _check(
             raise ValueError(f"{what} has strides {tensor.stride()}; make it contiguous")
 
 
-def _check_counts(name: str, counts_B: torch.Tensor, rows: int) -> None:
+def check_counts(name: str, counts_B: torch.Tensor, rows: int) -> None:
+    """Raise where lengths or positions are not one int32 a row."""
     if counts_B.shape != (rows,) or counts_B.dtype != torch.int32 or not counts_B.is_contiguous():
         raise ValueError(f"{name} is {counts_B.dtype} {tuple(counts_B.shape)}; {rows} rows need dense int32 [{rows}]")

@@ -1,7 +1,4 @@
-"""The Triton side of decode attention; the formulas are in ``decode_attention.py``.
-
-Softmax runs in powers of two: ``scale * log2(e)`` multiplies the scores, log-sum-exps between the kernels are base 2.
-"""
+"""The Triton side of decode attention; the order of its arithmetic is that of ``ordered_attention.py``."""
 
 # mypy: allow-untyped-defs
 # (A kernel's parameters are pointers and scalars whose types Triton takes from the call.)
@@ -16,19 +13,23 @@ import triton
 import triton.language as tl
 
 from pronghorn.kernels.launch import Launcher
+from pronghorn.kernels.ordered_rows import SEGMENT, TILE
+from pronghorn.kernels.ordered_step_triton import COLUMNS, finish, merge_step, tile_step
+
+AT_ONCE = 4
+"""Segments that a merging program has on their way at once; merged strictly in order all the same."""
 
 
 class Config(NamedTuple):
-    """Tokens of one tile, warps, and how many tiles are on their way or in use at once."""
+    """Warps, and how many tiles are on their way or in use at once."""
 
-    tile: int
     num_warps: int
     num_stages: int
 
 
-def launch_config(E: int, itemsize: int) -> Config:
-    """Tiles of about 16 KiB of keys and as much of values."""
-    return Config(min(max((1 << 14) // (_padded(E) * itemsize), 16), 128), 4, 3)
+def launch_config(E: int) -> Config:
+    """Tiles of 64 tokens; less of them at once where heads are wide."""
+    return Config(4, 5 if E <= 128 else 3)
 
 
 def _padded(E: int) -> int:
@@ -37,83 +38,83 @@ def _padded(E: int) -> int:
 
 
 @triton.jit
-def _tiles(lengths_ptr, b, splits, N, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """A row's length, its tiles, and the tiles of each of its splits (1 at least)."""
-    length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), N * PAGE)
-    tiles = (length + TILE - 1) // TILE
-    return length, tiles, tl.maximum((tiles + splits - 1) // splits, 1)
+def _length(lengths_ptr, b, N, PAGE: tl.constexpr):
+    """A row's tokens, as far as its table reaches."""
+    return tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), N * PAGE)
 
 
 @triton.jit(do_not_specialize=["N"])  # tables grow: one compilation serves all widths
 def _attend(
-    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, o_ptr, lse_ptr, q_stride, N, scale,
-    K: tl.constexpr, R: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, o_ptr, part_ptr, stats_ptr, q_stride, N, scale,
+    K: tl.constexpr, R: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """One kv head's R query heads over one split of one row: o itself, or with SPLIT its part and log-sum-exp."""
+    """One kv head's R query heads over one segment of one row: o itself where the row has no other, else its part."""
     head = tl.program_id(0)
-    split = tl.program_id(1)
-    b = tl.program_id(2)
-    splits = tl.num_programs(1)
-    length, tiles, each = _tiles(lengths_ptr, b, splits, N, PAGE, TILE)
-    first = split * each
-    last = tl.minimum(first + each, tiles)
-    if (first < last) | (splits == 1):  # a row of length 0 stores its zeros here when there is no merge
+    segment = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    length = _length(lengths_ptr, b, N, PAGE)
+    begin = segment * SEGMENT
+    if (begin < length) | (segment == 0):  # a row of length 0 stores its zeros here
         r = tl.arange(0, BLOCK_R)
         e = tl.arange(0, BLOCK_E)
         heads = head * R + r
         real = (r < R)[:, None] & (e < E)[None, :]
-        q = tl.load(q_ptr + b.to(tl.int64) * q_stride + heads[:, None] * E + e[None, :], mask=real, other=0.0)
+        q = tl.load(q_ptr + b * q_stride + heads[:, None] * E + e[None, :], mask=real, other=0.0)
         peak = tl.full((BLOCK_R,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_R,), tl.float32)
+        total = tl.zeros((BLOCK_R, COLUMNS), tl.float32)
         acc = tl.zeros((BLOCK_R, BLOCK_E), tl.float32)
-        table_row = table_ptr + b.to(tl.int64) * N
-        for tile in range(first, last):
-            t = tile * TILE + tl.arange(0, TILE)
-            inside = t < length
-            page = tl.load(table_row + t // PAGE, mask=inside, other=0).to(tl.int64)
-            at = ((page * PAGE + t % PAGE) * K + head) * E
-            mask = inside[:, None] & (e < E)[None, :]
-            # Zeros where nothing is: what a free slot holds may be NaN, and 0 * NaN is NaN.
-            k = tl.load(k_ptr + at[:, None] + e[None, :], mask=mask, other=0.0)
-            v = tl.load(v_ptr + at[:, None] + e[None, :], mask=mask, other=0.0)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            s = tl.where(inside[None, :], s, float("-inf"))
-            higher = tl.maximum(peak, tl.max(s, axis=1))  # finite: every tile holds a token
-            decay = tl.exp2(peak - higher)
-            p = tl.exp2(s - higher[:, None])
-            total = total * decay + tl.sum(p, axis=1)
-            acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-            peak = higher
-        o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        if SPLIT:
-            row = (b.to(tl.int64) * splits + split) * (K * R)
-            tl.store(lse_ptr + row + heads, peak + tl.log2(total), mask=r < R)
+        ones = tl.full((TILE, COLUMNS), 1.0, v_ptr.dtype.element_ty)
+        table_row = table_ptr + b * N
+        for first in range(begin, tl.minimum(begin + SEGMENT, length), TILE):
+            t = first + tl.arange(0, TILE)
+            # Past the last token it is read again, and hidden: what a free slot holds may be NaN, and 0 * NaN is NaN.
+            held = tl.minimum(t, length - 1)
+            page = tl.load(table_row + held // PAGE).to(tl.int64)
+            at = ((page * PAGE + held % PAGE) * K + head) * E
+            k = tl.load(k_ptr + at[:, None] + e[None, :], mask=(e < E)[None, :], other=0.0)
+            v = tl.load(v_ptr + at[:, None] + e[None, :], mask=(e < E)[None, :], other=0.0)
+            seen = (t < length)[None, :]
+            peak, total, acc = tile_step(q, k, v, ones, seen, first + TILE > length, scale, peak, total, acc)
+        sums = tl.max(total, axis=1)
+        if length <= SEGMENT:
+            o_at = o_ptr + (b * (K * R) + heads)[:, None] * E + e[None, :]
+            tl.store(o_at, finish(sums, acc).to(o_ptr.dtype.element_ty), mask=real)
         else:
-            row = b.to(tl.int64) * (K * R)
-        tl.store(o_ptr + (row + heads)[:, None] * E + e[None, :], o.to(o_ptr.dtype.element_ty), mask=real)
+            row = (b * tl.num_programs(1) + segment) * (K * R) + heads
+            tl.store(part_ptr + row[:, None] * E + e[None, :], acc, mask=real)
+            tl.store(stats_ptr + row * 2, peak, mask=r < R)
+            tl.store(stats_ptr + row * 2 + 1, sums, mask=r < R)
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
+@triton.jit(do_not_specialize=["N", "segments"])
 def _merge(
-    part_ptr, lse_ptr, lengths_ptr, o_ptr, N, splits,
-    H: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr, BLOCK_E: tl.constexpr,
+    part_ptr, stats_ptr, lengths_ptr, o_ptr, N, segments, H: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr,
+    SEGMENT: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row, from the splits that hold tokens: the others wrote nothing, and are not read."""
+    """One head of one row, from the segments that hold tokens: the others wrote nothing, and are not read."""
     h = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    _length, tiles, each = _tiles(lengths_ptr, b, splits, N, PAGE, TILE)
-    used = (tiles + each - 1) // each
-    s = tl.arange(0, BLOCK_SPLITS)
-    e = tl.arange(0, BLOCK_E)
-    row = (b * splits + s) * H + h
-    lse = tl.load(lse_ptr + row, mask=s < used, other=-3.4028234663852886e38)  # finite: a row may have no split at all
-    weight = tl.where(s < used, tl.exp2(lse - tl.max(lse, axis=0)), 0.0)
-    total = tl.sum(weight, axis=0)
-    part = tl.load(part_ptr + row[:, None] * E + e[None, :], mask=(s < used)[:, None] & (e < E)[None, :], other=0.0)
-    o = tl.sum(part * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(o_ptr + (b * H + h) * E + e, o.to(o_ptr.dtype.element_ty), mask=e < E)
+    length = _length(lengths_ptr, b, N, PAGE)
+    if length > SEGMENT:
+        one = tl.arange(0, 1)
+        e = tl.arange(0, BLOCK_E)
+        peak = tl.full((1,), float("-inf"), tl.float32)
+        total = tl.zeros((1, 1), tl.float32)
+        acc = tl.zeros((1, BLOCK_E), tl.float32)
+        used = (length + SEGMENT - 1) // SEGMENT
+        for group in range(0, used, AT_ONCE):
+            for j in tl.static_range(AT_ONCE):
+                there = group + j + one < used  # one that is not: a segment without a key, which changes no bit
+                row = (b * segments + group + j) * H + h + one
+                next_peak = tl.load(stats_ptr + row * 2, mask=there, other=float("-inf"))
+                next_total = tl.load(stats_ptr + row * 2 + 1, mask=there, other=0.0)
+                mask = there[:, None] & (e < E)[None, :]
+                next_acc = tl.load(part_ptr + row[:, None] * E + e[None, :], mask=mask, other=0.0)
+                peak, total, acc = merge_step(peak, total, acc, next_peak, next_total[:, None], next_acc)
+        o = finish(tl.max(total, axis=1), acc)
+        o_at = o_ptr + ((b * H + h + one) * E)[:, None] + e[None, :]
+        tl.store(o_at, o.to(o_ptr.dtype.element_ty), mask=(e < E)[None, :])
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -137,6 +138,11 @@ def _write(
 _launch_attend, _launch_merge, _launch_write = Launcher(_attend), Launcher(_merge), Launcher(_write)
 
 
+def segments_of(tokens: int) -> int:
+    """Segments that a table of this many tokens can hold."""
+    return max(triton.cdiv(tokens, SEGMENT), 1)
+
+
 def decode_attention(
     q_BHE: torch.Tensor,
     k_cache: torch.Tensor,
@@ -144,7 +150,7 @@ def decode_attention(
     block_table_BN: torch.Tensor,
     lengths_B: torch.Tensor,
     scale: float,
-    num_splits: int = 1,
+    workspace: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
     """See :func:`pronghorn.kernels.decode_attention.decode_attention`; ``config`` is for measurements."""
@@ -152,24 +158,27 @@ def decode_attention(
     o_BHE = torch.empty((B, H, E), dtype=q_BHE.dtype, device=q_BHE.device)
     if not o_BHE.numel():
         return o_BHE
-    tile, num_warps, num_stages = config or launch_config(E, q_BHE.element_size())
-    split = num_splits > 1
-    part, lse = o_BHE, o_BHE
-    if split:
-        part = torch.empty((B, num_splits, H, E), dtype=torch.float32, device=q_BHE.device)
-        lse = torch.empty((B, num_splits, H), dtype=torch.float32, device=q_BHE.device)
+    num_warps, num_stages = config or launch_config(E)
+    segments = segments_of(N * page)
+    part = stats = lengths_B  # not touched where a row is one segment
+    if segments > 1:
+        count = B * segments * H
+        if workspace is None:
+            workspace = torch.empty(count * (E + 2), dtype=torch.float32, device=q_BHE.device)
+        part, stats = workspace[: count * E], workspace[count * E :]
     R, block_e = H // K, _padded(E)
     block_r = max(16, int(triton.next_power_of_2(R)))
-    _launch_attend(
-        (K, num_splits, B), q_BHE, k_cache, v_cache, block_table_BN, lengths_B, part, lse, q_BHE.stride(0), N,
-        scale * math.log2(math.e), K, R, E, page, split, block_r, block_e, tile,
-        num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
-    if split:
-        block_splits = int(triton.next_power_of_2(num_splits))
-        _launch_merge(
-            (H, B), part, lse, lengths_B, o_BHE, N, num_splits, H, E, page, tile, block_splits, block_e, num_warps=4
-        )
+    with torch.cuda.device_of(q_BHE):
+        _launch_attend(
+            (K, segments, B), q_BHE, k_cache, v_cache, block_table_BN, lengths_B, o_BHE, part, stats,
+            q_BHE.stride(0), N, scale * math.log2(math.e), K, R, E, page, block_r, block_e, TILE, SEGMENT,
+            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
+        )  # fmt: skip
+        if segments > 1:
+            _launch_merge(
+                (H, B), part, stats, lengths_B, o_BHE, N, segments, H, E, page, SEGMENT, AT_ONCE, block_e,
+                num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
     return o_BHE
 
 

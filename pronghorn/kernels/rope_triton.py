@@ -35,7 +35,13 @@ def launch_config(q_heads: int, k_heads: int, rotary_dim: int) -> Launch:
 
 
 @triton.jit
-def _rotate_heads(
+def rotated(left, right, cos, sin):
+    """The pair after its rotation, in float32. Compiled without fused multiply-add, so that all kernels round alike."""
+    return left * cos - right * sin, right * cos + left * sin
+
+
+@triton.jit
+def rotate_heads(
     x_ptr, head_stride, out_ptr, out_head_stride, cos, sin, HEADS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
@@ -49,8 +55,9 @@ def _rotate_heads(
         right = tl.load(left_ptr + HALF, mask=inside, other=0.0).to(tl.float32)
         # A tile smaller than the program is loaded by several threads: none may store before all have loaded.
         tl.debug_barrier()
-        tl.store(out_left_ptr, (left * cos - right * sin).to(x_ptr.dtype.element_ty), mask=inside)
-        tl.store(out_left_ptr + HALF, (right * cos + left * sin).to(x_ptr.dtype.element_ty), mask=inside)
+        new_left, new_right = rotated(left, right, cos, sin)
+        tl.store(out_left_ptr, new_left.to(x_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_left_ptr + HALF, new_right.to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -70,11 +77,11 @@ def _rope_kernel(
     sin = tl.load(sin_ptr + at * sin_stride + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
     if TRANSPOSE:
         sin = -sin
-    _rotate_heads(
+    rotate_heads(
         q_ptr + token * q_stride, q_head_stride, out_q_ptr + token * out_q_stride, out_q_head_stride, cos, sin,
         Q_HEADS, HALF, Q_BLOCK, BLOCK_HALF,
     )  # fmt: skip
-    _rotate_heads(
+    rotate_heads(
         k_ptr + token * k_stride, k_head_stride, out_k_ptr + token * out_k_stride, out_k_head_stride, cos, sin,
         K_HEADS, HALF, K_BLOCK, BLOCK_HALF,
     )  # fmt: skip
@@ -105,7 +112,7 @@ def rotate_(
             q_THE.stride(0), q_THE.stride(1), k_TKE.stride(0), k_TKE.stride(1),
             out_q_THE.stride(0), out_q_THE.stride(1), out_k_TKE.stride(0), out_k_TKE.stride(1),
             cos_TE.stride(0), sin_TE.stride(0), H, K, R // 2, positions_T is not None, transpose,
-            config.q_heads, config.k_heads, config.half, num_warps=config.num_warps,
+            config.q_heads, config.k_heads, config.half, num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     # A kernel's write is invisible to autograd: count it, so that a use of what was overwritten raises.
     torch.autograd.graph.increment_version([t for t in (out_q_THE, out_k_TKE) if not t.is_inference()])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..kernels.attention import Choice, attention_backward, attention_forward, choose
+from ..kernels.attention import Choice, Path, attention_backward, attention_forward, choose
+from ..kernels.ordered_attention import ordered_attention_forward, refusal
+from ..kernels.ordered_rows import OrderedRows
 from ..kernels.shared_prefix import SharedPrefix
 from ..kernels.spans import Spans
 
@@ -25,6 +28,30 @@ class Attention(Protocol):
     ) -> torch.Tensor: ...
 
 
+def in_order(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> bool:
+    """Whether :mod:`pronghorn.kernels.ordered_attention` runs; where it does not on a GPU, one line says why, once."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    reason = refusal(capability, dtype, head_dim, window, softcap)
+    if reason is not None and capability is not None:
+        _say_once(reason)
+    return reason is None
+
+
+@cache
+def _say_once(reason: str) -> None:
+    print(
+        f"Pronghorn: attention sums in another order when it scores than when it samples, because of {reason}; "
+        "log-probs of the two differ by rounding",
+        flush=True,
+    )
+
+
 class PackedAttention:
     """Causal attention over rows that lie one after another without padding; a row sees itself, and its prefix.
 
@@ -35,6 +62,8 @@ class PackedAttention:
             or None. The rows that share a prefix follow it directly. None: no row sees another.
         window: a token sees at most the last ``window`` tokens of its row, itself included; None for all.
         softcap: scores go through ``softcap * tanh(score / softcap)``; on the CPU only.
+        ordered: forward takes :mod:`pronghorn.kernels.ordered_attention`, whose bits are those of a rollout's prefill
+            and decode steps. Where that does not run on a GPU (float32, a window), one line says why.
 
     Raises:
         ValueError: a row without tokens; a prefix that is no row before it; a window that ends within a prefix.
@@ -47,11 +76,12 @@ class PackedAttention:
         prefix: Sequence[int | None] | None = None,
         window: int | None = None,
         softcap: float | None = None,
+        ordered: bool = False,
     ) -> None:
         self.row_lengths = [int(n) for n in row_lengths]
         if not self.row_lengths or min(self.row_lengths) < 1:
             raise ValueError(f"row_lengths={self.row_lengths}: every row needs a token; leave empty rows out")
-        self.device, self.softcap = torch.device(device), softcap
+        self.device, self.softcap, self.prefix, self.ordered = torch.device(device), softcap, prefix, ordered
         lengths = tuple(self.row_lengths)
         self.shared: SharedPrefix | None = None
         reach = max(lengths)
@@ -66,8 +96,19 @@ class PackedAttention:
             )
         self.own = Spans(lengths, lengths, causal=True, device=self.device, window=self.window)
 
+    @cached_property
+    def rows(self) -> OrderedRows:
+        """The rows as ordered attention takes them."""
+        return OrderedRows.packed(self.row_lengths, self.device, self.prefix)
+
+    def in_order(self, dtype: torch.dtype, head_dim: int) -> bool:
+        """Whether forward sums in the order that the sampler's kernels keep."""
+        return self.ordered and in_order(self.device, dtype, head_dim, self.window, self.softcap)
+
     def choice(self, dtype: torch.dtype, head_dim: int) -> Choice:
-        """Which kernels run for inputs of this kind, and why."""
+        """Which kernels run for inputs of this kind, and why; backward's, where forward is in order."""
+        if self.in_order(dtype, head_dim):
+            return Choice(Path.FLASH, "forward in the sampler's order, whose log-sum-exps flash's backward takes")
         gpu = self.device.type == "cuda"
         capability = torch.cuda.get_device_capability(self.device) if gpu else None
         length = self.own.max_q if self.own.equal and self.shared is None else None
@@ -78,6 +119,9 @@ class PackedAttention:
         self, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """``o_THE`` in q's dtype and the log-sum-exps that :meth:`backward` needs; nothing is recorded for autograd."""
+        if self.in_order(q_THE.dtype, q_THE.shape[2]):
+            o_THE, lse_HT = ordered_attention_forward(q_THE, k_TKE, v_TKE, self.rows, scale)
+            return o_THE, (lse_HT,)
         path = self.choice(q_THE.dtype, q_THE.shape[2]).path
         o_THE, lse = attention_forward(q_THE, k_TKE, v_TKE, self.own, scale, path, self.softcap)
         if self.shared is not None:

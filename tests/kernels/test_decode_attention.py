@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 from pronghorn.kernels import decode_attention as module
 from pronghorn.kernels import decode_attention_triton
-from pronghorn.kernels.decode_attention import decode_attention, splits_for, write_kv
-from pronghorn.kernels.decode_attention_triton import Config
+from pronghorn.kernels.decode_attention import decode_attention, workspace_elements, write_kv
 from pronghorn.kernels.reference import decode_attention as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,10 +17,12 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 8e-4}  # float16: the probabili
 
 @pytest.fixture(params=["triton", "reference"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both paths, whatever the device; the kernel in tiles of 16 tokens, so that few tokens make several."""
+    """Both paths, whatever the device; the kernel in tiles of 16 tokens and segments of 32."""
     backend = decode_attention_triton if request.param == "triton" else reference
     monkeypatch.setattr(module, "_path", lambda tensor: backend)
-    monkeypatch.setattr(decode_attention_triton, "launch_config", lambda *shape: Config(16, 4, 2))
+    monkeypatch.setattr(decode_attention_triton, "TILE", 16)
+    for where in (module, decode_attention_triton):
+        monkeypatch.setattr(where, "SEGMENT", 32)
     return request.param
 
 
@@ -54,8 +55,8 @@ class Paged:
                 out[b] = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True).squeeze(1)
         return out
 
-    def attend(self, q_BHE: torch.Tensor, scale: float, splits: int) -> torch.Tensor:
-        return decode_attention(q_BHE, *self.caches, self.table, self.lengths, scale, splits)
+    def attend(self, q_BHE: torch.Tensor, scale: float) -> torch.Tensor:
+        return decode_attention(q_BHE, *self.caches, self.table, self.lengths, scale)
 
 
 def _error(ours: torch.Tensor, exact: torch.Tensor) -> float:
@@ -64,25 +65,26 @@ def _error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("lengths", "H", "K", "E", "page", "splits"),
+    ("lengths", "H", "K", "E", "page"),
     [
-        ([1], 1, 1, 8, 16, 1),
-        ([17, 0, 48, 1], 4, 1, 64, 16, 1),
-        ([17, 0, 48, 1], 4, 1, 64, 16, 3),  # rows of 2, 0, 3 and 1 tiles: splits without tokens, and none at all
-        ([70, 33], 6, 2, 80, 8, 2),  # 5 tiles and 3: splits of unequal size
-        ([50], 3, 3, 96, 5, 8),  # more splits than tiles
-        ([20, 5], 8, 2, 128, 16, 2),
-        ([35], 2, 2, 256, 4, 4),
-        ([19], 20, 1, 16, 32, 2),  # a block longer than a tile, and more query heads than one tile of 16
+        ([1], 1, 1, 8, 16),
+        ([17, 0, 48, 1], 4, 1, 64, 16),  # 1, 0, 2 and 1 segments
+        ([32, 33, 31], 2, 1, 16, 16),  # a whole segment, one token more, one less
+        ([70, 33], 6, 2, 80, 8),
+        ([50], 3, 3, 96, 5),
+        ([20, 5], 8, 2, 128, 16),  # a table that holds several segments, and no row does
+        ([35], 2, 2, 256, 4),
+        ([19], 20, 1, 16, 32),  # a block longer than a tile, and more query heads than one tile of 16
+        ([170, 130], 2, 1, 16, 16),  # 6 segments: more than merge at once
     ],
 )
 def test_is_the_softmax_over_each_rows_tokens(
-    path: str, lengths: list[int], H: int, K: int, E: int, page: int, splits: int, dtype: torch.dtype
+    path: str, lengths: list[int], H: int, K: int, E: int, page: int, dtype: torch.dtype
 ) -> None:
     """Scores are wide enough that a few tokens dominate; what is outside the rows is NaN and must not show."""
     paged = Paged(lengths, K, E, page, dtype)
     q = (torch.randn(len(lengths), H, E) * 3).to(DEVICE, dtype)
-    o = paged.attend(q, E**-0.5, splits)
+    o = paged.attend(q, E**-0.5)
     exact = paged.truth(q, E**-0.5)
     assert o.dtype == dtype and o.shape == q.shape and o.is_contiguous()
     assert torch.isfinite(o).all()
@@ -90,38 +92,49 @@ def test_is_the_softmax_over_each_rows_tokens(
     assert not o[paged.lengths == 0].any()
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-def test_scores_far_from_zero(path: str, splits: int) -> None:
-    """Scores in the thousands: only differences are exponentiated, within a split and between them."""
+def test_scores_far_from_zero(path: str) -> None:
+    """Scores in the thousands: only differences are exponentiated, within a segment and between them."""
     paged = Paged([40], 1, 16, 8, torch.float32)
     q = torch.full((1, 2, 16), 4.0, device=DEVICE)
     for cache, tokens in zip(paged.caches[:1], paged.rows[0]):
         cache += 100.0
         tokens += 100.0
-    assert _error(paged.attend(q, 1.0, splits), paged.truth(q, 1.0)) <= 2e-3  # float32 has 5e-4 between scores of 6,400
+    assert _error(paged.attend(q, 1.0), paged.truth(q, 1.0)) <= 2e-3  # float32 has 5e-4 between scores of 6,400
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-def test_a_rows_bits_do_not_depend_on_its_neighbours(path: str, splits: int) -> None:
-    paged = Paged([37, 5, 20], 2, 16, 4, torch.float32)
+@pytest.mark.parametrize("behind", [0, 5])
+def test_a_rows_bits_depend_on_its_own_tokens_alone(path: str, behind: int) -> None:
+    """Not on its neighbours, not on how wide the table is; nor do heads mix."""
+    paged = Paged([37, 5, 70], 2, 16, 4, torch.float32)
     q = torch.randn(3, 4, 16, device=DEVICE)
-    together = paged.attend(q, 0.25, splits)
+    together = paged.attend(q, 0.25)
     if path == "reference":  # its sums are as long as the longest row
         return
-    for b in range(3):
-        alone = decode_attention(
-            q[b : b + 1], *paged.caches, paged.table[b : b + 1].contiguous(), paged.lengths[b : b + 1], 0.25, splits
-        )
+    for b, length in enumerate((37, 5, 70)):
+        table = paged.table[b : b + 1, : -(-length // 4) + behind].contiguous()
+        alone = decode_attention(q[b : b + 1], *paged.caches, table, paged.lengths[b : b + 1], 0.25)
         assert torch.equal(alone[0], together[b])
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-def test_a_nan_shows_in_its_own_row_and_head_alone(path: str, splits: int) -> None:
+def test_a_given_workspace(path: str) -> None:
+    """Larger than needed and full of NaN; one that is too small is refused."""
+    paged = Paged([37, 70], 2, 16, 4, torch.float32)
+    q = torch.randn(2, 4, 16, device=DEVICE)
+    needed = workspace_elements(2, paged.table.shape[1] * 4, 4, 16)
+    space = torch.full((needed + 7,), float("nan"), device=DEVICE)
+    got = decode_attention(q, *paged.caches, paged.table, paged.lengths, 0.25, space)
+    assert torch.equal(got, paged.attend(q, 0.25))
+    assert workspace_elements(2, 32, 4, 16) == 0
+    with pytest.raises(ValueError, match=f"{needed} float32"):
+        decode_attention(q, *paged.caches, paged.table, paged.lengths, 0.25, space[: needed - 1])
+
+
+def test_a_nan_shows_in_its_own_row_and_head_alone(path: str) -> None:
     """Masking must not hide a model that overflowed."""
-    paged = Paged([37, 20], 2, 16, 4, torch.float32)
+    paged = Paged([67, 20], 2, 16, 4, torch.float32)
     at = 18
     paged.caches[0][int(paged.table[0, at // 4]), at % 4, 1, 3] = float("nan")
-    o = paged.attend(torch.randn(2, 4, 16, device=DEVICE), 0.25, splits)
+    o = paged.attend(torch.randn(2, 4, 16, device=DEVICE), 0.25)
     assert torch.isnan(o[0, 2:]).all()
     assert torch.isfinite(o[0, :2]).all() and torch.isfinite(o[1]).all()
 
@@ -136,7 +149,7 @@ def test_rows_of_a_larger_product_are_read_where_they_are(path: str) -> None:
     write_kv(k, v, *paged.caches, paged.table, positions)
     for b, (keys, values) in enumerate(paged.rows):
         keys[-1], values[-1] = k[b].cpu(), v[b].cpu()
-    assert _error(paged.attend(q, 0.25, 2), paged.truth(q, 0.25)) <= TOLERANCE[torch.float16]
+    assert _error(paged.attend(q, 0.25), paged.truth(q, 0.25)) <= TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -169,15 +182,10 @@ def test_nothing_outside_the_table_is_touched(path: str) -> None:
         with pytest.raises(ValueError, match="add blocks"):
             write_kv(q, q, *paged.caches, table, far - 1)
     if path == "triton":
-        assert torch.equal(decode_attention(q, *paged.caches, table, far, 0.25), paged.attend(q, 0.25, 1))
+        assert torch.equal(decode_attention(q, *paged.caches, table, far, 0.25), paged.attend(q, 0.25))
         write_kv(q[:1], q[:1], *paged.caches, table[:1], far[:1] - 1)
     for cache, old in zip(paged.caches, before):
         torch.testing.assert_close(cache, old, rtol=0, atol=0, equal_nan=True)
-
-
-def test_splits_fill_the_gpu_and_no_more() -> None:
-    assert [splits_for(rows, 8) for rows in (1, 2, 6, 16, 64, 256)] == [32, 32, 8, 4, 1, 1]
-    assert splits_for(1, 1) == 32 and splits_for(10_000, 8) == 1
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -197,7 +205,7 @@ def test_what_does_not_fit_is_refused() -> None:
         decode_attention(q, cache.transpose(0, 1), cache.transpose(0, 1), table, lengths, 1.0)
     with pytest.raises(ValueError, match="multiple"):
         decode_attention(torch.zeros(2, 3, 8), cache, cache, table, lengths, 1.0)
-    with pytest.raises(ValueError, match="num_splits=0"):
-        decode_attention(q, cache, cache, table, lengths, 1.0, 0)
+    with pytest.raises(ValueError, match="scale=0"):
+        decode_attention(q, cache, cache, table, lengths, 0.0)
     with pytest.raises(ValueError, match="slot of the cache"):
         write_kv(q, q, cache, cache, table, lengths)

@@ -12,6 +12,7 @@ from pronghorn.kernels import attention_cuda
 from pronghorn.kernels.attention import Choice, Path, choose
 from pronghorn.kernels.reference import attention as reference
 from pronghorn.kernels.spans import Spans
+from pronghorn.models import attention as module
 from pronghorn.models.attention import PackedAttention
 
 SCALE = 0.3
@@ -103,6 +104,23 @@ GROUPS: list[tuple[list[int], list[int | None]]] = [
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2)])
 def test_completions_see_their_prompt(path: Path, lengths: list[int], prefix: list[int | None], H: int, K: int) -> None:
     compare(PackedAttention(lengths, "cpu", prefix), visible(lengths, prefix), H, K)
+
+
+@pytest.mark.parametrize(("lengths", "prefix"), [*GROUPS, ([7, 1, 12], None)], ids=str)
+def test_in_the_samplers_order(
+    lengths: list[int], prefix: list[int | None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that ordered attention is given, by its reference; on a CPU by itself nothing is in order."""
+    q, k, v = (t.detach() for t in qkv(sum(lengths), 4, 2, 8))
+    assert not PackedAttention(lengths, "cpu", prefix, ordered=True).in_order(torch.float64, 8)
+    expected, (expected_lse,) = PackedAttention(lengths, "cpu", prefix).forward(q, k, v, SCALE)
+    monkeypatch.setattr(module, "in_order", lambda *kind: True)
+    attention = PackedAttention(lengths, "cpu", prefix, ordered=True)
+    assert attention.choice(torch.float64, 8).path is Path.FLASH
+    got, (lse,) = attention.forward(q, k, v, SCALE)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
+    assert not PackedAttention(lengths, "cpu", prefix).in_order(torch.float64, 8)
 
 
 def test_a_shared_prompt_is_a_repeated_one(path: Path) -> None:

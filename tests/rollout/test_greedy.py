@@ -83,17 +83,28 @@ def test_greedy_does_not_depend_on_the_schedule(loaded, options):
         assert [c.token_ids for c in output.outputs] == [tokens, tokens]
 
 
-def test_the_reference_on_a_gpu_decodes_the_same(loaded, monkeypatch):
-    """The gathered decode path, on the CPU."""
-    from pronghorn.rollout.native.attention import GatheredDecode
+def test_decode_through_block_tables_is_the_same(loaded, monkeypatch):
+    """The GPU's decode path, on the CPU with its reference kernels."""
+    from pronghorn.rollout.native.paged import PagedDecode
     from pronghorn.rollout.native.runner import Runner
 
     model, tokenizer = loaded
     monkeypatch.setattr(
         Runner,
         "_decode_attention",
-        lambda self, rows: GatheredDecode(self.cache, [r.table for r in rows], [len(r) for r in rows]),
+        lambda self, rows: PagedDecode.of(self.cache, [r.table for r in rows], [len(r) for r in rows]),
     )
     expected = [reference(model, ids, 40) for ids in prompts()]
     outputs = base.create("native", model, tokenizer).generate(prompts(), SamplingParams(temperature=0, max_tokens=40))
     assert [o.outputs[0].token_ids for o in outputs] == expected
+
+
+def test_prefill_through_the_cache_alone_is_the_same(loaded, monkeypatch):
+    """The GPU's prefill, on the CPU with its reference kernel: whole prompts and chunks, keys found by their slots."""
+    model, tokenizer = loaded
+    expected = [reference(model, ids, 40) for ids in prompts()]
+    monkeypatch.setattr("pronghorn.rollout.native.attention.in_order", lambda *kind: True)
+    for options in ({}, {"max_prefill_tokens": 7, "block_size": 4}):
+        engine = base.create("native", model, tokenizer, **options)
+        outputs = engine.generate(prompts(), SamplingParams(temperature=0, max_tokens=40))
+        assert [o.outputs[0].token_ids for o in outputs] == expected

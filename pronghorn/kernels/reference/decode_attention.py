@@ -12,11 +12,11 @@ def decode_attention(
     block_table_BN: torch.Tensor,
     lengths_B: torch.Tensor,
     scale: float,
-    num_splits: int = 1,
+    workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See :func:`pronghorn.kernels.decode_attention.decode_attention`; all tokens of a row are one split."""
+    """See :func:`pronghorn.kernels.decode_attention.decode_attention`; no workspace is used."""
     (B, H, E), N, (_, size, K, _) = q_BHE.shape, block_table_BN.shape[1], k_cache.shape
-    _within("length", lengths_B - 1, N * size)
+    within("length", lengths_B - 1, N * size)
     wide = torch.promote_types(q_BHE.dtype, torch.float32)
     hidden_BU = torch.arange(N * size, device=q_BHE.device) >= lengths_B.unsqueeze(1)
     # What lies behind a row's last token is no block number, or a slot that nobody wrote: neither is looked at.
@@ -44,7 +44,7 @@ def write_kv(
 ) -> None:
     """See :func:`pronghorn.kernels.decode_attention.write_kv`."""
     size = k_cache.shape[1]
-    _within("position", positions_B, block_table_BN.shape[1] * size)
+    within("position", positions_B, block_table_BN.shape[1] * size)
     rows = (positions_B >= 0).nonzero().squeeze(1)
     positions = positions_B[rows].long()
     blocks = block_table_BN[rows].gather(1, (positions // size).unsqueeze(1)).squeeze(1)
@@ -53,7 +53,7 @@ def write_kv(
     v_cache.flatten(0, 1).index_copy_(0, slots, v_BKE[rows])
 
 
-def _within(name: str, positions_B: torch.Tensor, room: int) -> None:
+def within(name: str, positions_B: torch.Tensor, room: int) -> None:
     """A GPU is not waited for: there, the caller is trusted."""
     if positions_B.is_cuda or not positions_B.numel():
         return

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ...models.forward import hidden_states, logits
-from .attention import GatheredDecode, PrefillAttention
+from .attention import PrefillAttention
 from .held import Buffers, HeldDecode
 from .kv_cache import KVCache
+from .paged import PagedDecode
 from .request import Sequence
 from .scheduler import Step
 
@@ -85,9 +86,9 @@ class Runner:
         attention = self._decode_attention(rows)
         return logits(self.model, hidden_states(self.model, ids, positions, attention)), rows
 
-    def _decode_attention(self, rows: list[Sequence]) -> GatheredDecode | HeldDecode:
+    def _decode_attention(self, rows: list[Sequence]) -> PagedDecode | HeldDecode:
         if self.device.type != "cpu":
-            return GatheredDecode(self.cache, [row.table for row in rows], [len(row) for row in rows])
+            return PagedDecode.of(self.cache, [row.table for row in rows], [len(row) for row in rows])
         if self.held is None or not self.held.serves(rows) or not self.held.prepare(rows):
             self.held = HeldDecode(self.cache, rows, self.buffers)
             if not self.held.prepare(rows):
