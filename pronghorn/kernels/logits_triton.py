@@ -13,28 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
+from pronghorn.kernels.row_stats_triton import LOWEST, follow, join_groups, join_lanes, logit, partition
+
 
 def launch_config(V: int) -> tuple[int, int]:
     """Columns of a block, 8 of them a thread at full size, and warps: 32 KB a block, another one on its way."""
-    block = min(max(triton.next_power_of_2(V), 128), 8192)
+    block = partition(V).block
     return block, min(max(block // 256, 1), 32)
-
-
-@triton.jit
-def _logit(x, bias_ptr, column, inside, scale, softcap, inverse_temperature, BIAS: tl.constexpr, CAP: tl.constexpr):
-    """The distribution's logit ``z`` of each raw product, -inf outside of the row, and ``dz/dx`` (one, or one each)."""
-    if BIAS:
-        x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    slope = scale * inverse_temperature
-    if CAP:
-        u = x * (scale / softcap)
-        decay = tl.exp(-2.0 * tl.abs(u))
-        size = (1.0 - decay) / (1.0 + decay)
-        z = tl.where(u < 0, -size, size) * (softcap * inverse_temperature)
-        slope = slope * (1.0 - size * size)
-    else:
-        z = x * slope
-    return tl.where(inside, z, float("-inf")), slope
 
 
 @triton.jit
@@ -42,7 +27,7 @@ def _stats_kernel(
     x_ptr, gradient_ptr, targets_ptr, bias_ptr, weights_ptr, logps_ptr, entropy_ptr,
     weights_stride, scale, softcap, inverse_temperature, ignore_index,
     V: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, IGNORE: tl.constexpr, WEIGHTS: tl.constexpr,
-    ENTROPY: tl.constexpr, GRADIENT: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr,
+    ENTROPY: tl.constexpr, GRADIENT: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (V + BLOCK - 1) // BLOCK
     row = tl.program_id(0).to(tl.int64)
@@ -52,12 +37,12 @@ def _stats_kernel(
     known = (target >= 0) & (target < V)
     # Read before anything is written. An unknown target's log-probability is NaN, not that of some other token.
     chosen = tl.load(x_row + target, mask=known, other=float("nan"))
-    chosen, _slope = _logit(chosen, bias_ptr, target, known, scale, softcap, inverse_temperature, BIAS, CAP)
+    chosen, _slope = logit(chosen, bias_ptr, target, known, scale, softcap, inverse_temperature, BIAS, CAP)
     chosen = tl.where(known, chosen, float("nan"))
 
     # Each lane keeps its own maximum, sum and weighted sum: one exponential an element, and no exchange between threads
-    # before the end. The maximum starts finite, so that a logit of -inf (a masked token) is not -inf - -inf.
-    peaks = tl.full((BLOCK,), -3.4028234663852886e38, dtype=tl.float32)
+    # before the end.
+    peaks = tl.full((BLOCK,), LOWEST, dtype=tl.float32)
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
     moments = tl.zeros((BLOCK,), dtype=tl.float32)
     ahead = tl.load(x_row + lanes, mask=lanes < V, other=0.0)
@@ -65,26 +50,22 @@ def _stats_kernel(
         x = ahead
         column = block * BLOCK + lanes
         ahead = tl.load(x_row + column + BLOCK, mask=column + BLOCK < V, other=0.0)
-        z, _slopes = _logit(x, bias_ptr, column, column < V, scale, softcap, inverse_temperature, BIAS, CAP)
-        higher = z > peaks
-        distance = -tl.abs(z - peaks)
-        factor = tl.exp(distance)  # NaN for a NaN, and for inf - inf: it stays in the sum
+        z, _slopes = logit(x, bias_ptr, column, column < V, scale, softcap, inverse_temperature, BIAS, CAP)
+        new_peaks, new_sums, higher, distance, factor = follow(z, peaks, sums)
         if ENTROPY:
             distance = tl.maximum(distance, -200.0)  # the factor is 0 there, and 0 * -inf is not 0
             moments = tl.where(higher, factor * (moments + sums * distance), moments + factor * distance)
-        sums = tl.where(higher, sums * factor + 1.0, sums + factor)
-        peaks = tl.where(higher, z, peaks)
-    peak = tl.max(peaks, axis=0)
-    distance = peaks - peak
-    factor = tl.exp(distance)
-    total = tl.sum(sums * factor, axis=0)
-    log_total = tl.log(total)
+        peaks, sums = new_peaks, new_sums
+    tops, totals = join_lanes(tl.reshape(peaks, (BLOCK // GROUP, GROUP)), tl.reshape(sums, (BLOCK // GROUP, GROUP)))
+    peak, total, log_total = join_groups(tops, totals)
     logp = (chosen - peak) - log_total
     ignored = target == ignore_index
     if IGNORE:
         logp = tl.where(ignored, 0.0, logp)
     tl.store(logps_ptr + row, logp)
     if ENTROPY:
+        distance = peaks - peak
+        factor = tl.exp(distance)
         moment = tl.sum(factor * (moments + sums * tl.maximum(distance, -200.0)), axis=0)
         tl.store(entropy_ptr + row, log_total - moment / total)
 
@@ -105,7 +86,7 @@ def _stats_kernel(
             x = ahead
             column = first - block * BLOCK + lanes
             ahead = tl.load(x_row + column - BLOCK, mask=column >= BLOCK, other=0.0)
-            z, slope = _logit(x, bias_ptr, column, column < V, scale, softcap, inverse_temperature, BIAS, CAP)
+            z, slope = logit(x, bias_ptr, column, column < V, scale, softcap, inverse_temperature, BIAS, CAP)
             p = tl.exp((z - peak) - log_total)
             d = tl.where(column == target, 1.0 - p, -p) * slope * row_weight
             if IGNORE:
@@ -145,7 +126,7 @@ def logit_stats_(
                 -1 if ignore_index is None else ignore_index,
                 V=V, BIAS=bias_V is not None, CAP=softcap is not None, IGNORE=ignore_index is not None,
                 WEIGHTS=weights_C is not None, ENTROPY=with_entropy, GRADIENT=gradient is not None, NARROW=narrow,
-                BLOCK=block, num_warps=num_warps, num_stages=1,
+                BLOCK=block, GROUP=partition(V).group, num_warps=num_warps, num_stages=1, enable_fp_fusion=False,
             )  # fmt: skip
     gradient_CV = None if gradient is None else written[:, V:] if narrow else x_CV
     return logps_C, entropy_C, gradient_CV
