@@ -58,9 +58,7 @@ class Input:
     def x_TI(self) -> torch.Tensor:
         return self.table_TK[:, : self.inputs]
 
-    def lower(
-        self, group: Group, out_TR: torch.Tensor | None = None, ordered: bool = False
-    ) -> torch.Tensor | None:
+    def lower(self, group: Group, out_TR: torch.Tensor | None = None, ordered: bool = False) -> torch.Tensor | None:
         """``x A^T`` of all the group's adapters, ``[T, R]``, also written to ``out_TR``; None without adapters.
 
         ``ordered``: summed so that its bits do not depend on the number of rows.

@@ -108,7 +108,7 @@ def layer_forward(
     held: Held = Held(),  # noqa: B008 - immutable
 ) -> torch.Tensor:
     """One decoder layer without gradients: what a rollout's prefill runs."""
-    ordered = attention.ordered
+    ordered = bool(getattr(attention, "ordered", False))
     normed, _ = _normed(parts, groups, held, hidden_TD)
     qkv_TO = _qkv(parts, groups, held, rope_TE, normed, normed.lower(groups.qkv, None, ordered), ordered)
     del normed

@@ -182,3 +182,19 @@ def _say_once(layer: Any, reason: str, attention: Attention) -> None:
     if reason not in said:
         said.add(reason)
         print(f"Pronghorn: layers run by their own modules, slower than fused, because of {reason}", flush=True)
+
+
+def prepared_layers(model: nn.Module) -> list[tuple[Parts, Groups]] | None:
+    """Inside :func:`prepared`: every layer's pieces and rounded adapters as they stand now, or None where a layer has
+    to run by its own modules. Within one ``prepared``, and as long as nothing about the layers changes, the groups are
+    the same objects from one time to the next, and their memory with them.
+    """
+    base = unwrap(model)
+    dtype = base.__dict__[ATTRIBUTE].compute_dtype
+    found: list[tuple[Parts, Groups]] = []
+    for layer in layers(base):
+        ready: _Ready | None = layer.__dict__.get(PREPARED)
+        if ready is None or ready.holds(layer, dtype) is not None:
+            return None
+        found.append((ready.parts, ready.groups))
+    return found

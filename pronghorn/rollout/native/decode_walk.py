@@ -7,16 +7,17 @@ hold it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ...kernels.glu import glu_forward
+from ...kernels.head import head_logits
 from ...kernels.rms_norm import add_norm_forward, norm_forward
-from ...models.forward import logits
-from ...models.packed_layer import prepared_layers
+from ...lora.projection import hooked
+from ...models.forward import Head, head
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
 from .paged import PagedDecode
@@ -37,24 +38,23 @@ class DecodeWalk:
     It holds no weights: products read the modules' own, and the adapters as ``prepared`` rounds them, in place.
 
     Args:
-        model: the model, inside :func:`pronghorn.models.packed_layer.prepared`.
+        model: the model.
+        found: its layers, from :func:`pronghorn.models.packed_layer.prepared_layers`.
         rows: most rows of a step.
+        max_positions: tokens of the longest row; angles are made for so many.
     """
 
-    def __init__(self, model: nn.Module, rows: int) -> None:
-        self.model, self.base = model, unwrap(model)
-        found = prepared_layers(model)
-        if found is None:
-            raise ValueError("a layer runs by its own modules; decode it step by step")
-        self.made_of = [id(groups) for _, groups in found]
-        dtype = self.base.model.embed_tokens.weight.dtype
+    def __init__(self, model: nn.Module, found: list[tuple[Parts, Groups]], rows: int, max_positions: int) -> None:
+        self.base = unwrap(model)
+        stack = self.base.model
+        weight_VD = stack.embed_tokens.weight
         self.layers = [
-            _Layer(parts, *(product_of(group, dtype, rows) for group in groups)) for parts, groups in found
+            _Layer(parts, *(product_of(group, weight_VD.dtype, rows) for group in groups)) for parts, groups in found
         ]
-
-    def serves(self, found: list[tuple[Parts, Groups]] | None) -> bool:
-        """Whether these are still the layers that it was made of."""
-        return found is not None and [id(groups) for _, groups in found] == self.made_of
+        positions_1P = torch.arange(max_positions, device=weight_VD.device).unsqueeze(0)
+        cos_1PE, sin_1PE = stack.rotary_emb(weight_VD[:1], position_ids=positions_1P)
+        self.cos_PE, self.sin_PE = cos_1PE[0].contiguous(), sin_1PE[0].contiguous()
+        self.head: Head = head(model)
 
     def refresh(self) -> None:
         """The adapters were rounded anew."""
@@ -62,23 +62,43 @@ class DecodeWalk:
             for product in layer[1:]:
                 product.refresh()
 
-    def logits(self, tokens_B: torch.Tensor, attention: PagedDecode) -> torch.Tensor:
-        """``[B, V]`` float32 for the token after each of ``tokens_B``, which are written to the cache."""
+    def __call__(self, tokens_B: torch.Tensor, attention: PagedDecode) -> torch.Tensor:
+        """The head's products ``[B, V]``, float32, for the token after each of ``tokens_B``, which go to the cache."""
         stack = self.base.model
         hidden_BD = F.embedding(tokens_B, stack.embed_tokens.weight)
         added_BD: torch.Tensor | None = None
         for parts, qkv, o, gate_up, down in self.layers:
             normed_BD, hidden_BD = _norm(added_BD, hidden_BD, parts.norm1_D, parts.eps)
-            heads_BHE = qkv(normed_BD).view(tokens_B.shape[0], -1, parts.head_dim)
             H, K = parts.heads
-            q, k, v = heads_BHE.split((H, K, K), dim=1)
-            attended_BHE = attention.step(parts.layer_idx, q, k, v, parts.scale)
+            heads_BHE = qkv(normed_BD).view(tokens_B.shape[0], H + 2 * K, parts.head_dim)
+            q, k, v = heads_BHE[:, :H], heads_BHE[:, H : H + K], heads_BHE[:, H + K :]
+            rotated = (self.cos_PE, self.sin_PE, parts.scale)
+            attended_BHE = attention.rotate_and_attend(parts.layer_idx, q, k, v, *rotated)
             normed_BD, hidden_BD = _norm(o(attended_BHE.flatten(1)), hidden_BD, parts.norm2_D, parts.eps)
             gate_BI, up_BI = gate_up(normed_BD).chunk(2, dim=1)
             added_BD = down(glu_forward(gate_BI, up_BI, parts.activation))
         norm = stack.norm
         normed_BD, _ = _norm(added_BD, hidden_BD, norm.weight, float(norm.variance_epsilon))
-        return logits(self.model, normed_BD)
+        return head_logits(normed_BD, self.head.weight_VD, None)
+
+
+def why_no_walk(model: nn.Module) -> str:
+    """In words, why a model of fused layers cannot decode by :class:`DecodeWalk`; empty where it can."""
+    base = unwrap(model)
+    stack = base.model
+    kind = type(base.lm_head)
+    if kind is not nn.Linear or hooked(base.lm_head):
+        return f"an output head that is a {kind.__name__}, or has hooks"
+    if type(stack.embed_tokens) is not nn.Embedding or hooked(stack.embed_tokens):
+        return f"an embedding that is a {type(stack.embed_tokens).__name__}, or has hooks"
+    if hooked(stack.norm) or getattr(stack.norm, "variance_epsilon", None) is None:
+        return f"a final norm that is a {type(stack.norm).__name__}, or has hooks"
+    rope = getattr(stack.rotary_emb, "rope_type", "default")
+    return "" if rope in STATIC_ROPE else f"rope_type={rope!r}, whose angles depend on the length"
+
+
+STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+"""Kinds of rotary embedding whose angles depend on the position alone."""
 
 
 def _norm(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,22 +12,25 @@ import torch
 from ...config.adapters import LIVE, AdapterChoice, Live
 from ...config.errors import ConfigError
 from ...config.sampling import SamplingParams
-from ...models.packed_layer import prepared
+from ...models.packed_layer import prepared, prepared_layers
 from ...models.parts import release_held
 from ...models.state import state_of
 from ...models.tree import layers, unwrap
-from ..base import Logprob, Progress, RequestOutput
+from ..base import Progress, RequestOutput
+from .ahead import run_ahead
 from .blocks import BlockManager
+from .decode_walk import why_no_walk
+from .decoder import Decoder, sizes_of
+from .ending import Ending
 from .held import Buffers
 from .kv_cache import KVCache, KVShape, capacity
 from .outputs import request_outputs
 from .plan import blocks_needed, make_sequences
 from .request import Sequence
 from .runner import Runner, rollout_mode
-from .sampler import Drawn, sample
-from .sampling_rows import SamplingRows
 from .scheduler import Scheduler
-from .stopping import Stopper, eos_ids
+from .stepwise import run_stepwise
+from .stopping import eos_ids
 
 
 class NativeEngine:
@@ -75,6 +77,8 @@ class NativeEngine:
         self.cache: KVCache | None = None
         self.scheduler: Scheduler | None = None
         self._buffers = Buffers()
+        self._decoder: Decoder | None = None
+        self._said: set[str] = set()
         self._requests = itertools.count()
 
     def generate(
@@ -109,9 +113,14 @@ class NativeEngine:
         try:
             for sequence in sequences:
                 scheduler.add(sequence)
-            self._loop(scheduler, runner, len(sequences), vocab, progress)
+            ending = Ending(scheduler, self.tokenizer, len(sequences), progress)
+            decoder = self._ready_decoder(sequences, cache)
+            if decoder is None:
+                run_stepwise(scheduler, runner, ending, vocab, self.tokenizer)
+            else:
+                run_ahead(scheduler, runner, ending, decoder)
         except torch.OutOfMemoryError as error:
-            self.cache, self._buffers = None, Buffers()
+            self.cache, self._decoder, self._buffers = None, None, Buffers()
             raise torch.OutOfMemoryError(
                 f"generation of {len(sequences)} completions ran out of memory on {cache.shape.device} with a KV cache "
                 f"of {cache.bytes / 2**30:.2f} GiB; lower gpu_memory_utilization (now {self.utilization}), the number "
@@ -123,27 +132,25 @@ class NativeEngine:
         finally:
             scheduler.abort()
 
-    def _loop(self, scheduler: Scheduler, runner: Runner, total: int, vocab: int, progress: Progress | None) -> None:
-        stopper = Stopper(self.tokenizer)
-        rows: SamplingRows | None = None
-        finished = tokens = 0
-        while (step := scheduler.next_step()) is not None:
-            logits_BV, sequences = runner.run(step)
-            if not sequences:
-                continue
-            if rows is None or not rows.serves(sequences):
-                rows = SamplingRows(sequences, vocab, logits_BV.device)
-            drawn = sample(logits_BV, rows)
-            rows.advance(drawn.tokens_B)
-            _record(drawn, sequences, self.tokenizer)
-            for sequence in sequences:
-                if stopper.check(sequence):
-                    scheduler.finish(sequence)
-                    finished += 1
-                    sequence.stopped_text = stopper.text(sequence)
-            tokens += len(sequences)
-            if progress is not None:
-                progress(finished, total, tokens)
+    def _ready_decoder(self, sequences: list[Sequence], cache: KVCache) -> Decoder | None:
+        """The graphs that decode on a GPU, made anew where these do not serve; None where steps go one by one."""
+        if cache.shape.device.type != "cuda" or any(s.params.logprobs is not None for s in sequences):
+            return None
+        found = prepared_layers(self.model)
+        reason = "layers that run by their own modules" if found is None else why_no_walk(self.model)
+        if cache.shape.dtype not in (torch.bfloat16, torch.float16):
+            reason = f"a model in {cache.shape.dtype}"
+        if reason or found is None:
+            if reason not in self._said:
+                self._said.add(reason)
+                print(f"Pronghorn: rollouts launch their steps one by one, slower than graphs, because of {reason}")
+            return None
+        sizes = sizes_of(sequences, self.max_num_seqs)
+        if self._decoder is None or not self._decoder.serves(found, cache, sizes):
+            self._decoder = None  # its memory first
+            self._decoder = Decoder(self.model, found, cache, sizes)
+        self._decoder.begin(sequences)
+        return self._decoder
 
     def _ready_cache(self, sequences: list[Sequence]) -> KVCache:
         """The cache, made or made larger where this run needs it."""
@@ -163,6 +170,7 @@ class NativeEngine:
     def release(self) -> None:
         """Give the KV cache's memory back to the device; the next call makes it again."""
         self._buffers = Buffers()
+        self._decoder = None  # its graphs hold the cache's addresses
         if self.cache is None:
             return
         on_gpu = self.cache.shape.device.type == "cuda"
@@ -182,38 +190,3 @@ def _adapter(model: Any, which: AdapterChoice) -> AbstractContextManager[Any]:
     from ...lora.active import adapter  # imports PEFT: seconds that a model without adapters need not wait
 
     return adapter(model, which)
-
-
-def _record(drawn: Drawn, sequences: list[Sequence], tokenizer: Any) -> None:
-    """Append each row's token and log-probs to its sequence."""
-    tokens = drawn.tokens_B.tolist()
-    own, policy = torch.stack((drawn.token_logps_B, drawn.policy_logps_B)).tolist()
-    if any(math.isnan(x) for x in policy):
-        raise FloatingPointError(
-            "the model gave logits that are not numbers (NaN); a weight or an activation overflowed: check the "
-            "adapter's values, lower the learning rate, or use bfloat16 in place of float16"
-        )
-    for sequence, token, own_logp, policy_logp in zip(sequences, tokens, own, policy):
-        sequence.output.append(token)
-        sequence.token_logprobs.append(own_logp)
-        sequence.policy_logprobs.append(policy_logp)
-    if drawn.top_ids_BA is not None and drawn.top_logps_BA is not None:
-        _record_alternatives(drawn, sequences, tokenizer)
-
-
-def _record_alternatives(drawn: Drawn, sequences: list[Sequence], tokenizer: Any) -> None:
-    """vLLM's ``logprobs``: the likeliest ids of each row that asked, and the drawn one."""
-    assert drawn.top_ids_BA is not None and drawn.top_logps_BA is not None
-    assert drawn.raw_logps_B is not None and drawn.ranks_B is not None
-    table = zip(
-        sequences, drawn.top_ids_BA.tolist(), drawn.top_logps_BA.tolist(), drawn.raw_logps_B.tolist(),
-        drawn.ranks_B.tolist(),
-    )  # fmt: skip
-    for sequence, ids, logps, chosen, rank in table:
-        if sequence.params.logprobs is None:
-            continue
-        token = sequence.output[-1]
-        found = {token: Logprob(chosen, rank, tokenizer.decode([token]))}
-        for place, (i, logp) in enumerate(zip(ids[: sequence.params.logprobs], logps)):
-            found.setdefault(i, Logprob(logp, place + 1, tokenizer.decode([i])))
-        sequence.logprobs.append(found)

@@ -59,10 +59,14 @@ class Runner:
         self.cache.copy(step.copies)
         return self._prefill(step) if step.prefill else self._decode(step.decode)
 
-    def _ids(self, ids: list[int]) -> torch.Tensor:
+    def ids(self, ids: list[int]) -> torch.Tensor:
+        """int64, on the model's device."""
         return torch.tensor(ids, dtype=torch.int64).to(self.device, non_blocking=True)
 
-    def _prefill(self, step: Step) -> tuple[torch.Tensor, list[Sequence]]:
+    def prefill(self, step: Step) -> tuple[torch.Tensor, list[int], list[Sequence]]:
+        """Compute the chunks; hidden states ``[L, D]`` that predict, which of them each drawing sequence reads, and
+        those sequences.
+        """
         ids: list[int] = []
         positions: list[int] = []
         sequences: list[Sequence] = []
@@ -76,13 +80,16 @@ class Runner:
                 last.append(len(ids) - 1)
                 sequences += [chunk.sequence, *chunk.followers]
         attention = PrefillAttention(self.cache, step.prefill)
-        hidden_TD = hidden_states(self.model, self._ids(ids), self._ids(positions), attention)
-        logits_LV = logits(self.model, hidden_TD.index_select(0, self._ids(last)))
-        return logits_LV.index_select(0, self._ids(copies)), sequences
+        hidden_TD = hidden_states(self.model, self.ids(ids), self.ids(positions), attention)
+        return hidden_TD.index_select(0, self.ids(last)), copies, sequences
+
+    def _prefill(self, step: Step) -> tuple[torch.Tensor, list[Sequence]]:
+        hidden_LD, copies, sequences = self.prefill(step)
+        return logits(self.model, hidden_LD).index_select(0, self.ids(copies)), sequences
 
     def _decode(self, rows: list[Sequence]) -> tuple[torch.Tensor, list[Sequence]]:
-        ids = self._ids([row.last for row in rows])
-        positions = self._ids([len(row) - 1 for row in rows])
+        ids = self.ids([row.last for row in rows])
+        positions = self.ids([len(row) - 1 for row in rows])
         attention = self._decode_attention(rows)
         return logits(self.model, hidden_states(self.model, ids, positions, attention)), rows
 

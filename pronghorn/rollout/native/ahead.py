@@ -1,0 +1,53 @@
+"""The loop on a GPU: several decode steps for every look of the host."""
+
+from __future__ import annotations
+
+from ...kernels.head import head_logits
+from .decoder import Decoder, Drawn
+from .ending import Ending
+from .request import Sequence
+from .runner import Runner
+from .scheduler import Scheduler
+
+STEPS = 16
+"""Steps between two looks, at most: a row that ends meanwhile idles until the next."""
+
+_FEW = 64  # rows up to which idling is cheap
+
+
+def run_ahead(scheduler: Scheduler, runner: Runner, ending: Ending, decoder: Decoder) -> None:
+    """Run until every sequence has ended. On the way out, however that comes, no sequence holds a slot."""
+    try:
+        while (step := scheduler.next_step(_steps(scheduler))) is not None:
+            runner.cache.copy(step.copies)
+            if step.prefill:
+                hidden_LD, copies, sequences = runner.prefill(step)
+                if not sequences:
+                    continue
+                decoder.forget_all_but(scheduler.running)
+                decoder.admit(sequences)
+                x_LV = head_logits(hidden_LD, decoder.head.weight_VD, None)
+                drawn = decoder.draw(x_LV.index_select(0, runner.ids(copies)), sequences)
+            else:
+                sequences = step.decode
+                decoder.forget_all_but(sequences)
+                drawn = decoder.run(sequences, step.ahead)
+            decoder.release([s for s, new in zip(sequences, drawn) if _record(s, new, ending)])
+            ending.report(sum(len(new.tokens) for new in drawn))
+    finally:
+        decoder.clear()
+
+
+def _steps(scheduler: Scheduler) -> int:
+    return STEPS if len(scheduler.running) <= _FEW else STEPS // 2
+
+
+def _record(sequence: Sequence, drawn: Drawn, ending: Ending) -> bool:
+    """Append what a row drew, up to its end; whether it has ended. The host knows stop strings, the GPU does not."""
+    for token, own, policy in zip(*drawn):
+        sequence.output.append(token)
+        sequence.token_logprobs.append(own)
+        sequence.policy_logprobs.append(policy)
+        if ending.check(sequence):
+            return True
+    return False

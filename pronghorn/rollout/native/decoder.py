@@ -1,0 +1,268 @@
+"""Decoding on a GPU: rows in slots, a CUDA graph a batch size, and the host looking in every few steps.
+
+Everything that a step reads or writes lies where it lies for as long as the graphs live: the slots' settings, counters
+and outputs (``kernels/sample_state.py``), the block tables, the cache, the weights, the adapters (which the optimizer
+writes in place, and ``prepared`` rounds in place). So a graph that was captured once says, after an optimizer step,
+what the new policy says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
+
+import torch
+
+from ...kernels.nf4_matmul import MAX_ROWS
+from ...kernels.sample import sample_step
+from ...kernels.sample_state import NOT_A_NUMBER, RowSettings, SampleState, Variant
+from ...models.forward import Head
+from ...models.parts import Groups, Parts
+from ...models.tree import unwrap
+from .decode_walk import DecodeWalk
+from .kv_cache import KVCache
+from .paged import PagedDecode
+from .random import stream_key
+from .request import Sequence
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Batch sizes that graphs are captured for: a batch runs in the least that holds it."""
+
+
+class Drawn(NamedTuple):
+    """What one row drew since the host looked last."""
+
+    tokens: list[int]
+    token_logps: list[float]
+    policy_logps: list[float]
+
+
+class Sizes(NamedTuple):
+    """What a decoder is made for; one made for at least as much serves as well."""
+
+    rows: int
+    tokens: int
+    positions: int
+    stop_ids: int
+    penalties: bool
+
+    def holds(self, other: Sizes) -> bool:
+        return all(own >= its for own, its in zip(self, other))
+
+
+def bucket_of(rows: int) -> int:
+    """The least batch size with a graph that holds so many rows."""
+    return next(size for size in BUCKETS if size >= rows)
+
+
+class Decoder:
+    """Slots and graphs over one KV cache.
+
+    Args:
+        model: the model.
+        found: its layers, prepared.
+        cache: keys and values.
+        sizes: most rows at once, most new tokens and most tokens of one row, most stop ids, whether any is penalised.
+    """
+
+    def __init__(self, model: Any, found: list[tuple[Parts, Groups]], cache: KVCache, sizes: Sizes) -> None:
+        self.model, self.cache, self.sizes = model, cache, sizes
+        self.groups = [groups for _, groups in found]
+        self._found = found
+        device, base = cache.shape.device, unwrap(model)
+        rows = bucket_of(sizes.rows)
+        self.state = SampleState(
+            rows, base.config.vocab_size, sizes.tokens, sizes.stop_ids, device, penalties=sizes.penalties
+        )
+        self.width = -(-sizes.positions // cache.block_size)
+        self.table_BN = torch.zeros(rows, self.width, dtype=torch.int32, device=device)
+        self.query_heads = base.config.num_attention_heads
+        self._walks: dict[bool, DecodeWalk] = {}
+        self._graphs: dict[tuple[int, Variant], torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+        self.slots: list[Sequence | None] = [None] * rows
+        self.slot_of: dict[int, int] = {}
+        self.variant = Variant()
+
+    def serves(self, found: list[tuple[Parts, Groups]], cache: KVCache, sizes: Sizes) -> bool:
+        """Whether graphs and slots can be used again."""
+        same = len(found) == len(self.groups) and all(own is its for own, (_, its) in zip(self.groups, found))
+        return same and cache is self.cache and self.sizes.holds(sizes)
+
+    def begin(self, sequences: Seq[Sequence]) -> None:
+        """A rollout of these sequences begins: adapters were rounded anew, all slots are free."""
+        for walk in self._walks.values():
+            walk.refresh()
+        self.variant = Variant.of([_settings(s) for s in sequences], self.state.vocab)
+        self.clear()
+
+    def clear(self) -> None:
+        """Free every slot."""
+        self.state.clear([i for i, owner in enumerate(self.slots) if owner is not None])
+        self.slots = [None] * len(self.slots)
+        self.slot_of.clear()
+
+    # Rows
+
+    def admit(self, sequences: Seq[Sequence]) -> None:
+        """Give each sequence a slot, with its settings and counters as they stand; the lowest free ones first."""
+        free = (i for i, owner in enumerate(self.slots) if owner is None)
+        at = [next(free) for _ in sequences]
+        for i, sequence in zip(at, sequences):
+            self.slots[i] = sequence
+            self.slot_of[id(sequence)] = i
+        self._load(at, sequences)
+
+    def _load(self, at: list[int], sequences: Seq[Sequence]) -> None:
+        self.state.load(at, [_settings(s) for s in sequences])
+        index = torch.tensor(at).to(self.state.tokens_B.device, non_blocking=True)
+        last = torch.tensor([s.last for s in sequences]).to(index.device, non_blocking=True)
+        self.state.tokens_B.index_copy_(0, index, last)
+
+    def release(self, sequences: Seq[Sequence]) -> None:
+        """The slots of sequences that ended, or were preempted, are free."""
+        at = [self.slot_of.pop(id(s)) for s in sequences if id(s) in self.slot_of]
+        for i in at:
+            self.slots[i] = None
+        self.state.clear(at)
+
+    def forget_all_but(self, sequences: Seq[Sequence]) -> None:
+        """Free the slots of sequences that no longer run: preempted ones come back through a prefill."""
+        running = {id(s) for s in sequences}
+        self.release([s for s in self.slots if s is not None and id(s) not in running])
+
+    def _compact(self) -> None:
+        """Move rows down, where that lets a smaller graph serve."""
+        rows = [s for s in self.slots if s is not None]
+        size = bucket_of(max(len(rows), 1))
+        moving = [s for i, s in enumerate(self.slots) if s is not None and i >= size]
+        if moving:
+            self.release(moving)
+            self.admit(moving)
+
+    # Steps
+
+    def draw(self, x_NV: torch.Tensor, sequences: Seq[Sequence]) -> list[Drawn]:
+        """Draw the first tokens of sequences just admitted, from the head's products that a prefill made."""
+        rows_N = torch.tensor([self.slot_of[id(s)] for s in sequences], dtype=torch.int32)
+        self._sample(x_NV, rows_N.to(x_NV.device, non_blocking=True))
+        return self._fetch(sequences, 1)
+
+    @property
+    def head(self) -> Head:
+        """The output projection."""
+        return self._walk(1).head
+
+    def _sample(self, x_NV: torch.Tensor, rows_N: torch.Tensor | None) -> None:
+        out = self.head
+        sample_step(x_NV, self.state, self.variant, rows_N, out.bias_V, out.scale, out.softcap)
+
+    def run(self, sequences: Seq[Sequence], steps: int) -> list[Drawn]:
+        """Decode so many tokens of every row, which has blocks for them; rows that end on the way draw fewer."""
+        self._compact()
+        table = torch.zeros(self.table_BN.shape, dtype=torch.int32)
+        for s in sequences:
+            table[self.slot_of[id(s)], : len(s.table)] = torch.tensor(s.table, dtype=torch.int32)
+        self.table_BN.copy_(table.pin_memory(), non_blocking=True)
+        graph = self._graph(bucket_of(1 + max(self.slot_of[id(s)] for s in sequences)))
+        for _ in range(steps):
+            graph.replay()
+        return self._fetch(sequences, steps)
+
+    def _fetch(self, sequences: Seq[Sequence], steps: int) -> list[Drawn]:
+        """The newest tokens of these rows; the one place where the host waits for the GPU.
+
+        Raises:
+            FloatingPointError: a row's logits were no numbers.
+        """
+        state = self.state
+        index = torch.tensor([self.slot_of[id(s)] for s in sequences])
+        first_N1 = torch.tensor([[len(s.output)] for s in sequences])
+        columns = (first_N1 + torch.arange(steps)).clamp_(max=state.max_tokens - 1)
+        index, columns = index.to(state.tokens_B.device, non_blocking=True), columns.to(state.tokens_B.device)
+        counts, ended = torch.stack((state.counts_B, state.finished_B)).index_select(1, index).tolist()
+        outputs = (state.out_tokens_BT, state.out_token_logps_BT, state.out_policy_logps_BT)
+        tokens, own, policy = (out.index_select(0, index).gather(1, columns).tolist() for out in outputs)
+        if NOT_A_NUMBER in ended:
+            raise FloatingPointError(
+                "the model gave logits that are not numbers (NaN); a weight or an activation overflowed: check the "
+                "adapter's values, lower the learning rate, or use bfloat16 in place of float16"
+            )
+        new = [count - len(s.output) for s, count in zip(sequences, counts)]
+        return [Drawn(t[:n], o[:n], p[:n]) for t, o, p, n in zip(tokens, own, policy, new)]
+
+    # Graphs
+
+    def _walk(self, rows: int) -> DecodeWalk:
+        """Few rows and many multiply in different ways."""
+        many = rows > MAX_ROWS
+        if many not in self._walks:
+            self._walks[many] = DecodeWalk(self.model, self._found, rows, self.sizes.positions)
+        return self._walks[many]
+
+    def _step(self, rows: int) -> None:
+        walk, state = self._walk(rows), self.state
+        attention = PagedDecode(
+            self.cache, self.table_BN[:rows], state.slots_B[:rows], state.lengths_B[:rows], self.query_heads
+        )
+        self._sample(walk(state.tokens_B[:rows], attention), None)
+
+    def _graph(self, rows: int) -> torch.cuda.CUDAGraph:
+        """The graph of one step of the first ``rows`` slots."""
+        graph = self._graphs.get((rows, self.variant))
+        if graph is None:
+            owners = [i for i, owner in enumerate(self.slots) if owner is not None]
+            graph = self._graphs[rows, self.variant] = self._capture(rows, owners)
+        return graph
+
+    def _capture(self, rows: int, owners: list[int]) -> torch.cuda.CUDAGraph:
+        """Kernels compile and workspaces are made in a step outside of the graph, in which no row runs."""
+        state = self.state
+        kept = [t.clone() for t in (state.slots_B, state.lengths_B, state.finished_B)]
+        state.clear(owners)
+        stream = torch.cuda.Stream(self.cache.shape.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(rows)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._step(rows)
+        self._pool = graph.pool()
+        for t, was in zip((state.slots_B, state.lengths_B, state.finished_B), kept):
+            t.copy_(was)
+        return graph
+
+
+def sizes_of(sequences: Seq[Sequence], max_rows: int) -> Sizes:
+    """What a decoder for these sequences has to hold; lengths in whole quarters of a power of two, to be used again."""
+    return Sizes(
+        rows=min(max_rows, len(sequences)),
+        tokens=_rounded(max(s.max_new for s in sequences)),
+        positions=_rounded(max(s.longest for s in sequences)),
+        stop_ids=max(8, *(len(s.stop_ids) for s in sequences)),
+        penalties=any(s.params.repetition_penalty != 1 for s in sequences),
+    )
+
+
+def _rounded(tokens: int) -> int:
+    step = max(64, 1 << max(tokens.bit_length() - 3, 0))
+    return -(-tokens // step) * step
+
+
+def _settings(s: Sequence) -> RowSettings:
+    p = s.params
+    return RowSettings(
+        temperature=p.temperature,
+        top_k=p.top_k,
+        top_p=p.top_p,
+        min_p=p.min_p,
+        repetition_penalty=p.repetition_penalty,
+        key=stream_key(s.seed, s.index),
+        count=len(s.output),
+        position=len(s) - 1,
+        min_tokens=p.min_tokens,
+        max_tokens=s.max_new,
+        stop_ids=sorted(s.stop_ids),
+        seen=s.tokens(0, len(s)) if p.repetition_penalty != 1 else (),
+    )
