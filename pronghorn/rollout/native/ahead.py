@@ -31,6 +31,7 @@ def run_ahead(scheduler: Scheduler, runner: Runner, ending: Ending, decoder: Dec
             else:
                 sequences = step.decode
                 decoder.forget_all_but(sequences)
+                decoder.admit(decoder.without_slot(sequences))  # all but whose newest token a prefill computed anew
                 drawn = decoder.run(sequences, step.ahead)
             decoder.release([s for s, new in zip(sequences, drawn) if _record(s, new, ending)])
             ending.report(sum(len(new.tokens) for new in drawn))
@@ -50,4 +51,5 @@ def _record(sequence: Sequence, drawn: Drawn, ending: Ending) -> bool:
         sequence.policy_logprobs.append(policy)
         if ending.check(sequence):
             return True
+    sequence.computed = len(sequence) - 1  # all but the newest token are in the cache
     return False

@@ -106,6 +106,8 @@ class Decoder:
 
     def admit(self, sequences: Seq[Sequence]) -> None:
         """Give each sequence a slot, with its settings and counters as they stand; the lowest free ones first."""
+        if not sequences:
+            return
         free = (i for i, owner in enumerate(self.slots) if owner is None)
         at = [next(free) for _ in sequences]
         for i, sequence in zip(at, sequences):
@@ -130,6 +132,9 @@ class Decoder:
         """Free the slots of sequences that no longer run: preempted ones come back through a prefill."""
         running = {id(s) for s in sequences}
         self.release([s for s in self.slots if s is not None and id(s) not in running])
+
+    def without_slot(self, sequences: Seq[Sequence]) -> list[Sequence]:
+        return [s for s in sequences if id(s) not in self.slot_of]
 
     def _compact(self) -> None:
         """Move rows down, where that lets a smaller graph serve."""
