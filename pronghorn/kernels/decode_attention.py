@@ -3,7 +3,7 @@ r"""Decode attention: one query token a row against a paged cache of keys and va
 With a query :math:`q`, keys :math:`k_t` and values :math:`v_t` of the row's n cached tokens (its own included),
 
 .. math:: o = \sum_t \frac{e^{s_t - m}}{l} v_t, \qquad s_t = \sigma \, q \cdot k_t, \quad m = \max_t s_t, \quad
-    l = \sum_t e^{s_t - m} .
+    l = \sum_t e^{s_t - m},
 
 in the order of operations that :mod:`pronghorn.kernels.ordered_attention` defines, so that the bits are those that its
 kernel gives for the same query among the rows of a training batch or a prefill.
