@@ -3,7 +3,7 @@ r"""Decode attention: one query token a row against a paged cache of keys and va
 With a query :math:`q`, keys :math:`k_t` and values :math:`v_t` of the row's n cached tokens (its own included),
 
 .. math:: o = \sum_t \frac{e^{s_t - m}}{l} v_t, \qquad s_t = \sigma \, q \cdot k_t, \quad m = \max_t s_t, \quad
-    l = \sum_t e^{s_t - m} .
+    l = \sum_t e^{s_t - m},
 
 in the order of operations that :mod:`pronghorn.kernels.ordered_attention` defines, so that the bits are those that its
 kernel gives for the same query among the rows of a training batch or a prefill.
@@ -58,8 +58,9 @@ def decode_attention(
     Args:
         q_BHE: float32, float16 or bfloat16 (float64 in plain PyTorch); heads dense, rows at any stride.
         k_cache, v_cache: ``[num_blocks, block_size, K, E]``, contiguous, of q's dtype.
-        block_table_BN: int32, contiguous. Token t of row b is at offset ``t % block_size`` of block
-            ``block_table[b, t // block_size]``; entries past a row's last token are not read.
+        block_table_BN: int32, rows at any stride, so the first columns of a wider table do. Token t of row b is at
+            offset ``t % block_size`` of block ``block_table[b, t // block_size]``; entries past a row's last token are
+            not read.
         lengths_B: int32, tokens in the cache of each row, the one that asks included. A row of length 0 (padding) gets
             zeros. A length beyond the table is a caller's error, which a GPU cannot raise without waiting for it: the
             tokens of the table are attended to, and nothing outside of it is read. On a CPU it raises.
@@ -143,7 +144,9 @@ def check_cache(
         raise ValueError(
             f"block_table is {block_table_BN.dtype} {tuple(block_table_BN.shape)}; {B} rows need int32 [{B}, blocks]"
         )
-    for what, tensor in (("k_cache", k_cache), ("v_cache", v_cache), ("block_table", block_table_BN)):
+    if block_table_BN.shape[1] > 1 and block_table_BN.stride(1) != 1:
+        raise ValueError(f"block_table has strides {block_table_BN.stride()}; a row's blocks must follow each other")
+    for what, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         if not tensor.is_contiguous():
             raise ValueError(f"{what} has strides {tensor.stride()}; make it contiguous")
 

@@ -45,7 +45,7 @@ def _length(lengths_ptr, b, N, PAGE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])  # tables grow: one compilation serves all widths
 def _attend(
-    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, o_ptr, part_ptr, stats_ptr, q_stride, N, scale,
+    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, o_ptr, part_ptr, stats_ptr, q_stride, table_stride, N, scale,
     K: tl.constexpr, R: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def _attend(
         total = tl.zeros((BLOCK_R, COLUMNS), tl.float32)
         acc = tl.zeros((BLOCK_R, BLOCK_E), tl.float32)
         ones = tl.full((TILE, COLUMNS), 1.0, v_ptr.dtype.element_ty)
-        table_row = table_ptr + b * N
+        table_row = table_ptr + b * table_stride
         for first in range(begin, tl.minimum(begin + SEGMENT, length), TILE):
             t = first + tl.arange(0, TILE)
             # Past the last token it is read again, and hidden: what a free slot holds may be NaN, and 0 * NaN is NaN.
@@ -119,13 +119,13 @@ def _merge(
 
 @triton.jit(do_not_specialize=["N"])
 def _write(
-    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, table_ptr, positions_ptr, k_stride, v_stride, N,
+    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, table_ptr, positions_ptr, k_stride, v_stride, table_stride, N,
     WIDTH: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + b)
     if (position >= 0) & (position < N * PAGE):
-        page = tl.load(table_ptr + b * N + position // PAGE).to(tl.int64)
+        page = tl.load(table_ptr + b * table_stride + position // PAGE).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         at = (page * PAGE + position % PAGE) * WIDTH + column
         mask = column < WIDTH
@@ -160,18 +160,17 @@ def decode_attention(
         return o_BHE
     num_warps, num_stages = config or launch_config(E)
     segments = segments_of(N * page)
-    part = stats = lengths_B  # not touched where a row is one segment
-    if segments > 1:
-        count = B * segments * H
-        if workspace is None:
-            workspace = torch.empty(count * (E + 2), dtype=torch.float32, device=q_BHE.device)
-        part, stats = workspace[: count * E], workspace[count * E :]
+    count = B * segments * H if segments > 1 else 0  # where a row is one segment, nothing is left to merge
+    if workspace is None:
+        workspace = torch.empty(count * (E + 2), dtype=torch.float32, device=q_BHE.device)
+    part, stats = workspace[: count * E], workspace[count * E :]
     R, block_e = H // K, _padded(E)
     block_r = max(16, int(triton.next_power_of_2(R)))
     with torch.cuda.device_of(q_BHE):
         _launch_attend(
             (K, segments, B), q_BHE, k_cache, v_cache, block_table_BN, lengths_B, o_BHE, part, stats,
-            q_BHE.stride(0), N, scale * math.log2(math.e), K, R, E, page, block_r, block_e, TILE, SEGMENT,
+            q_BHE.stride(0), block_table_BN.stride(0), N, scale * math.log2(math.e), K, R, E, page, block_r, block_e,
+            TILE, SEGMENT,
             num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
         )  # fmt: skip
         if segments > 1:
@@ -197,5 +196,5 @@ def write_kv(
     block = min(1024, int(triton.next_power_of_2(K * E)))
     _launch_write(
         (B, triton.cdiv(K * E, block)), k_BKE, v_BKE, k_cache, v_cache, block_table_BN, positions_B,
-        k_BKE.stride(0), v_BKE.stride(0), N, K * E, page, block, num_warps=4,
+        k_BKE.stride(0), v_BKE.stride(0), block_table_BN.stride(0), N, K * E, page, block, num_warps=4,
     )  # fmt: skip

@@ -51,21 +51,20 @@ def _padded(E: int) -> int:
 def _attend(
     q_ptr, k_ptr, v_ptr, tiles_ptr, keys_ptr, o_ptr, lse_ptr, q_stride, q_head_stride, k_stride, k_head_stride,
     v_stride, v_head_stride, T, scale,
-    K: tl.constexpr, R: tl.constexpr, E: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_E: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
+    K: tl.constexpr, R: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+    TILE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """One kv head's R query heads for up to BLOCK_Q queries of one row."""
+    """One kv head's R query heads for up to BLOCK_M // R queries of one row."""
     head = tl.program_id(0) % K
     tile = tiles_ptr + (tl.program_id(0) // K) * 4
     start = tl.load(tile)
     count = tl.load(tile + 1)
     first = tl.load(tile + 2)  # logical position of the first query
     keys = keys_ptr + tl.load(tile + 3)
-    row = tl.arange(0, BLOCK_Q * BLOCK_R)
-    query = row // BLOCK_R
-    r = row % BLOCK_R
-    heads = (head * R + r).to(tl.int64)
-    live = (query < count) & (r < R)
+    row = tl.arange(0, BLOCK_M)
+    query = row // R
+    heads = (head * R + row % R).to(tl.int64)
+    live = query < count
     token = (start + query).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     real = live[:, None] & (e < E)[None, :]
@@ -75,21 +74,21 @@ def _attend(
     k_head = k_ptr + head.to(tl.int64) * k_head_stride
     v_head = v_ptr + head.to(tl.int64) * v_head_stride
     ones = tl.full((TILE, COLUMNS), 1.0, v_ptr.dtype.element_ty)
-    all_peak = tl.full((BLOCK_Q * BLOCK_R,), float("-inf"), tl.float32)
-    all_total = tl.zeros((BLOCK_Q * BLOCK_R, COLUMNS), tl.float32)
-    all_acc = tl.zeros((BLOCK_Q * BLOCK_R, BLOCK_E), tl.float32)
+    all_peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    all_total = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+    all_acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     peak, total, acc = all_peak, all_total, all_acc
     for begin in range(0, last + 1, TILE):
         if (begin % SEGMENT == 0) & (begin > 0):
             all_peak, all_total, all_acc = merge_step(all_peak, all_total, all_acc, peak, total, acc)
-            peak = tl.full((BLOCK_Q * BLOCK_R,), float("-inf"), tl.float32)  # the next decay makes total and acc 0
+            peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # the next decay makes total and acc 0
         t = begin + tl.arange(0, TILE)
         # Past the last key the last one is read again: hidden from all, and no page's unused slot.
         at = tl.load(keys + tl.minimum(t, last)).to(tl.int64)
         k = tl.load(k_head + (at * k_stride)[:, None] + e[None, :], mask=(e < E)[None, :], other=0.0)
         v = tl.load(v_head + (at * v_stride)[:, None] + e[None, :], mask=(e < E)[None, :], other=0.0)
         seen = t[None, :] <= position[:, None]
-        peak, total, acc = tile_step(q, k, v, ones, seen, begin + TILE > first, scale, peak, total, acc)
+        peak, total, acc = tile_step(q, k, v, ones, seen, begin + TILE > first + 1, scale, peak, total, acc)
     all_peak, all_total, all_acc = merge_step(all_peak, all_total, all_acc, peak, total, acc)
     sums = tl.max(all_total, axis=1)
     o = finish(sums, all_acc)
@@ -115,16 +114,15 @@ def ordered_attention_forward(
     lse_HT = torch.empty((H, T), dtype=torch.float32, device=q_THE.device)
     block_m, num_warps, num_stages = config or launch_config(E, _capability(q_THE.get_device()))
     R = H // K
-    block_r = int(triton.next_power_of_2(R))
-    block_q = max(block_m // block_r, 1)
-    tiles_N4 = rows.tiles(block_q)
+    block_m = max(block_m, int(triton.next_power_of_2(R)))
+    tiles_N4 = rows.tiles(block_m // R)
     if not tiles_N4.shape[0]:
         return o_THE, lse_HT
     with torch.cuda.device_of(q_THE):
         _launch(
             (tiles_N4.shape[0] * K,), q_THE, k_UKE, v_UKE, tiles_N4, rows.keys, o_THE, lse_HT,
             q_THE.stride(0), q_THE.stride(1), k_UKE.stride(0), k_UKE.stride(1), v_UKE.stride(0), v_UKE.stride(1),
-            T, scale * math.log2(math.e), K, R, E, block_q, block_r, _padded(E), TILE, SEGMENT,
+            T, scale * math.log2(math.e), K, R, E, block_m, _padded(E), TILE, SEGMENT,
             num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
         )  # fmt: skip
     return o_THE, lse_HT

@@ -16,7 +16,7 @@ SEGMENT = 256
 """Keys of one segment, a multiple of ``TILE``: a softmax of its own, merged with those before it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OrderedRows:
     """Rows of queries at consecutive logical positions; the query at position p sees its row's keys 0 to p.
 
@@ -34,7 +34,7 @@ class OrderedRows:
     firsts: tuple[int, ...]
     offsets: tuple[int, ...]
     keys: torch.Tensor
-    _tiles: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _tiles: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def packed(

@@ -58,4 +58,4 @@ def merge_step(peak, total, acc, next_peak, next_total, next_acc):
 @triton.jit
 def finish(total, acc):
     """o ``[M, E]`` in float32 of rows with ``total`` ``[M]``; 0 for a row that saw no key."""
-    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    return tl.div_rn(acc, tl.where(total == 0.0, 1.0, total)[:, None])

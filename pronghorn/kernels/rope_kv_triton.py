@@ -16,7 +16,7 @@ from pronghorn.kernels.rope_triton import rotate_heads, rotated
 @triton.jit(do_not_specialize=["N", "P"])
 def _rope_kv(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, table_ptr, positions_ptr,
-    q_stride, k_stride, v_stride, cos_stride, sin_stride, N, P,
+    q_stride, k_stride, v_stride, cos_stride, sin_stride, table_stride, N, P,
     K: tl.constexpr, R: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -25,7 +25,7 @@ def _rope_kv(
     b = tl.program_id(1).to(tl.int64)
     position = tl.load(positions_ptr + b)
     if (position >= 0) & (position < N * PAGE) & (position < P):
-        page = tl.load(table_ptr + b * N + position // PAGE).to(tl.int64)
+        page = tl.load(table_ptr + b * table_stride + position // PAGE).to(tl.int64)
         slot = ((page * PAGE + position % PAGE) * K + head) * E
         column = tl.arange(0, BLOCK_HALF)
         inside = column < HALF
@@ -78,7 +78,8 @@ def rope_and_write_kv(
         _launch(
             (K, B), q_BHE, k_BKE, v_BKE, cos_PE, sin_PE, k_cache, v_cache, block_table_BN, positions_B,
             q_BHE.stride(0), k_BKE.stride(0), v_BKE.stride(0), cos_PE.stride(0), sin_PE.stride(0),
-            block_table_BN.shape[1], P, K, R, E, half, k_cache.shape[1], block_r, block_half, block_rest, block_e,
+            block_table_BN.stride(0), block_table_BN.shape[1], P, K, R, E, half, k_cache.shape[1],
+            block_r, block_half, block_rest, block_e,
             num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
     # A kernel's write is invisible to autograd: count it, so that a use of what was overwritten raises.

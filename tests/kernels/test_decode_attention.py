@@ -111,7 +111,7 @@ def test_a_rows_bits_depend_on_its_own_tokens_alone(path: str, behind: int) -> N
     if path == "reference":  # its sums are as long as the longest row
         return
     for b, length in enumerate((37, 5, 70)):
-        table = paged.table[b : b + 1, : -(-length // 4) + behind].contiguous()
+        table = paged.table[b : b + 1, : -(-length // 4) + behind]
         alone = decode_attention(q[b : b + 1], *paged.caches, table, paged.lengths[b : b + 1], 0.25)
         assert torch.equal(alone[0], together[b])
 
@@ -173,7 +173,7 @@ def test_write_stores_its_rows_and_nothing_else(path: str, K: int, E: int, page:
 def test_nothing_outside_the_table_is_touched(path: str) -> None:
     """A length or position beyond the table raises where it can be seen, and is held back where it cannot."""
     paged = Paged([8, 8], 1, 16, 4, torch.float32)
-    table = paged.table[:, :2].contiguous()
+    table = paged.table[:, :2]
     q, far = torch.randn(2, 1, 16, device=DEVICE), torch.tensor([9, 8], dtype=torch.int32, device=DEVICE)
     before = [cache.clone() for cache in paged.caches]
     if path == "reference" and DEVICE == "cpu":
@@ -203,6 +203,8 @@ def test_what_does_not_fit_is_refused() -> None:
         decode_attention(q, cache, cache, table, lengths.long(), 1.0)
     with pytest.raises(ValueError, match="contiguous"):
         decode_attention(q, cache.transpose(0, 1), cache.transpose(0, 1), table, lengths, 1.0)
+    with pytest.raises(ValueError, match="blocks must follow"):
+        decode_attention(q, cache, cache, torch.zeros(2, 2, dtype=torch.int32).t(), lengths, 1.0)
     with pytest.raises(ValueError, match="multiple"):
         decode_attention(torch.zeros(2, 3, 8), cache, cache, table, lengths, 1.0)
     with pytest.raises(ValueError, match="scale=0"):

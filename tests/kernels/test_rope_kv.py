@@ -32,7 +32,7 @@ def _case(B: int, H: int, K: int, E: int, R: int, page: int, dtype: torch.dtype,
     packed = torch.randn(B, H + 2 * K, E).to(DEVICE, dtype)
     angle_PE = torch.rand(40, R // 2).mul(6).repeat(1, 2).to(DEVICE)
     caches = [torch.randn(3 * B + 1, page, K, E).to(DEVICE, dtype) for _ in range(2)]
-    table = torch.randperm(3 * B + 1)[: 3 * B].view(B, 3).to(DEVICE, torch.int32)
+    table = torch.randperm(3 * B + 1)[: 3 * B].view(B, 3).repeat(1, 2).to(DEVICE, torch.int32)[:, :3]
     positions = torch.randint(0, min(3 * page, 40), (B,), dtype=torch.int32)
     positions[B // 2] = -1
     return packed, angle_PE.cos().to(angles), angle_PE.sin().to(angles), caches, table, positions.to(DEVICE)
