@@ -187,9 +187,7 @@ def add_methods(model: Any) -> None:
 
 
 def PatchFastRL(algorithm: str = "GRPO", FastLanguageModel: Any = None, mode: str = "native") -> None:
-    """Make ``trl.GRPOTrainer`` and ``trl.GRPOConfig`` Pronghorn's, by name, or TRL's trainer sample with Pronghorn's engine.
-
-    No source changes in either mode.
+    """Make ``trl.GRPOTrainer`` and ``trl.GRPOConfig`` Pronghorn's, by name; no source changes.
 
     Args:
         algorithm: ``"GRPO"``.

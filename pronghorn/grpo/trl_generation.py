@@ -19,7 +19,7 @@ from ..config.errors import ConfigError
 from ..config.sampling import SamplingParams
 from ..models.state import state_of
 from ..rollout import base as rollout
-from .sampling_loop import request_seed
+from .seeds import request_seed
 
 Generated = tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]
 
@@ -27,9 +27,10 @@ Generated = tuple[list[list[int]], list[list[int]], list[list[list[float]]], lis
 class PronghornGeneration:
     """What TRL's ``GRPOTrainer`` takes for its ``VLLMGeneration``.
 
-    Arguments are ``VLLMGeneration``'s. Those of a vLLM server or of several GPUs are refused; ``gpu_memory_utilization``
-    is the one that the model was loaded with (one line says so where they differ); ``enable_sleep_mode`` gives the KV
-    cache's memory back after each generation; ``max_num_seqs``, ``model_impl`` and ``trust_remote_code`` change nothing.
+    Arguments are ``VLLMGeneration``'s. Those of a vLLM server or of several GPUs are refused. The model's own
+    ``gpu_memory_utilization`` holds, of which one line says so where the given one differs. ``enable_sleep_mode`` gives
+    the KV cache's memory back after each generation. ``max_num_seqs``, ``model_impl`` and ``trust_remote_code`` change
+    nothing.
 
     Raises:
         ConfigError: a model that Pronghorn did not load, or a setting that cannot be honoured.
@@ -147,9 +148,9 @@ class PronghornGeneration:
         outputs = [output for request in requests for output in request.outputs]
         if len(outputs) != len(prompts):
             raise RuntimeError(f"the rollout engine gave {len(outputs)} completions for {len(prompts)} asked for")
-        ids = [list(output.token_ids) for output in outputs]
+        drawn = [list(output.token_ids) for output in outputs]
         logps = [[[logp] for logp in output.token_logprobs] for output in outputs]
-        return [list(p) for p in prompts], ids, logps, [[[token] for token in tokens] for tokens in ids]
+        return [list(p) for p in prompts], drawn, logps, [[[token] for token in tokens] for tokens in drawn]
 
     def _params(self, count: int, seed: int, room: int) -> SamplingParams:
         if room < 1:
