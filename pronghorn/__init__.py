@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from .config.sampling import SamplingParams
     from .env import is_bfloat16_supported
     from .grpo.accuracy_callback import AccuracyCallback
-    from .grpo.evaluation import AccuracyEval
     from .grpo.config import GRPOConfig
+    from .grpo.evaluation import AccuracyEval
     from .grpo.trainer import GRPOTrainer
     from .sft.responses import train_on_responses_only
 

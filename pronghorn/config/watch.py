@@ -16,7 +16,8 @@ class WatchConfig:
         enabled: False says nothing.
         window: logs over which a metric is averaged before it counts, and no warning comes before so many.
         accuracy_drop: standard errors by which held-out accuracy lies under its best so far, while the reward rose
-            since. Evaluations that differ by chance stay under 2.5 of them, also among ten of them.
+            since. The errors are those of evaluations on other problems each time; on the same problems, chance moves
+            accuracy by about half of them, so ten evaluations that differ by chance alone stay under 2.5.
         reward_rise: standard errors of the window's mean by which the reward must have risen for that.
         no_spread: share of groups whose completions all earned the same (``frac_reward_zero_std``).
         entropy_share: entropy against what it was in the first window; learning a format or greedy arithmetic halves

@@ -1,4 +1,4 @@
-"""Held-out accuracy before, during and after training, for any trainer of transformers that trains a Pronghorn model."""
+"""Held-out accuracy before, during and after training, under any trainer of transformers with a Pronghorn model."""
 
 from __future__ import annotations
 
@@ -40,19 +40,21 @@ class AccuracyCallback(TrainerCallback):
             if name in record:
                 self.measured_at = record["step"]
         if state.global_step == 0:
-            self._measure(model, state)
+            self._measure(model, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         every = self.evaluation.every or (None if args.eval_steps is None else state.eval_steps)
         if every is not None and state.global_step % every == 0:
-            self._measure(model, state)
+            self._measure(model, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._measure(model, state)
+        self._measure(model, state, control)
 
-    def _measure(self, model: Any, state: Any) -> None:
+    def _measure(self, model: Any, state: Any, control: Any) -> None:
         if self.measured_at == state.global_step:
             return
         self.measured_at = state.global_step
         self.latest = self.evaluation.metrics(self.evaluation(model))
+        due = control.should_log  # a log takes it back, and the trainer's own of this step is still to come
         self._log(dict(self.latest))
+        control.should_log = due

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..stats import wilson_interval as wilson_interval
 
+
 @dataclass(frozen=True)
 class Gain:
     """A change in accuracy, split; shares in [0, 1], ``format + arithmetic == total`` up to rounding.
