@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "report": GROUND | {"stats"},
     "export": GROUND | {"quant", "weights", "lora", "models"},
     "rollout": GROUND | {"data", "kernels", "quant", "lora", "models", "loader"},
-    "grpo": GROUND | {"stats", "weights", "kernels", "quant", "optim", "lora", "models", "loader", "rollout", "rewards", "data"},
+    "grpo": GROUND
+    | {"stats", "weights", "kernels", "quant", "optim", "lora", "models", "loader", "rollout", "rewards", "data"},
     "sft": GROUND | {"kernels", "quant", "optim", "lora", "models", "loader", "data"},
     "doctor": GROUND | {"kernels"},
 }

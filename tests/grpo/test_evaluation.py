@@ -17,7 +17,7 @@ from pronghorn.config.errors import ConfigError
 from pronghorn.data.gsm8k import as_prompts
 from pronghorn.data.synthetic import arithmetic_dataset
 from pronghorn.stats import wilson_interval
-from tests.grpo.support import adapter_weights, config, pronghorn_model, prompts, trainer
+from tests.grpo.support import adapter_weights, config, prompts, pronghorn_model, trainer
 from tests.helpers import tiny_tokenizer
 
 TINY = Path(pronghorn.__file__).parent / "assets" / "tiny-arithmetic"
@@ -132,7 +132,10 @@ def held_out(**options: Any) -> AccuracyEval:
 
 
 def test_a_run_with_evaluation_ends_with_the_weights_of_a_run_without(tmp_path: Path) -> None:
-    plain, watched = run(tmp_path / "plain", None, logging_steps=2), run(tmp_path / "watched", held_out(every=1), logging_steps=2)
+    plain, watched = (
+        run(tmp_path / "plain", None, logging_steps=2),
+        run(tmp_path / "watched", held_out(every=1), logging_steps=2),
+    )
     assert plain.model.training and watched.model.training
     for name, weights in adapter_weights(plain.model).items():
         assert torch.equal(weights, adapter_weights(watched.model)[name]), name

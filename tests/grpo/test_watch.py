@@ -70,8 +70,14 @@ def test_the_study_s_own_runs_are_left_alone() -> None:
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "frac_reward_zero_std": ({"value": 0.9}, "8\\d% of the groups have no spread.*num_generations"),
     "entropy": ({"value": 0.004}, "entropy collapsed from 0.5\\d+ to 0.0\\d+ nats.*learning rate"),
-    "completions/clipped_ratio": ({"value": 0.75}, "[56]\\d% of the completions hit max_completion_length.*mask_truncated"),
-    "sampling/sampling_logp_difference/mean": ({"value": 0.3}, "differ by 0.1\\d+ nats a token.*importance_sampling_correction"),
+    "completions/clipped_ratio": (
+        {"value": 0.75},
+        "[56]\\d% of the completions hit max_completion_length.*mask_truncated",
+    ),
+    "sampling/sampling_logp_difference/mean": (
+        {"value": 0.3},
+        "differ by 0.1\\d+ nats a token.*importance_sampling_correction",
+    ),
 }
 
 
@@ -126,8 +132,8 @@ def test_accuracy_is_not_cried_over(fall: float, rise: float, problems: int) -> 
 
 
 def test_chance_alone_seldom_warns() -> None:
-    """Accuracy that only fluctuates while the reward rises, ten evaluations of the same 500 problems, of which the model
-    solves some nearly always, some nearly never and a fifth by chance: under 1% of 300 runs are warned about."""
+    """Ten evaluations of the same 500 problems, of which the model solves some nearly always, some nearly never and a
+    fifth by chance, while the reward rises: under 1% of 300 runs are warned about."""
     alarms = 0
     for seed in range(300):
         draw = random.Random(seed)
