@@ -137,12 +137,13 @@ def trl_side(line: Any, options: dict[str, Any], seed: int, folder: str) -> None
     import transformers
     from trl import GRPOConfig, GRPOTrainer
 
+    from pronghorn.models import state_of
     from pronghorn.rewards.gsm8k import FIVE_REWARDS
 
     train, held = problems(options, seed)
     twin, tokenizer = load(options, seed)  # evaluates; and gives the adapter to begin with
     twin.save_lora(str(Path(folder) / "start"))
-    device, dtype = next(twin.parameters()).device, twin.dtype
+    device, dtype = next(twin.parameters()).device, state_of(twin).compute_dtype
     base = transformers.AutoModelForCausalLM.from_pretrained(options["model"], dtype=dtype).to(device)
     model = peft.PeftModel.from_pretrained(base, Path(folder) / "start", is_trainable=True)
     asked = accuracy(options, held)

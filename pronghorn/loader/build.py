@@ -42,9 +42,9 @@ _HEADS = {"score.weight", "lm_head.weight"}
 
 
 def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool, num_labels: int | None = None) -> Any:
-    """The ``*ForCausalLM`` of ``config``, or with ``num_labels`` the ``*ForSequenceClassification``, on the meta device.
+    """The ``*ForCausalLM`` of ``config`` on the meta device: no memory, no initialization.
 
-    It takes no memory and no initialization.
+    With ``num_labels`` it is the ``*ForSequenceClassification``.
     """
     auto: Any = AutoModelForCausalLM
     if num_labels is not None:

@@ -31,7 +31,7 @@ def pairs(count: int = 12) -> Dataset:
 
 
 def trainer(model: Any, tokenizer: Any, folder: Path, **args: Any) -> DPOTrainer:
-    settings = {**PLAIN_SETTINGS, "max_steps": 3, "max_length": 256, **args}
+    settings = {**PLAIN_SETTINGS, "max_steps": 2, "max_length": 256, **args}
     return DPOTrainer(
         model=model, processing_class=tokenizer, train_dataset=pairs(),
         args=DPOConfig(output_dir=str(folder), **settings),
