@@ -29,6 +29,7 @@ import pronghorn
 from benchmarks.learning_plots import draw
 from benchmarks.learning_sides import SIDES
 from benchmarks.learning_summary import summarize, write_results
+from benchmarks.results import current_commit
 
 TINY = Path(pronghorn.__file__).parent / "assets" / "tiny-arithmetic"
 ROOT = Path(__file__).resolve().parent
@@ -53,6 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eval-every", type=int, default=10, help="steps between evaluations")
     parser.add_argument("--threads", type=int, default=1, help="of each side, on the CPU")
     parser.add_argument("--output", default=str(ROOT.parent / "docs" / "study"))
+    parser.add_argument("--commit", help="what is measured, where this is no git checkout")
     return parser.parse_args()
 
 
@@ -87,6 +89,7 @@ def take_turns(options: dict[str, Any], seed: int, folder: Path) -> dict[str, li
 
 def main() -> None:
     options = vars(arguments())
+    commit = options.pop("commit") or current_commit()
     output = Path(options["output"])
     output.mkdir(parents=True, exist_ok=True)
     device = "cpu"
@@ -101,7 +104,9 @@ def main() -> None:
         runs.append({"seed": seed, "sides": records})
         settings = {**options, "model": Path(options["model"]).name, "machine": platform.processor() or device}
         del settings["output"]
-        study = {"settings": settings, "device": device, "runs": runs, **summarize(runs)}
+        study = {
+            "settings": settings, "device": device, "commit": commit, "runs": runs, **summarize(runs)
+        }  # fmt: skip
         path.write_text(json.dumps(study, indent=1) + "\n")  # after each seed: a cut-off study is not lost
         draw(study, path.with_suffix(".png"))
     write_results(study, ROOT / "results" / device / "learning.json")

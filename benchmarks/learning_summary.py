@@ -77,6 +77,7 @@ def write_results(study: dict[str, Any], path: Path) -> None:
     written = {
         "gpu": study["device"],
         **{name: importlib.metadata.version(name) for name in ("torch",)},
+        "commit": study.get("commit", ""),
         "date": datetime.date.today().isoformat(),
         "peers": {name: importlib.metadata.version(name) for name in PACKAGES if name != "torch"},
         "settings": study["settings"],

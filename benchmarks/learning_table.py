@@ -1,4 +1,4 @@
-"""The table of ``docs/learning.md`` from a study's JSON: ``python -m benchmarks.learning_table`` (``--check`` compares)."""
+"""The table of ``docs/learning.md`` from a study's JSON: ``python -m benchmarks.learning_table`` (``--check``)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ _ROWS = {
     "accuracy_before": ("held-out accuracy before", "{:.1%}"),
     "accuracy_after": ("held-out accuracy after", "{:.1%}"),
     "accuracy_mean": ("held-out accuracy, mean of the evaluations since", "{:.1%}"),
-    "seconds": ("seconds of all steps", "{:.0f}"),
-    "step_s_median": ("seconds of a step, median", "{:.2f}"),
+}
+# Under the load that the machine had, which differed between seeds: an interval over them would be the load's.
+_LOADED = {
+    "seconds": ("seconds of all steps, under load", "{:.0f}"),
+    "step_s_median": ("seconds of a step, median, under load", "{:.2f}"),
 }
 
 
@@ -38,6 +41,9 @@ def table(study: dict[str, Any]) -> str:
         difference = summary.get(f"difference_{metric}")
         cells.append(_shown(difference, form.replace("{:", "{:+")) if difference else "")
         lines.append(f"| {words} | {' | '.join(cells)} |")
+    for metric, (words, form) in _LOADED.items():
+        cells = [form.format(summary[side][metric][0]) for side in ("pronghorn", "trl")]
+        lines.append(f"| {words} | {' | '.join(cells)} |  |")
     ratio = _shown(summary["speedup"], "{:.2f}")
     return "\n".join([*lines, "", f"TRL's seconds over Pronghorn's, all steps, paired: {ratio}."])
 

@@ -33,7 +33,7 @@ def test_interval_is_students() -> None:
         mean = sum(values) / len(values)
         error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
         wanted = (mean, mean - quantile * error, mean + quantile * error)
-        assert interval(values) == pytest.approx(wanted, rel=1e-4)
+        assert interval(values) == pytest.approx(wanted, rel=3e-4)  # quantiles have four digits
 
 
 def test_numbers_of_a_run_and_of_the_study() -> None:
