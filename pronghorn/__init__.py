@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AccuracyCallback": "pronghorn.grpo.accuracy_callback",
+    "AccuracyEval": "pronghorn.grpo.evaluation",
     "FastLanguageModel": "pronghorn.api",
     "PatchFastRL": "pronghorn.api",
     "plan": "pronghorn.api",
@@ -24,8 +26,9 @@ _PUBLIC = {
 
 _MODULES = ("optim",)
 
-__all__ = ["ConfigError", "FastLanguageModel", "GRPOConfig", "GRPOTrainer", "PatchFastRL", "SamplingParams",
-           "is_bfloat16_supported", "optim", "plan", "train_on_responses_only"]  # fmt: skip
+__all__ = ["AccuracyCallback", "AccuracyEval", "ConfigError", "FastLanguageModel", "GRPOConfig", "GRPOTrainer",
+           "PatchFastRL", "SamplingParams", "is_bfloat16_supported", "optim", "plan",
+           "train_on_responses_only"]  # fmt: skip
 
 if TYPE_CHECKING:
     from . import optim
@@ -33,7 +36,9 @@ if TYPE_CHECKING:
     from .config.errors import ConfigError
     from .config.sampling import SamplingParams
     from .env import is_bfloat16_supported
+    from .grpo.accuracy_callback import AccuracyCallback
     from .grpo.config import GRPOConfig
+    from .grpo.evaluation import AccuracyEval
     from .grpo.trainer import GRPOTrainer
     from .sft.responses import train_on_responses_only
 

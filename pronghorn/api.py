@@ -192,10 +192,11 @@ def PatchFastRL(algorithm: str = "GRPO", FastLanguageModel: Any = None, mode: st
     Args:
         algorithm: ``"GRPO"``.
         FastLanguageModel: accepted as scripts pass it; nothing depends on it.
-        mode: ``"native"``.
+        mode: ``"native"``: the names in ``trl`` and ``trl.trainer`` are Pronghorn's. ``"stock"``: they stay TRL's, and
+            TRL's trainer with ``use_vllm=True`` samples with Pronghorn's engine on the weights that it trains.
 
     Raises:
-        ConfigError: another algorithm or mode.
+        ConfigError: another algorithm or mode, or (``"stock"``) a TRL that the engine does not know how to serve.
     """
     from .grpo.trl_adapter import patch
 

@@ -223,7 +223,9 @@ BAD: dict[str, tuple[Any, str]] = {
     "unknown-family": (lambda f: _edit(f / "config.json", model_type="mamba"), "'mamba' is not a family.*known: llama"),
     "no-family": (lambda f: (f / "config.json").write_text("{}"), "is not a family"),
     "no-causal-lm": (
-        lambda f: _edit(f / "config.json", architectures=["LlamaForSequenceClassification"]), "not a causal language"),
+        lambda f: _edit(f / "config.json", architectures=["LlamaForTokenClassification"]), "not a causal language"),
+    "classifier": (
+        lambda f: _edit(f / "config.json", architectures=["LlamaForSequenceClassification"]), "pass num_labels="),
     "gptq": (lambda f: _edit(f / "config.json", quantization_config={"quant_method": "gptq"}), "quant_method='gptq'"),
     "missing-shard": (lambda f: _shard(f).unlink(), "is partial: .* names 'model-00002-of"),
     "damaged-index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "index.json.*damaged"),

@@ -15,6 +15,7 @@ GROUND = {"config", "env"}
 MAY_IMPORT = {
     "config": set(),
     "env": {"config"},
+    "stats": set(),
     "kernels": GROUND,
     "quant": GROUND | {"kernels"},
     "optim": GROUND | {"kernels"},
@@ -24,10 +25,11 @@ MAY_IMPORT = {
     "loader": GROUND | {"kernels", "quant", "weights", "lora", "models"},
     "data": GROUND,
     "rewards": GROUND,
-    "report": GROUND,
+    "report": GROUND | {"stats"},
     "export": GROUND | {"quant", "weights", "lora", "models"},
     "rollout": GROUND | {"data", "kernels", "quant", "lora", "models", "loader"},
-    "grpo": GROUND | {"weights", "kernels", "quant", "optim", "lora", "models", "loader", "rollout", "rewards", "data"},
+    "grpo": GROUND
+    | {"stats", "weights", "kernels", "quant", "optim", "lora", "models", "loader", "rollout", "rewards", "data"},
     "sft": GROUND | {"kernels", "quant", "optim", "lora", "models", "loader", "data"},
     "doctor": GROUND | {"kernels"},
 }

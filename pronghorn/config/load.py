@@ -18,6 +18,8 @@ class LoadConfig:
         dtype: compute dtype, a torch dtype or its name; None picks bfloat16, float16 or float32 by what the device has.
         load_in_4bit: NF4 base weights with double quantization (QLoRA, arXiv:2305.14314).
         full_finetuning: train every weight; needs 16-bit weights.
+        num_labels: load as a sequence classifier with so many scores a sequence, as TRL's RewardTrainer trains with 1;
+            the ``score`` head is drawn from ``random_state`` where the files have none. None loads the language model.
         fast_inference: allocate the rollout engine at load instead of at first use.
         max_lora_rank: the largest rank that ``get_peft_model`` accepts.
         gpu_memory_utilization: most of the GPU's memory that KV cache and weights may fill, in (0, 1].
@@ -30,6 +32,7 @@ class LoadConfig:
     load_in_4bit: bool = True
     load_in_8bit: bool = False
     full_finetuning: bool = False
+    num_labels: int | None = None
     fast_inference: bool = False
     max_lora_rank: int = 64
     gpu_memory_utilization: float = 0.6
@@ -51,6 +54,13 @@ class LoadConfig:
             raise ConfigError(
                 "from_pretrained: full_finetuning=True cannot train load_in_4bit=True weights, which are frozen codes; "
                 "pass load_in_4bit=False, or full_finetuning=False and add LoRA"
+            )
+        if self.num_labels is not None and self.num_labels < 1:
+            raise ConfigError(f"from_pretrained: num_labels={self.num_labels} is out of range; give 1 or more, or None")
+        if self.num_labels is not None and self.fast_inference:
+            raise ConfigError(
+                f"from_pretrained: fast_inference=True with num_labels={self.num_labels}: a classifier generates "
+                "nothing; leave one of them out"
             )
         if self.max_seq_length is not None and self.max_seq_length < 2:
             raise ConfigError(f"from_pretrained: max_seq_length={self.max_seq_length} is too small; give 2 or more")

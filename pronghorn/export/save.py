@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 from ..config.errors import ConfigError, nearest
 from ..lora.active import adapter_names, live_names
 from ..lora.io import is_adapter_folder, save_lora
-from ..models import Source, spec_for, state_of, unwrap
+from ..models import Source, is_classifier, spec_for, state_of, unwrap
 from ..weights.folder import check_target, whole_folder
 from . import card
 from .changes import Changes
@@ -55,6 +55,11 @@ def save_merged(
     if save_method == "lora":
         _save_adapter(model, tokenizer, folder)
         return
+    if is_classifier(model):
+        raise ConfigError(
+            f"save_method={save_method!r} merges language models; save a classifier's adapter and head with 'lora' "
+            "(plain PEFT reads them), or the whole with model.merge_and_unload().save_pretrained(folder)"
+        )
     source = state_of(model).source
     original = original_of(model, base, dequantize_base)
     changes = Changes(model)

@@ -8,6 +8,7 @@ from typing import Any
 from trl.trainer.grpo_config import GRPOConfig as TRLGRPOConfig
 
 from ..config.errors import ConfigError, reject_unknown
+from ..config.watch import WatchConfig
 from ..rewards.policy import POLICIES
 from .correction import MODES
 from .losses import LEVELS, LOSSES
@@ -73,6 +74,8 @@ class GRPOConfig(TRLGRPOConfig):
         reward_timeout: seconds that a worker's call on a batch may take; None is 60. Needs ``reward_workers``.
         reward_on_error: of a completion whose reward function fails: ``"raise"``, ``"nan"`` (it gets no advantage) or
             ``"zero"`` (0.0 from this function).
+        watch: thresholds of the warnings about a run that does not learn, where they differ from
+            :class:`pronghorn.config.watch.WatchConfig`'s; ``{"enabled": False}`` for none.
         translations: the lines printed so far.
 
     Raises:
@@ -102,6 +105,9 @@ class GRPOConfig(TRLGRPOConfig):
     reward_on_error: str = field(
         default="raise", metadata={"help": "What a failing row becomes: raise, nan (no advantage) or zero."}
     )
+    watch: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Thresholds of the warnings about a run that does not learn, by name."}
+    )
     translations: list[str] | None = field(
         default=None, metadata={"help": "Lines that earlier initialisations of this config printed."}
     )
@@ -115,6 +121,7 @@ class GRPOConfig(TRLGRPOConfig):
         lines = before_checks(self)
         super().__post_init__()
         self._refuse_what_has_no_effect()
+        WatchConfig.of(self.watch)
         said = list(self.translations or [])
         for line in [*lines, batch_line(self)]:
             if line not in said:

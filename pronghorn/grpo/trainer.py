@@ -12,9 +12,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 
 from ..config.errors import ConfigError
+from ..config.watch import WatchConfig
 from ..rewards.runner import RewardRunner
+from .accuracy_callback import AccuracyCallback
 from .config import GRPOConfig
 from .data import as_dataset
+from .evaluation import AccuracyEval
 from .loss_step import LossStep, window_of
 from .losses import Window
 from .metrics import History, Metrics
@@ -26,6 +29,7 @@ from .sampling_loop import SamplingLoop, request_seed
 from .saving import SavingMixin
 from .setup import as_config, as_model, check_precision, check_reference, prompt_encoder
 from .translate import plain
+from .watch_callback import WatchCallback
 
 TRAIN, EVAL = "train", "eval"
 
@@ -47,6 +51,7 @@ class GRPOTrainer(SavingMixin, Trainer):
         processing_class: the tokenizer; by default the one that the model was loaded with.
         callbacks, optimizers: as in transformers' Trainer.
         peft_config: a ``peft.LoraConfig`` to wrap the model with.
+        accuracy_eval: an :class:`AccuracyEval`: held-out accuracy before, every ``eval_steps``, and after training.
 
     Where it departs from TRL: gradient accumulation is exact by tokens (denominators span the optimizer step, for every
     loss type), the sampler correction always applies, on-policy steps take the trainer's log-probabilities from the
@@ -69,6 +74,7 @@ class GRPOTrainer(SavingMixin, Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
+        accuracy_eval: AccuracyEval | None = None,
     ) -> None:
         args = as_config(args, model)
         set_seed(args.seed)
@@ -115,6 +121,10 @@ class GRPOTrainer(SavingMixin, Trainer):
         self.loss_step = LossStep(args, self.model)
         self.history = History(f"{args.output_dir}/metrics.jsonl")
         self.completions = History(f"{args.output_dir}/completions.jsonl")
+        if accuracy_eval is not None:
+            accuracy_eval.check(self.model)
+            self.add_callback(AccuracyCallback(accuracy_eval, self.log_apart))
+        self.add_callback(WatchCallback(WatchConfig.of(args.watch), self.history.append))
 
     # Data
 
@@ -276,6 +286,11 @@ class GRPOTrainer(SavingMixin, Trainer):
         super().log(logs, start_time)
         self.history.append({"step": self.state.global_step, **logs})
         self._show_samples()
+
+    def log_apart(self, logs: dict[str, Any]) -> None:
+        """Log numbers that were not gathered between two logs, which stay gathered."""
+        super().log(logs)
+        self.history.append({"step": self.state.global_step, **logs})
 
     def _show_samples(self) -> None:
         """The table of the last generation, at the first step and every ``log_completions_steps``."""

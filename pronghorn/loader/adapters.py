@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -12,7 +13,7 @@ from ..config.errors import ConfigError
 from ..config.lora import LoraDefaults
 from ..lora.config import lora_config
 from ..lora.masters import keep_masters
-from ..models import attach, state_of, unwrap
+from ..models import attach, is_classifier, state_of, unwrap
 
 
 def get_peft_model(model: nn.Module, **options: Any) -> Any:
@@ -24,7 +25,8 @@ def get_peft_model(model: nn.Module, **options: Any) -> Any:
 
     Returns:
         A ``peft.PeftModelForCausalLM`` in training mode. A, B and ``modules_to_save`` are float32 masters; A is drawn
-        from ``random_state`` without moving torch's generator, B is zero.
+        from ``random_state`` without moving torch's generator, B is zero. Of a classifier (``num_labels=``) a copy of
+        the ``score`` head trains too, and the wrapper is PEFT's for sequence classification.
 
     Raises:
         ConfigError: an unknown option, target module or start, a rank over ``max_lora_rank``, a model that already
@@ -36,6 +38,11 @@ def get_peft_model(model: nn.Module, **options: Any) -> Any:
         raise ConfigError("get_peft_model: this model already has an adapter; load the base model again")
     if state.full_finetuning:
         raise ConfigError("get_peft_model: the model was loaded with full_finetuning=True; load it without")
+    if is_classifier(model):
+        if settings.task_type == "CAUSAL_LM":
+            settings = replace(settings, task_type="SEQ_CLS")
+        if "score" not in (settings.modules_to_save or []):
+            settings = replace(settings, modules_to_save=[*(settings.modules_to_save or []), "score"])
     config = lora_config(model, settings, state.max_lora_rank)
     with torch.random.fork_rng(devices=[]):  # A is drawn on the CPU
         torch.manual_seed(settings.random_state)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from ..config.errors import ConfigError
 from ..models import ModelSpec
@@ -27,24 +27,36 @@ class Plan:
         parts: for each of these, the names of the tensors it consists of.
         tied: names that no file holds because they share another's tensor.
         ignored: names in the files that transformers, too, passes over.
+        fresh: names that no file holds and that are drawn anew: a classifier's head.
     """
 
     quantized: set[str] = field(default_factory=set)
     parts: dict[str, set[str]] = field(default_factory=dict)
     tied: set[str] = field(default_factory=set)
     ignored: set[str] = field(default_factory=set)
+    fresh: set[str] = field(default_factory=set)
 
 
-def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The ``*ForCausalLM`` of ``config`` on the meta device: no memory, no initialization."""
+_HEADS = {"score.weight", "lm_head.weight"}
+"""A classifier's head, which a language model's files do not hold, and a language model's, which it does not need."""
+
+
+def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool, num_labels: int | None = None) -> Any:
+    """The ``*ForCausalLM`` of ``config`` on the meta device: no memory, no initialization.
+
+    With ``num_labels`` it is the ``*ForSequenceClassification``.
+    """
+    auto: Any = AutoModelForCausalLM
+    if num_labels is not None:
+        auto, config.num_labels = AutoModelForSequenceClassification, num_labels
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
-        )
+        return auto.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code)
 
 
-def plan_fill(model: nn.Module, shards: list[Shard], folder: Path) -> Plan:
+def plan_fill(model: nn.Module, shards: list[Shard], folder: Path, classifier: bool = False) -> Plan:
     """Compare the files with the empty model, before anything is read.
+
+    A ``classifier`` may be filled from a language model's files: its own head is then fresh, theirs ignored.
 
     Raises:
         ConfigError: a missing tensor (by name), one of the wrong shape, one that does not belong to the model, or one
@@ -67,6 +79,9 @@ def plan_fill(model: nn.Module, shards: list[Shard], folder: Path) -> Plan:
     missing = {name for name in expected if name not in held}
     plan.tied = {name for pair in tied.items() for name in pair if name in missing and (set(pair) - missing)}
     missing -= plan.tied
+    if classifier:
+        plan.fresh = missing & _HEADS
+        missing -= plan.fresh
     if missing:
         first = sorted(missing)[0]
         raise ConfigError(
@@ -74,14 +89,15 @@ def plan_fill(model: nn.Module, shards: list[Shard], folder: Path) -> Plan:
             "tensors missing); copy or download it again"
         )
     patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq"]
+    passed_over = _HEADS if classifier else set()
     for name in sorted(set(held) - set(expected) - of_quantized):
-        if not any(re.search(pattern, name) for pattern in patterns):
+        if name not in passed_over and not any(re.search(pattern, name) for pattern in patterns):
             raise ConfigError(
                 f"folder={str(folder)!r} holds {name!r}, which {type(model).__name__} has no place for; "
                 "config.json does not describe these weights"
             )
         plan.ignored.add(name)
-    for name in set(expected) - plan.quantized - plan.tied:
+    for name in set(expected) - plan.quantized - plan.tied - plan.fresh:
         if tuple(held[name].shape) != tuple(expected[name].shape):
             raise ConfigError(
                 f"folder={str(folder)!r}: {name!r} has shape {tuple(held[name].shape)}, config.json asks for "

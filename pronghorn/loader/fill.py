@@ -20,7 +20,8 @@ def fill(model: Any, shards: list[Shard], plan: Plan, device: torch.device, dtyp
     """Put every tensor of ``shards`` in its place on ``device`` and return each file's fingerprint.
 
     Plain tensors are cast to ``dtype``; weights of a ``Linear4bit`` are quantized from the dtype of the file, one at a
-    time, so that no more than a few 16-bit weights exist at once. Tensors in the 4-bit format are taken as they are.
+    time, so that no more than a few 16-bit weights exist at once. Tensors in the 4-bit format are taken as they are;
+    fresh ones are drawn from torch's CPU generator, normal with the config's ``initializer_range``.
 
     Raises:
         ConfigError: something stayed empty, naming it.
@@ -39,6 +40,10 @@ def fill(model: Any, shards: list[Shard], plan: Plan, device: torch.device, dtyp
                 _linear(model, name).load_nf4(from_bnb(name, waiting.pop(name)))
             continue
         _place(model, entry.name, tensor, dtype)
+    for name in sorted(plan.fresh):
+        shape = model.get_parameter(name).shape
+        drawn = torch.randn(shape, dtype=torch.float32) * model.config.get_text_config().initializer_range
+        _place(model, name, drawn.to(device), dtype)
     model.tie_weights(missing_keys=set(plan.tied))
     rebuild_buffers(model, device)
     empty = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]

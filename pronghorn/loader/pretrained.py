@@ -13,7 +13,7 @@ from transformers import AutoConfig, GenerationConfig
 from ..config.errors import ConfigError
 from ..config.load import LoadConfig
 from ..env import Machine
-from ..models import ModelState, Source, attach, spec_for
+from ..models import ModelSpec, ModelState, Source, attach, spec_for
 from ..models.state import ATTRIBUTE
 from ..quant.linear4bit import Linear4bit
 from ..weights.locate import Located, fetch_weights, locate
@@ -33,7 +33,8 @@ def from_pretrained(config: LoadConfig) -> tuple[Any, Any]:
     ``load_in_4bit`` the projections are quantized there, one at a time. Its name, config and generation config stay.
 
     Returns:
-        ``(model, tokenizer)``: a transformers ``*ForCausalLM`` in evaluation mode with Pronghorn attached, all weights
+        ``(model, tokenizer)``: a transformers ``*ForCausalLM`` (with ``num_labels`` a
+        ``*ForSequenceClassification``) in evaluation mode with Pronghorn attached, all weights
         frozen unless ``full_finetuning``.
 
     Raises:
@@ -50,13 +51,14 @@ def from_pretrained(config: LoadConfig) -> tuple[Any, Any]:
     located = locate(config.model_name, revision=config.revision, code=config.trust_remote_code, **access)
     model_config = _read_config(located, config.trust_remote_code)
     spec = spec_for(model_config)
+    _check_head(spec, model_config, config)
     prequantized = _prequantized(model_config, config, located.folder)
     fetch_weights(located, **access)
     shards = read_shards(located.folder)
     tokenizer = load_tokenizer(located.folder, config.trust_remote_code)
     torch.manual_seed(config.random_state)
-    model = build_empty(model_config, dtype, config.trust_remote_code)
-    plan = plan_fill(model, shards, located.folder)
+    model = build_empty(model_config, dtype, config.trust_remote_code, config.num_labels)
+    plan = plan_fill(model, shards, located.folder, classifier=config.num_labels is not None)
     in_4bit = config.load_in_4bit and (put_linear4bit(model, spec, plan, prequantized, dtype) > 0)
     fingerprints = fill(model, shards, plan, device, dtype)
 
@@ -86,13 +88,24 @@ def from_pretrained(config: LoadConfig) -> tuple[Any, Any]:
     )
     attach(model)
     pad = choose_pad(tokenizer, _end_ids(model), model.get_input_embeddings().num_embeddings)
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if _generates(model):
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the 16-bit weights that were quantized
     for line in (note, capped, pad, _summary(model, here, device, prequantized, time.perf_counter() - started)):
         if line:
             print(line, flush=True)
     return model, tokenizer
+
+
+def _check_head(spec: ModelSpec, model_config: Any, config: LoadConfig) -> None:
+    """A saved classifier is not loaded as a language model, whose head its files do not hold."""
+    saved = set(getattr(model_config, "architectures", None) or [])
+    if config.num_labels is None and saved and not saved & set(spec.architectures):
+        raise ConfigError(
+            f"model_name={config.model_name!r} holds a {', '.join(sorted(saved))}; pass num_labels= to load it as that"
+        )
 
 
 def _read_config(located: Located, trust_remote_code: bool) -> Any:
@@ -154,14 +167,21 @@ def _prequantized(model_config: Any, config: LoadConfig, folder: Path) -> bool:
 
 def _set_generation(model: Any, tokenizer: Any, folder: Path) -> None:
     """The folder's generation_config.json with all its end ids, or what the config gives."""
+    if not _generates(model):
+        return
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     if model.generation_config.eos_token_id is None and tokenizer.eos_token_id is not None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
 
 
+def _generates(model: Any) -> bool:
+    """Whether it has a generation config: a classifier has none."""
+    return getattr(model, "generation_config", None) is not None
+
+
 def _end_ids(model: Any) -> list[int]:
-    ends = model.generation_config.eos_token_id
+    ends = (model.generation_config if _generates(model) else model.config).eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 

@@ -1,6 +1,7 @@
 """Model families, and the fast path that attaches to a transformers model without owning any of its weights."""
 
 from .attach import attach, detach, is_attached
+from .classifier import is_classifier
 from .registry import known_families, spec_for
 from .spec import ModelSpec
 from .state import ModelState, Source, state_of
@@ -13,6 +14,7 @@ __all__ = [
     "attach",
     "detach",
     "is_attached",
+    "is_classifier",
     "known_families",
     "spec_for",
     "state_of",

@@ -17,6 +17,7 @@ from ..config.errors import ConfigError
 from . import checkpointing
 from .attention import Attention
 from .causal_lm import causal_lm_forward
+from .classifier import classifier_forward, is_classifier
 from .packed_layer import ROUNDED, run_layer
 from .parts import release_held
 from .registry import spec_for
@@ -81,7 +82,9 @@ def _checkpointing_disable(self: Any) -> None:
 
 
 def attach(model: nn.Module) -> None:
-    """Give ``model`` (a supported ``*ForCausalLM``, or a PEFT model around one) Pronghorn's forward and loss.
+    """Give ``model`` Pronghorn's forward and loss.
+
+    It is a supported ``*ForCausalLM`` or ``*ForSequenceClassification``, or a PEFT model around one.
 
     Weights, names, config and state dict stay as they are. Calling it twice changes nothing.
 
@@ -90,14 +93,14 @@ def attach(model: nn.Module) -> None:
     """
     base = unwrap(model)
     spec = spec_for(base.config)
-    if type(base).__name__ not in spec.architectures:
+    if type(base).__name__ not in (*spec.architectures, *spec.classifiers):
         raise ConfigError(
             f"model={type(base).__name__} is not one that Pronghorn attaches to; expected one of "
-            f"{', '.join(spec.architectures)}"
+            f"{', '.join((*spec.architectures, *spec.classifiers))}"
         )
     for layer in base.model.layers:
         layer.forward = MethodType(_layer_forward, layer)
-    base.forward = MethodType(causal_lm_forward, base)
+    base.forward = MethodType(classifier_forward if is_classifier(base) else causal_lm_forward, base)
     base.gradient_checkpointing_enable = MethodType(_checkpointing_enable, base)
     base.gradient_checkpointing_disable = MethodType(_checkpointing_disable, base)
     state: ModelState | None = getattr(base, ATTRIBUTE, None)

@@ -60,7 +60,7 @@ def say_once(model: Any, line: str) -> None:
         print(f"Pronghorn: {line}", flush=True)
 
 
-def _own_precision(model: Any, device: torch.device) -> torch.autocast:
+def own_precision(model: Any, device: torch.device) -> torch.autocast:
     """Autocast off: the model computes in the dtype it was loaded in, and its kernels cast by themselves."""
     if torch.is_autocast_enabled(device.type):
         asked, own = torch.get_autocast_dtype(device.type), model.dtype
@@ -93,7 +93,7 @@ def causal_lm_forward(
         reason = not_packable(self, input_ids, attention_mask, position_ids, past_key_values, kwargs)
         if reason is None:
             assert input_ids is not None
-            with _own_precision(self, input_ids.device):
+            with own_precision(self, input_ids.device):
                 if kwargs.get("token_scores"):
                     return token_scores(self, input_ids, attention_mask, position_ids, labels)
                 denominator = kwargs.get("num_items_in_batch")

@@ -57,4 +57,5 @@ SPEC = ModelSpec(
     projections=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     block=block,
     read_parts=parts,
+    classifiers=("LlamaForSequenceClassification",),
 )

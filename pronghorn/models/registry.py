@@ -34,9 +34,9 @@ def spec_for(config: Any) -> ModelSpec:
     module = importlib.import_module(f".{_FAMILIES[model_type]}", __package__)
     spec: ModelSpec = module.SPEC
     architectures = getattr(config, "architectures", None) or []
-    if architectures and not set(architectures) & set(spec.architectures):
+    if architectures and not set(architectures) & {*spec.architectures, *spec.classifiers}:
         raise ConfigError(
-            f"architectures={architectures!r} of model_type={model_type!r} is not a causal language model; "
-            f"expected one of {', '.join(spec.architectures)}"
+            f"architectures={architectures!r} of model_type={model_type!r} is not a causal language model, nor a "
+            f"sequence classifier; expected one of {', '.join((*spec.architectures, *spec.classifiers))}"
         )
     return spec

@@ -26,6 +26,7 @@ class ModelSpec:
         family: the name that messages use.
         model_types: values of ``config.model_type`` that it serves.
         architectures: transformers' classes that it serves.
+        classifiers: those that score sequences with the same layers (``num_labels=``).
         projections: names of the linear layers inside a decoder layer: what NF4 replaces and LoRA may target.
         block: the decoder layer as a function of packed tokens.
         read_parts: a decoder layer's pieces for the fused path, or in words why its own sub-modules have to be called.
@@ -39,6 +40,7 @@ class ModelSpec:
     block: Block = field(repr=False)
     read_parts: Callable[[Any], Parts | str] = field(repr=False)
     logit_scale: float = 1.0
+    classifiers: tuple[str, ...] = ()
 
     def is_projection(self, module_name: str) -> bool:
         """Whether the dotted ``module_name`` of the ForCausalLM is a projection inside a decoder layer."""

@@ -55,6 +55,9 @@ def render(run: Run) -> str:
         _section("Environment", _table(run.environment, "environment.json")),
         _section("Summary", _table(run.summary, "summary.json")),
     ]
+    if run.warnings:
+        items = "".join(f"<li>Step {escape(str(step))}: {escape(text)}</li>" for step, text in run.warnings)
+        sections.insert(1, f'<section class="notes"><h2>Warnings of this run</h2><ul>{items}</ul></section>')
     if notes:
         items = "".join(f"<li>{escape(note)}</li>" for note in notes)
         sections.insert(1, f'<section class="notes"><h2>Missing from this run</h2><ul>{items}</ul></section>')

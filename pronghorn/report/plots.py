@@ -38,7 +38,8 @@ def figures(run: Run) -> tuple[list[str], list[str]]:
     """(``<figure>`` elements, captions of the plots that the run recorded nothing for)."""
     drawn: list[str] = []
     absent: list[str] = []
-    candidates = [accuracy(run), reward(run), reward_functions(run)]
+    measured = [accuracy_over_steps(run)] if run.names("eval_accuracy") else []  # not every run is asked for it
+    candidates = [accuracy(run), *measured, reward(run), reward_functions(run)]
     for name, caption, unit, metrics in _OVER_STEPS:
         candidates.append((caption, _over_steps(run, name, caption, unit, metrics)))
     for caption, svg in candidates:
@@ -84,6 +85,31 @@ def accuracy(run: Run) -> tuple[str, str | None]:
         axes.set_xlabel(f"share of {problems} problems" if problems else "share of the problems")
 
     return caption, inline_svg("accuracy", caption, draw)
+
+
+def accuracy_over_steps(run: Run) -> tuple[str, str | None]:
+    """Held-out accuracy where it was measured during training, with its 95% interval, and pass@k and maj@k."""
+    caption = "Held-out accuracy during training (band: 95% interval)"
+    steps, shares = run.series("eval_accuracy")
+    if not steps:
+        return caption, None
+    low, high = (dict(zip(*run.series(f"eval_accuracy_{end}"), strict=True)) for end in ("low", "high"))
+    others = [*run.names("eval_pass@"), *run.names("eval_maj@")][: _MOST_SERIES - 1]
+
+    def draw(axes: Any) -> None:
+        known = [step for step in steps if step in low and step in high]
+        if known:
+            band = [low[step] for step in known], [high[step] for step in known]
+            axes.fill_between(known, *band, color=SERIES[0], alpha=0.15, linewidth=0)
+        _line(axes, steps, shares, SERIES[0], "accuracy")
+        for color, name in zip(SERIES[1:], others, strict=False):
+            _line(axes, *run.series(name), color, name.removeprefix("eval_"))
+        _step_axes(axes, "share of the problems")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        if others:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9.5, borderaxespad=0.2)
+
+    return caption, inline_svg("accuracy-steps", caption, draw)
 
 
 def share_interval(summary: dict[str, Any], name: str) -> tuple[float, float] | None:

@@ -35,6 +35,11 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def warnings(self) -> list[tuple[Any, str]]:
+        """(step, text) of what the run was warned about."""
+        return [(line.get("step", "?"), str(line["warning"])) for line in self.metrics if "warning" in line]
+
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """(steps, values) of the metric ``name``: finite numbers only, the last line of each step."""
         points: dict[float, float] = {}

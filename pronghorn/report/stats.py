@@ -1,37 +1,11 @@
-"""Intervals for a share, and the split of a gain in accuracy into format and arithmetic."""
+"""The split of a gain in accuracy into format and arithmetic, beside the interval of a share."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_Z95 = 1.959963984540054  # the 97.5% quantile of the standard normal distribution
-
-
-def wilson_interval(successes: int, n: int, z: float = _Z95) -> tuple[float, float]:
-    """The Wilson score interval of a binomial share (Wilson 1927, JASA 22:209; eq. 4 of Brown et al. 2001).
-
-    Args:
-        successes: from 0 to ``n``.
-        n: trials, 1 or more.
-        z: normal quantile; the default gives 95%.
-
-    Returns:
-        (low, high), shares in [0, 1].
-
-    Raises:
-        ValueError: counts out of range.
-    """
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"successes={successes}, n={n}: give n of 1 or more and successes from 0 to n")
-    share = successes / n
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    centre = share + z * z / (2 * n)
-    scale = 1 + z * z / n
-    low = 0.0 if successes == 0 else (centre - spread) / scale
-    high = 1.0 if successes == n else (centre + spread) / scale
-    return low, high
+from ..stats import wilson_interval as wilson_interval
 
 
 @dataclass(frozen=True)

@@ -134,8 +134,12 @@ def engine_of(model: Any, tokenizer: Any) -> Engine:
 
     ``model`` may since have been wrapped by PEFT; the engine goes on with the wrapper given here.
     """
-    from ..models.state import state_of  # torch: the results above are also read where there is none
+    from ..models import is_classifier, state_of  # torch: the results above are also read where there is none
 
+    if is_classifier(model):
+        raise ConfigError(
+            f"model={type(model).__name__} scores sequences and generates none; load it without num_labels"
+        )
     state = state_of(model)
     if state.engine is None:
         state.engine = create("native", model, tokenizer)

@@ -39,6 +39,6 @@ def test_names_are_ours_after_patch_and_trls_after_unpatch() -> None:
 
 
 def test_other_modes_are_refused() -> None:
-    with pytest.raises(ConfigError, match="mode='stock'.*'native'"):
-        patch("stock")
+    with pytest.raises(ConfigError, match="mode='vllm'.*'native' or 'stock'"):
+        patch("vllm")
     assert not is_patched()
