@@ -71,11 +71,24 @@ def _qkv(
     return qkv_TO
 
 
+def _attended(groups: Groups, held: Held, o_TI: torch.Tensor, ordered: bool) -> Input:
+    """Attention's output as the input of its projection.
+
+    It lies in a tensor of its own, so the adapter's term is written first and the base's product adds onto it. Ordered,
+    it is copied to where ``x A^T`` fits beside it, and one accumulator sums both, as a rollout's few rows do.
+    """
+    if not ordered:
+        return Input(groups.o, held.o, o_TI)
+    given = Input(groups.o, held.o, rows=o_TI.shape[0], like=o_TI)
+    given.x_TI.copy_(o_TI)
+    return given
+
+
 def _o(
     groups: Groups, held: Held, o_TI: torch.Tensor, low_TR: torch.Tensor | None = None, ordered: bool = False
 ) -> torch.Tensor:
     """The output projection; writes ``low_TR`` where it is given."""
-    attended = Input(groups.o, held.o, o_TI)
+    attended = _attended(groups, held, o_TI, ordered)
     return project(attended, groups.o, attended.lower(groups.o, low_TR, ordered), held.o, ordered=ordered)
 
 
@@ -182,13 +195,16 @@ class _FusedBlock(torch.autograd.Function):
         del rest
         if qkv_TO is None:
             normed.restore(lows.qkv)
-            qkv_TO = _qkv(parts, groups, held, ctx.rope, normed, lows.qkv)
+            qkv_TO = _qkv(parts, groups, held, ctx.rope, normed, lows.qkv, ctx.attention.ordered)
         if o_TI is None:
             o_THE, stats = ctx.attention.forward(*_heads(parts, qkv_TO), parts.scale)
             o_TI = o_THE.reshape(T, -1)
             del o_THE
         if middle is None:
-            attended_TD = project(Input(groups.o, held.o, o_TI), groups.o, lows.o, held.o)
+            attended = _attended(groups, held, o_TI, ctx.attention.ordered)
+            attended.restore(lows.o)
+            attended_TD = project(attended, groups.o, lows.o, held.o, ordered=ctx.attention.ordered)
+            del attended
             middle = _middle(parts, groups, held, attended_TD, hidden_TD, saving.mlp_rows)
             del attended_TD
         dmiddle_TD, d_gate_up, d_down = mlp_backward(

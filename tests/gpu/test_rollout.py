@@ -26,7 +26,7 @@ def forced(model, prompt, tokens):
     row = torch.tensor(prompt + tokens, device="cuda")
     model.eval()
     with torch.no_grad():
-        attention = PackedAttention([len(row)], "cuda")
+        attention = PackedAttention([len(row)], "cuda", ordered=True)  # as GRPO scores
         hidden = hidden_states(model, row, torch.arange(len(row), device="cuda"), attention)
         return logits(model, hidden)[len(prompt) - 1 : -1].float()
 
@@ -41,7 +41,8 @@ def test_log_probs_are_close_to_the_trainers(on_gpu):
             policy = (forced(model, prompt, c.token_ids) / 0.8).log_softmax(-1)
             expected = policy.gather(1, torch.tensor(c.token_ids, device="cuda")[:, None])[:, 0].cpu()
             differences.append((torch.tensor(c.policy_logprobs) - expected).abs())
-    assert torch.cat(differences).mean() <= 0.02
+    # Products, attention and roundings are the trainer's; the two add up a row's probabilities in different kernels.
+    assert torch.cat(differences).mean() <= 1e-5
 
 
 def test_greedy_takes_a_likeliest_token(on_gpu):
@@ -77,8 +78,9 @@ def test_memory_is_released(on_gpu):
     model, tokenizer = on_gpu
     engine = base.create("native", model, tokenizer)
     params = SamplingParams(n=16, max_tokens=100, seed=1)
-    engine.generate(PROMPTS, params)
-    engine.release()
+    for _ in range(2):
+        engine.generate(PROMPTS, params)
+        engine.release()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     for _ in range(3):

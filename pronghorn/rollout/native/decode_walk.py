@@ -15,13 +15,14 @@ from torch.nn import functional as F
 
 from ...kernels.glu import glu_forward
 from ...kernels.head import head_logits
+from ...kernels.nf4_matmul import MAX_ROWS
 from ...kernels.rms_norm import add_norm_forward, norm_forward
 from ...lora.projection import hooked
 from ...models.forward import Head, head
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
 from .paged import PagedDecode
-from .products import Product, product_of
+from .products import Product, Tables, product_of
 
 
 class _Layer(NamedTuple):
@@ -42,14 +43,19 @@ class DecodeWalk:
         found: its layers, from :func:`pronghorn.models.packed_layer.prepared_layers`.
         rows: most rows of a step.
         max_positions: tokens of the longest row; angles are made for so many.
+        hold: whether there is memory to keep 4-bit weights in 16 bits too, where rows are many.
     """
 
-    def __init__(self, model: nn.Module, found: list[tuple[Parts, Groups]], rows: int, max_positions: int) -> None:
+    def __init__(
+        self, model: nn.Module, found: list[tuple[Parts, Groups]], rows: int, max_positions: int, hold: bool = False
+    ) -> None:
         self.base = unwrap(model)
         stack = self.base.model
         weight_VD = stack.embed_tokens.weight
+        most, tables = few_rows(hold), Tables() if hold else None
         self.layers = [
-            _Layer(parts, *(product_of(group, weight_VD.dtype, rows) for group in groups)) for parts, groups in found
+            _Layer(parts, *(product_of(group, weight_VD.dtype, rows, most, tables) for group in groups))
+            for parts, groups in found
         ]
         positions_1P = torch.arange(max_positions, device=weight_VD.device).unsqueeze(0)
         cos_1PE, sin_1PE = stack.rotary_emb(weight_VD[:1], position_ids=positions_1P)
@@ -68,15 +74,16 @@ class DecodeWalk:
         hidden_BD = F.embedding(tokens_B, stack.embed_tokens.weight)
         added_BD: torch.Tensor | None = None
         for parts, qkv, o, gate_up, down in self.layers:
-            normed_BD, hidden_BD = _norm(added_BD, hidden_BD, parts.norm1_D, parts.eps)
+            normed_BD, hidden_BD = _norm(added_BD, hidden_BD, parts.norm1_D, parts.eps, qkv)
             H, K = parts.heads
             heads_BHE = qkv(normed_BD).view(tokens_B.shape[0], H + 2 * K, parts.head_dim)
             q, k, v = heads_BHE[:, :H], heads_BHE[:, H : H + K], heads_BHE[:, H + K :]
             rotated = (self.cos_PE, self.sin_PE, parts.scale)
             attended_BHE = attention.rotate_and_attend(parts.layer_idx, q, k, v, *rotated)
-            normed_BD, hidden_BD = _norm(o(attended_BHE.flatten(1)), hidden_BD, parts.norm2_D, parts.eps)
+            normed_BD, hidden_BD = _norm(o(attended_BHE.flatten(1)), hidden_BD, parts.norm2_D, parts.eps, gate_up)
             gate_BI, up_BI = gate_up(normed_BD).chunk(2, dim=1)
-            added_BD = down(glu_forward(gate_BI, up_BI, parts.activation))
+            place = down.place(gate_BI.shape[0])
+            added_BD = down(glu_forward(gate_BI, up_BI, parts.activation, place))
         norm = stack.norm
         normed_BD, _ = _norm(added_BD, hidden_BD, norm.weight, float(norm.variance_epsilon))
         return head_logits(normed_BD, self.head.weight_VD, None)
@@ -101,11 +108,23 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 """Kinds of rotary embedding whose angles depend on the position alone."""
 
 
+def few_rows(hold: bool) -> int:
+    """Rows up to which the 4-bit kernel is the faster way: cuBLAS on weights in 16 bits, if these are there, is as fast
+    at some 20 (``benchmarks/results``); where they have to be made for each product, it is slower up to 64.
+    """
+    return 16 if hold else MAX_ROWS
+
+
 def _norm(
-    added_BD: torch.Tensor | None, hidden_BD: torch.Tensor, weight_D: torch.Tensor, eps: float
+    added_BD: torch.Tensor | None,
+    hidden_BD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    reader: Product | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of ``added + hidden``, and that sum."""
+    """The norm of ``added + hidden``, written where ``reader`` reads it, and that sum."""
+    place = None if reader is None else reader.place(hidden_BD.shape[0])
     if added_BD is None:
-        return norm_forward(hidden_BD, weight_D, eps)[0], hidden_BD
-    normed_BD, summed_BD, _ = add_norm_forward(added_BD, hidden_BD, weight_D, eps)
+        return norm_forward(hidden_BD, weight_D, eps, place)[0], hidden_BD
+    normed_BD, summed_BD, _ = add_norm_forward(added_BD, hidden_BD, weight_D, eps, place)
     return normed_BD, summed_BD

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...kernels.nf4_matmul import MAX_ROWS
 from ...kernels.sample import sample_step
 from ...kernels.sample_state import NOT_A_NUMBER, RowSettings, SampleState, Variant
 from ...models.forward import Head
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
-from .decode_walk import DecodeWalk
+from .decode_walk import DecodeWalk, few_rows
 from .kv_cache import KVCache
 from .paged import PagedDecode
 from .random import stream_key
@@ -63,10 +62,14 @@ class Decoder:
         found: its layers, prepared.
         cache: keys and values.
         sizes: most rows at once, most new tokens and most tokens of one row, most stop ids, whether any is penalised.
+        spare_bytes: memory that it may take to keep 4-bit weights in 16 bits, where batches are large.
     """
 
-    def __init__(self, model: Any, found: list[tuple[Parts, Groups]], cache: KVCache, sizes: Sizes) -> None:
+    def __init__(
+        self, model: Any, found: list[tuple[Parts, Groups]], cache: KVCache, sizes: Sizes, spare_bytes: int = 0
+    ) -> None:
         self.model, self.cache, self.sizes = model, cache, sizes
+        self.hold = held_bytes_of(found, cache.shape.dtype) <= spare_bytes
         self.groups = [groups for _, groups in found]
         self._found = found
         device, base = cache.shape.device, unwrap(model)
@@ -200,9 +203,10 @@ class Decoder:
 
     def _walk(self, rows: int) -> DecodeWalk:
         """Few rows and many multiply in different ways."""
-        many = rows > MAX_ROWS
+        many = rows > few_rows(self.hold)
         if many not in self._walks:
-            self._walks[many] = DecodeWalk(self.model, self._found, rows, self.sizes.positions)
+            most = bucket_of(self.sizes.rows) if many else few_rows(self.hold)
+            self._walks[many] = DecodeWalk(self.model, self._found, most, self.sizes.positions, self.hold)
         return self._walks[many]
 
     def _step(self, rows: int) -> None:
@@ -237,6 +241,12 @@ class Decoder:
         for t, was in zip((state.slots_B, state.lengths_B, state.finished_B), kept):
             t.copy_(was)
         return graph
+
+
+def held_bytes_of(found: list[tuple[Parts, Groups]], dtype: torch.dtype) -> int:
+    """What the 4-bit weights of these layers take in ``dtype``, adapters beside them."""
+    inputs = [(group, group.members[0].base.in_features) for _, groups in found for group in groups]
+    return sum((group.outputs + group.rank) * (I + group.rank) for group, I in inputs) * dtype.itemsize
 
 
 def sizes_of(sequences: Seq[Sequence], max_rows: int) -> Sizes:

@@ -23,7 +23,7 @@ from .decode_walk import why_no_walk
 from .decoder import Decoder, sizes_of
 from .ending import Ending
 from .held import Buffers
-from .kv_cache import KVCache, KVShape, capacity
+from .kv_cache import KVCache, KVShape, capacity, memory_budget
 from .outputs import request_outputs
 from .plan import blocks_needed, make_sequences
 from .request import Sequence
@@ -148,7 +148,8 @@ class NativeEngine:
         sizes = sizes_of(sequences, self.max_num_seqs)
         if self._decoder is None or not self._decoder.serves(found, cache, sizes):
             self._decoder = None  # its memory first
-            self._decoder = Decoder(self.model, found, cache, sizes)
+            spare = memory_budget(cache.shape.device, self.utilization)
+            self._decoder = Decoder(self.model, found, cache, sizes, spare)
         self._decoder.begin(sequences)
         return self._decoder
 

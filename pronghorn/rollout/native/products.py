@@ -1,7 +1,8 @@
 """A layer's linear products as a decode step runs them, on the trainer's own weights and rounded adapters.
 
-Few rows of a 4-bit group go through one kernel that reads the codes once (``kernels/nf4_matmul.py``). Everything else
-(16-bit bases, many rows) is the trainer's own product. Either way the sum has the trainer's order.
+Few rows of a 4-bit group go through one kernel that reads the codes once (``kernels/nf4_matmul.py``). More rows are
+multiplied by the weight in 16 bits: kept where there is memory for it, made for each product where not, and as it lies
+where the base is in 16 bits. Either way the sum has the trainer's order.
 """
 
 from __future__ import annotations
@@ -11,23 +12,32 @@ from typing import Protocol
 import torch
 
 from ...kernels.low_rank import low_rank
-from ...kernels.nf4_matmul import MAX_ROWS, Member, nf4_matmul, why_not
-from ...lora.fused import Input, project
+from ...kernels.nf4_matmul import Member, nf4_matmul, why_not
+from ...lora.fused import ORDERED_ROWS, Input, project
+from ...lora.held import HeldWeights
 from ...lora.projection import Group
 
 _STEP = 16  # columns of one matrix instruction: an adapter's ranks are multiplied in whole ones
+_LONG_SUM = 8192  # inputs from which on cuBLAS splits the sum of up to 256 rows
+_FEW = 64  # rows from which on it splits no shorter sum
 
 
 class Product(Protocol):
-    """``product(x_MI) -> y_MO`` of one group; ``refresh`` after the adapters were rounded anew."""
+    """``product(x_MI) -> y_MO`` of one group."""
+
+    def place(self, rows: int) -> torch.Tensor | None:
+        """Where x would best be written, ``[rows, I]``; None where it does not matter."""
+        ...
 
     def __call__(self, x_MI: torch.Tensor) -> torch.Tensor: ...
 
-    def refresh(self) -> None: ...
+    def refresh(self) -> None:
+        """The adapters were rounded anew."""
+        ...
 
 
 class NF4Product:
-    """A group of 4-bit projections for at most 64 rows.
+    """A group of 4-bit projections for few rows.
 
     An adapter's columns are read where they stand in ``x A^T`` of the whole group, in whole steps of 16: the trainer
     multiplies all of them by ``[W | s B]``, whose zeros change no sum.
@@ -52,6 +62,9 @@ class NF4Product:
         self.columns = -(-group.rank // _STEP) * _STEP
         self.refresh()
 
+    def place(self, rows: int) -> torch.Tensor | None:
+        return None
+
     @torch.no_grad()
     def refresh(self) -> None:
         for place, b_Or, scaling in self._scaled:
@@ -61,13 +74,60 @@ class NF4Product:
         low_MR = None
         if self.group.a_RI is not None:
             R = self.group.rank
-            # Columns beyond R meet zeros of B, and must be numbers.
-            low_MR = x_MI.new_zeros(x_MI.shape[0], self.columns) if self.columns > R else None
-            if low_MR is None:
-                low_MR = low_rank(x_MI, self.group.a_RI)
-            else:
+            if self.columns > R:  # columns beyond R meet zeros of B, and must be numbers
+                low_MR = x_MI.new_zeros(x_MI.shape[0], self.columns)
                 low_rank(x_MI, self.group.a_RI, low_MR[:, :R])
+            else:
+                low_MR = low_rank(x_MI, self.group.a_RI)
         return nf4_matmul(x_MI, self.members, low_MR)
+
+
+class Tables:
+    """Inputs with room for ``x A^T`` beside them and zero rows below, shared by all products of one size."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[int, int], torch.Tensor] = {}
+
+    def take(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+        key = rows, columns
+        if key not in self._tables:
+            self._tables[key] = like.new_zeros(rows, columns)
+        return self._tables[key]
+
+
+class HeldProduct:
+    """A group whose 4-bit weights are kept in 16 bits, adapters beside them: one product a call.
+
+    Args:
+        group: the projections.
+        dtype: of the products.
+        tables: where inputs lie.
+        rows: most rows; fewer than cuBLAS sums in order are multiplied as many.
+    """
+
+    def __init__(self, group: Group, dtype: torch.dtype, tables: Tables, rows: int) -> None:
+        self.group, self.held = group, HeldWeights(group, dtype)
+        self.inputs, table = self.held.inputs, self.held.table
+        least = ORDERED_ROWS if self.inputs >= _LONG_SUM else _FEW
+        self.table_TK = tables.take(max(rows, least), table.shape[1], table)
+        self.least = least
+        weight = table[: self.held.outputs]
+        self.right = weight.T if group.rank else weight[:, : self.inputs].T
+
+    def place(self, rows: int) -> torch.Tensor | None:
+        return self.table_TK[:rows, : self.inputs]
+
+    def refresh(self) -> None:
+        self.held.refresh(self.group)
+
+    def __call__(self, x_MI: torch.Tensor) -> torch.Tensor:
+        M = x_MI.shape[0]
+        own = self.table_TK[:M, : self.inputs]
+        if x_MI.data_ptr() != own.data_ptr():
+            own.copy_(x_MI)
+        if self.group.a_RI is not None:
+            low_rank(own, self.group.a_RI, self.table_TK[:M, self.inputs :])
+        return torch.mm(self.table_TK[: max(M, self.least)], self.right)[:M]
 
 
 class TrainerProduct:
@@ -75,6 +135,9 @@ class TrainerProduct:
 
     def __init__(self, group: Group) -> None:
         self.group = group
+
+    def place(self, rows: int) -> torch.Tensor | None:
+        return None
 
     def refresh(self) -> None:
         """Nothing: it reads the rounded adapters themselves."""
@@ -85,12 +148,20 @@ class TrainerProduct:
         return project(given, self.group, given.lower(self.group, None, x_MI.is_cuda), ordered=x_MI.is_cuda)
 
 
-def product_of(group: Group, dtype: torch.dtype, rows: int) -> Product:
-    """How ``group`` multiplies ``rows`` rows."""
+def product_of(group: Group, dtype: torch.dtype, rows: int, most_in_nf4: int, held: Tables | None) -> Product:
+    """How ``group`` multiplies up to ``rows`` rows.
+
+    Args:
+        most_in_nf4: rows up to which the 4-bit kernel is the faster one.
+        held: tables of inputs, where there is memory to keep weights in 16 bits; else None.
+    """
     weights = [p.nf4 for p in group.members if p.nf4 is not None]
-    if rows > MAX_ROWS or len(weights) < len(group.members):
+    if not weights or len(weights) < len(group.members):
         return TrainerProduct(group)
     device = weights[0].codes.device
-    if device.type != "cuda" or why_not(weights, dtype, device):
+    if rows <= most_in_nf4 and device.type == "cuda" and not why_not(weights, dtype, device):
+        return NF4Product(group, dtype)
+    biased = any(p.base.bias is not None for p in group.members)
+    if held is None or biased:
         return TrainerProduct(group)
-    return NF4Product(group, dtype)
+    return HeldProduct(group, dtype, held, rows)
