@@ -60,8 +60,8 @@ class HeadResult(NamedTuple):
     """What the walk over a head's rows gives; None where it was not asked for.
 
     The log-probabilities and entropies are float32 (float64 for float64). Row n of ``hidden_ND`` is the gradient of
-    ``weights_n * logp_n`` (plus ``entropy_weights_n * H_n``), times the factor that was given, in the hidden states' dtype; ``weight_VD`` and ``bias_V``,
-    gradients of the sum over n without that factor, are float32 or float64.
+    ``weights_n * logp_n`` (plus ``entropy_weights_n * H_n``), times the factor that was given, in the hidden states'
+    dtype; ``weight_VD`` and ``bias_V``, gradients of the sum over n without that factor, are float32 or float64.
     """
 
     logps_N: torch.Tensor
@@ -106,8 +106,9 @@ def walk(
 ) -> HeadResult:
     """Log-probabilities of ``targets_N``, and the gradients of the sum of ``weights_N`` times them. No autograd.
 
-    With ``entropy_weights_N`` the sum of these times the entropies is added. ``factor`` (0-d, where the hidden states are) multiplies their gradients before these are rounded. The others are
-    those of :func:`pronghorn.kernels.logits.logit_stats_`, for all rows.
+    With ``entropy_weights_N`` the sum of these times the entropies is added. ``factor`` (0-d, where the hidden states
+    are) multiplies their gradients before these are rounded. The others are those of
+    :func:`pronghorn.kernels.logits.logit_stats_`, for all rows.
     """
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
     weight_VD = weight_VD.to(hidden_ND.dtype)

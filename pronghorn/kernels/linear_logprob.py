@@ -6,8 +6,8 @@ softcap): that row of D numbers is made in the forward pass, while the chunk's l
 backward to ``h`` is a product of ``[N, D]`` by ``[N]``. Only a head that trains has its logits computed again: its
 gradient needs those of the log-probabilities first.
 
-An entropy that is part of the loss has a gradient of its own, ``-p (log p + H)`` to ``z`` (``logits.py``). Two rows of D
-numbers for each token would cost a third product beside the two of the forward pass; instead the logits are made anew
+An entropy that is part of the loss has a gradient of its own, ``-p (log p + H)`` to ``z`` (``logits.py``). Two rows of
+D numbers for each token would cost a third product beside the two of the forward pass; instead the logits are made anew
 in the backward pass, where both upstream gradients are known and their sum takes one product: three products as well,
 and only the hidden states are kept.
 """

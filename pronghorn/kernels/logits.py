@@ -11,10 +11,11 @@ A head's raw product ``x`` (``[C, V]``, no bias yet) becomes the logits of the d
     \log p_t = (z_t - m) - \log S, \qquad H = \log S - \frac1S \sum_v (z_v - m) e^{z_v - m}, \qquad
     \frac{\partial \log p_t}{\partial x_v} = ([v = t] - p_v) (1 - \tanh^2(u_v / c)) \, s / \tau .
 
-The entropy's own gradient follows from :math:`H = -\sum_v p_v \log p_v` with
-:math:`\partial p_v / \partial z_i = p_v ([v = i] - p_i)`, hence :math:`\partial \log p_v / \partial z_i = [v = i] - p_i`:
+The entropy :math:`H = -\sum_v p_v \log p_v` has a gradient of its own:
 
 .. math::
+    \frac{\partial \log p_v}{\partial z_i} = [v = i] - p_i, \qquad
+    \frac{\partial p_v}{\partial z_i} = p_v ([v = i] - p_i), \\
     \frac{\partial H}{\partial z_i} = -\sum_v p_v ([v = i] - p_i) \log p_v - \sum_v p_v ([v = i] - p_i)
         = -p_i (\log p_i + H) ,
 
@@ -77,8 +78,8 @@ def logit_stats_(
 
     Returns:
         ``(logps_C, entropy_C, gradient_CV)`` in nats and in the dtype of ``x_CV``; ``gradient_CV``, of each row's
-        log-probability (and entropy) to its raw products, in the dtype asked for, and on a GPU a view of ``x_CV``'s memory with row
-        stride 2V where that is a 16-bit one. What was not asked for is None.
+        log-probability (and entropy) to its raw products, in the dtype asked for, and on a GPU a view of ``x_CV``'s
+        memory with row stride 2V where that is a 16-bit one. What was not asked for is None.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
