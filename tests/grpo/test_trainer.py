@@ -53,7 +53,7 @@ def test_metrics_have_trls_names_and_reach_the_files(tmp_path: Path) -> None:
     assert [s["step"] for s in samples] == [1] * 4 + [2] * 4
     assert set(samples[0]) == {"step", "mode", "prompt", "completion", "rewards", "advantage", "extra"}
     assert lines[0]["sampling/sampling_logp_difference/max"] == pytest.approx(0, abs=1e-5)
-    assert lines[0]["kl"] > 0 and lines[0]["num_tokens"] > 0
+    assert lines[0]["kl"] == 0 < lines[1]["kl"] and lines[0]["num_tokens"] > 0  # the first step is at the reference
 
 
 def test_rewards_see_columns_and_may_log(tmp_path: Path) -> None:

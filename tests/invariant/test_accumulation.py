@@ -14,6 +14,7 @@ from pronghorn.grpo.losses import LOSSES
 from pronghorn.grpo.rollouts import Rollout
 from tests.grpo.support import adapter_weights, llama, pronghorn_model, trainer
 from tests.grpo.trl_oracle import in_float64
+from tests.helpers import perturb
 
 
 def _first_step(folder: Path, batch: int, accumulation: int, **settings: Any) -> tuple[dict, dict, list]:
@@ -25,6 +26,8 @@ def _first_step(folder: Path, batch: int, accumulation: int, **settings: Any) ->
         folder, model, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=1,
         max_grad_norm=0.0, **settings,
     )  # fmt: skip
+
+    perturb(model)  # away from the reference policy, which is the one that the trainer was made with
 
     def keep(*args: object, **kwargs: object) -> None:
         gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
@@ -39,7 +42,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"top_entropy_quantile": 0.3},
     {"entropy_coef": 0.05, "loss_type": "grpo"},
     {"entropy_coef": 0.05, "top_entropy_quantile": 0.3, "loss_type": "luspo", "beta": 0.04},
-    {"use_adaptive_entropy": True, "entropy_target": 3.0, "entropy_coef": 0.1},
+    {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef": 0.1},
     {"off_policy_mask_threshold": 1e-9, "mask_truncated_completions": True},
     {"multi_objective_aggregation": "normalize_then_sum", "mask_truncated_completions": True, "loss_type": "sapo"},
 ]
