@@ -54,9 +54,10 @@ class GRPOTrainer(SavingMixin, Trainer):
         peft_config: a ``peft.LoraConfig`` to wrap the model with.
         accuracy_eval: an :class:`AccuracyEval`: held-out accuracy before, every ``eval_steps``, and after training.
 
-    Where it departs from TRL: gradient accumulation is exact by tokens (denominators span the optimizer step, for every
-    loss type), the sampler correction always applies, on-policy steps take the trainer's log-probabilities from the
-    training forward itself, and checkpoints hold buffered rollouts, so a resumed run repeats the uninterrupted one.
+    Where it departs from TRL: gradient accumulation is exact by tokens (denominators, entropy quantile and bonus span
+    the optimizer step, for every loss type), the sampler correction always applies, on-policy steps take the trainer's
+    log-probabilities from the training forward itself, and checkpoints hold buffered rollouts, so a resumed run repeats
+    the uninterrupted one. docs/losses.md has the losses.
 
     Raises:
         ConfigError: at construction, for anything that is known to fail later.
