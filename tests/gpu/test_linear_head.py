@@ -97,7 +97,7 @@ def test_logprob_error(temperature: float) -> None:
 
 
 def test_entropy_gradient_error() -> None:
-    """A loss of log-probabilities and entropies: as near to float64 as whole bfloat16 logits are, head trained or not."""
+    """A loss of log-probabilities and entropies, with a frozen head and with one that trains."""
     hidden, weight, _, targets = _inputs()
     targets = targets.clamp_min(0)
     upstream, shares = torch.randn(N, device="cuda") / N, torch.rand(N, device="cuda") * 0.1 / N
