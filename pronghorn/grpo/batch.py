@@ -32,6 +32,7 @@ class PackedRollouts:
         row_N: int64 rollout of each scored token.
         advantages_B: float32.
         sampler_logps_N, old_logps_N, ref_logps_N: log-probabilities of the scored tokens; None where unknown.
+        kept_N: bool, see :class:`~pronghorn.grpo.rollouts.Rollout`; None where unknown.
     """
 
     input_ids_T: torch.Tensor
@@ -45,6 +46,7 @@ class PackedRollouts:
     sampler_logps_N: torch.Tensor
     old_logps_N: torch.Tensor | None = None
     ref_logps_N: torch.Tensor | None = None
+    kept_N: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -128,7 +130,7 @@ def pack(
     def longs(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
-    def joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+    def joined(parts: list[torch.Tensor | None], dtype: torch.dtype = dtype) -> torch.Tensor | None:
         known = [part for part in parts if part is not None]
         return torch.cat(known).to(device, dtype) if known and len(known) == len(parts) else None
 
@@ -145,4 +147,5 @@ def pack(
         sampler_logps_N=torch.tensor(sampled, dtype=torch.float64).to(device, dtype),
         old_logps_N=joined([r.old_logps for _, r in scored]),
         ref_logps_N=joined([r.ref_logps for _, r in scored]),
+        kept_N=joined([r.kept for _, r in scored], torch.bool),
     )

@@ -10,6 +10,8 @@ from trl.trainer.grpo_config import GRPOConfig as TRLGRPOConfig
 from ..config.errors import ConfigError, reject_unknown
 from ..config.watch import WatchConfig
 from ..rewards.policy import POLICIES
+from .advantages import AGGREGATIONS, SCALES
+from .combinations import advice, check_combinations
 from .correction import MODES
 from .losses import LEVELS, LOSSES
 from .translate import batch_line, before_checks, plain
@@ -19,14 +21,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "loss_type": tuple(LOSSES),
     "importance_sampling_level": LEVELS,
     "vllm_importance_sampling_mode": tuple(MODES),
-    "scale_rewards": ("group", "batch", "none"),
     "reward_on_error": POLICIES,
-    "multi_objective_aggregation": ("sum_then_normalize",),
-    "sync_ref_model": (False,),
-    "top_entropy_quantile": (1.0,),
-    "entropy_coef": (0.0,),
-    "use_adaptive_entropy": (False,),
-    "off_policy_mask_threshold": (None,),
+    "scale_rewards": SCALES,
+    "multi_objective_aggregation": AGGREGATIONS,
     "router_aux_loss_coef": (None, 0.0),
     "cast_lm_head_to_fp32": (False,),
     "disable_dropout": (False,),
@@ -79,8 +76,8 @@ class GRPOConfig(TRLGRPOConfig):
         translations: the lines printed so far.
 
     Raises:
-        ConfigError: an unknown field (with the nearest name), a value out of range, or a setting of TRL's that this
-            trainer does not act on.
+        ConfigError: an unknown field (with the nearest name), a value out of range, a setting of TRL's that this
+            trainer does not act on, or a combination in which a setting has no effect (``combinations.py``).
     """
 
     max_prompt_length: int | None = field(
@@ -122,8 +119,9 @@ class GRPOConfig(TRLGRPOConfig):
         super().__post_init__()
         self._refuse_what_has_no_effect()
         WatchConfig.of(self.watch)
+        check_combinations(self)
         said = list(self.translations or [])
-        for line in [*lines, batch_line(self)]:
+        for line in [*lines, *advice(self), batch_line(self)]:
             if line not in said:
                 print(f"Pronghorn: {line}")
                 said.append(line)

@@ -17,10 +17,12 @@ def score(
     temperature: float = 1.0,
     with_entropy: bool = False,
     chunk: int | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``(logps_N, entropy_N)`` in nats of the scored tokens under ``softmax(logits / temperature)``.
 
-    Gradients flow where the model trains and grad mode is on; ``entropy_N`` has none and is None unless asked for.
+    Gradients flow where the model trains and grad mode is on; ``entropy_N`` is None unless asked for, and has none
+    unless ``entropy_gradient``.
     Only the rows of hidden states that predict a completion token meet the head, in chunks of rows.
     """
     attention = PackedAttention(batch.row_lengths, batch.input_ids_T.device, batch.prefix, ordered=True)
@@ -36,4 +38,5 @@ def score(
         scale=out.scale,
         chunk=chunk,
         with_entropy=with_entropy,
+        entropy_gradient=entropy_gradient,
     )

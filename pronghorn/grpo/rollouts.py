@@ -21,6 +21,8 @@ class Rollout:
         advantage: set when the rewards are in.
         old_logps: the trainer's log-probabilities before any update of this generation, where they are needed.
         ref_logps: the reference policy's, where beta is not 0.
+        kept: bool for each token, whether its entropy is among the highest of the optimizer step; None where each
+            micro-batch finds that itself.
     """
 
     prompt_ids: list[int]
@@ -31,6 +33,7 @@ class Rollout:
     advantage: float = 0.0
     old_logps: torch.Tensor | None = None
     ref_logps: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
 
     @property
     def scored_tokens(self) -> int:

@@ -22,12 +22,14 @@ class RunState:
         buffer: rollouts of the current generation, while micro-batches are still to be taken from it.
         metrics: what was gathered since the last log.
         cursor: the settings that place the cursor within the data.
+        entropy: the entropy bonus's coefficient and the entropy it goes by.
     """
 
     micro_steps: int = 0
     buffer: list[Rollout] = field(default_factory=list)
     metrics: dict[str, list[Any]] = field(default_factory=dict)
     cursor: dict[str, Any] = field(default_factory=dict)
+    entropy: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
         state = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -133,7 +133,13 @@ class SamplingLoop:
             if meanwhile is not None:
                 meanwhile(rollouts)
             rewards_BF = pending.result()
-        result = group_advantages(rewards_BF, self.runner.weights_F, group, str(self.args.scale_rewards))
+        result = group_advantages(
+            rewards_BF,
+            self.runner.weights_F,
+            group,
+            str(self.args.scale_rewards),
+            self.args.multi_objective_aggregation,
+        )
         _reward_metrics(rewards_BF, self.runner.names, result, metrics)
         scores = [[None if x != x else x for x in row] for row in rewards_BF.tolist()]
         self.samples = []

@@ -16,6 +16,7 @@ from ..config.errors import ConfigError
 from ..lora.active import adapter_names, live_names
 from ..lora.io import WEIGHTS, save_lora
 from .checkpoint import rotate, to_resume, writing
+from .loss_step import LossStep
 from .metrics import History, Metrics
 from .run_state import RunState
 
@@ -35,6 +36,7 @@ class SavingMixin:
     metrics: dict[str, Metrics]
     history: History
     completions: History
+    loss_step: LossStep
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, from the start or from a whole checkpoint.
@@ -63,6 +65,7 @@ class SavingMixin:
             saved = self.position.metrics
         for mode, metrics in self.metrics.items():
             metrics.load(saved if mode == "train" else {})
+        self.loss_step.resume(self.position.entropy, checkpoint)
         self.history.start(step)
         if self.args.log_completions:
             self.completions.start(step)
@@ -111,7 +114,10 @@ class SavingMixin:
             buffer=[] if used_up else self.position.buffer,
             metrics=self.metrics["train"].state(),
             cursor=self._cursor(),
+            entropy=self.loss_step.bonus.state(),
         ).save(folder)
+        if self.loss_step.reference is not None:
+            self.loss_step.reference.save(folder)
         callbacks = [*trainer.callback_handler.callbacks, trainer.control]
         exported: dict[str, Any] = {}
         for callback in [cb for cb in callbacks if isinstance(cb, ExportableState)]:

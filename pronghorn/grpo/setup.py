@@ -13,7 +13,7 @@ from trl.trainer.grpo_config import GRPOConfig as TRLGRPOConfig
 from ..config.errors import ConfigError
 from ..config.load import LoadConfig
 from ..config.lora import LoraDefaults
-from ..lora.active import adapter, adapter_names
+from ..lora.active import adapter_names
 from ..models.state import state_of
 from .config import GRPOConfig
 from .data import PromptEncoder
@@ -87,19 +87,6 @@ def _lora_settings(config: Any, model: nn.Module) -> dict[str, Any]:
     if chosen.get("loftq_config") == {}:
         del chosen["loftq_config"]
     return {**chosen, "task_type": "CAUSAL_LM"}
-
-
-def check_reference(args: GRPOConfig, model: nn.Module) -> None:
-    """With beta the reference policy is the base model under the adapter: there must be one that can be disabled."""
-    if args.beta == 0.0:
-        return
-    if not adapter_names(model):
-        raise ConfigError(
-            f"GRPOConfig: beta={args.beta} needs a reference policy, which is the base model under a LoRA adapter; "
-            "with full fine-tuning set beta=0.0"
-        )
-    with adapter(model, None):
-        pass
 
 
 def prompt_encoder(args: GRPOConfig, model: nn.Module, tokenizer: Any) -> PromptEncoder:

@@ -21,13 +21,14 @@ from .evaluation import AccuracyEval
 from .loss_step import LossStep, window_of
 from .losses import Window
 from .metrics import History, Metrics
+from .reference import SyncReference
 from .repeat_sampler import RepeatSampler
 from .rollouts import Rollout
 from .run_state import RunState
 from .samples import print_samples
 from .sampling_loop import SamplingLoop, request_seed
 from .saving import SavingMixin
-from .setup import as_config, as_model, check_precision, check_reference, prompt_encoder
+from .setup import as_config, as_model, check_precision, prompt_encoder
 from .translate import plain
 from .watch_callback import WatchCallback
 
@@ -53,9 +54,10 @@ class GRPOTrainer(SavingMixin, Trainer):
         peft_config: a ``peft.LoraConfig`` to wrap the model with.
         accuracy_eval: an :class:`AccuracyEval`: held-out accuracy before, every ``eval_steps``, and after training.
 
-    Where it departs from TRL: gradient accumulation is exact by tokens (denominators span the optimizer step, for every
-    loss type), the sampler correction always applies, on-policy steps take the trainer's log-probabilities from the
-    training forward itself, and checkpoints hold buffered rollouts, so a resumed run repeats the uninterrupted one.
+    Where it departs from TRL: gradient accumulation is exact by tokens (denominators, entropy quantile and bonus span
+    the optimizer step, for every loss type), the sampler correction always applies, on-policy steps take the trainer's
+    log-probabilities from the training forward itself, and checkpoints hold buffered rollouts, so a resumed run repeats
+    the uninterrupted one. docs/losses.md has the losses.
 
     Raises:
         ConfigError: at construction, for anything that is known to fail later.
@@ -97,7 +99,6 @@ class GRPOTrainer(SavingMixin, Trainer):
                 "add rows or lower the batch size"
             )
         model, tokenizer = as_model(model, processing_class, args, peft_config)
-        check_reference(args, model)
         check_precision(model, args)
         encoder = prompt_encoder(args, model, tokenizer)
         encoder.check(train_dataset, "train_dataset")
@@ -119,6 +120,10 @@ class GRPOTrainer(SavingMixin, Trainer):
         )
         self.sampling = SamplingLoop(args, self.model, tokenizer, encoder, runner)
         self.loss_step = LossStep(args, self.model)
+        if self.loss_step.reference is not None:
+            print(f"Pronghorn: beta={args.beta}: {self.loss_step.reference}")
+        if args.sync_ref_model and self.loss_step.reference is not None:
+            self.add_callback(SyncReference(self.loss_step.reference))
         self.history = History(f"{args.output_dir}/metrics.jsonl")
         self.completions = History(f"{args.output_dir}/completions.jsonl")
         if accuracy_eval is not None:
@@ -207,7 +212,7 @@ class GRPOTrainer(SavingMixin, Trainer):
             self.optimizer.train()
         if self._window is None:
             self._micro_batches = self._open_step()
-            self._window = window_of([r for part in self._micro_batches for r in part])
+            self._window = self.loss_step.open(self._micro_batches)
         batch = self.loss_step.pack(self._micro_batches.pop(0))
         loss = self.loss_step(batch, self._window, self.metrics[TRAIN])
         self.accelerator.backward(loss)
@@ -216,6 +221,7 @@ class GRPOTrainer(SavingMixin, Trainer):
         last = not self._micro_batches
         self.metrics[TRAIN].add("loss", loss.detach(), 1.0 if last else 0.0)
         if last:
+            self.loss_step.close(self.metrics[TRAIN])
             self.metrics[TRAIN].mean("step_time", self._step_seconds)
             self._step_seconds = 0.0
         return loss.detach()

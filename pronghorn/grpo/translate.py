@@ -25,7 +25,17 @@ def before_checks(config: GRPOConfig) -> list[str]:
 
     A value that is already in today's terms is left alone, so translating twice changes nothing.
     """
-    steps = (_engine, _warmup, _prompt_length, _precision, _optimizer, _derived_batch, _train_batch, _eval_batch)
+    steps = (
+        _engine,
+        _warmup,
+        _prompt_length,
+        _precision,
+        _optimizer,
+        _derived_batch,
+        _train_batch,
+        _eval_batch,
+        _vespo,
+    )
     return [line for step in steps if (line := step(config))]
 
 
@@ -119,6 +129,22 @@ def _eval_batch(config: GRPOConfig) -> str | None:
     return (
         f"per_device_eval_batch_size={given} -> {given * group}: the batch counts prompts "
         f"({given} prompts x {group} completions)"
+    )
+
+
+def _vespo(config: GRPOConfig) -> str | None:
+    mode = config.vllm_importance_sampling_mode
+    if config.loss_type != "vespo" or not config.vllm_importance_sampling_correction or not mode.startswith("sequence"):
+        return None
+    if config.use_vllm:  # what TRL refuses too
+        raise ConfigError(
+            f'GRPOConfig: vllm_importance_sampling_mode={mode!r} with loss_type="vespo", which weighs sequences '
+            'itself; give "token_truncate" or "token_mask"'
+        )
+    config.vllm_importance_sampling_mode = "token_" + mode.removeprefix("sequence_")
+    return (
+        f'vllm_importance_sampling_mode="{mode}" -> "{config.vllm_importance_sampling_mode}": '
+        'loss_type="vespo" weighs sequences itself, with the sampler\'s correction in that weight'
     )
 
 

@@ -60,8 +60,8 @@ class HeadResult(NamedTuple):
     """What the walk over a head's rows gives; None where it was not asked for.
 
     The log-probabilities and entropies are float32 (float64 for float64). Row n of ``hidden_ND`` is the gradient of
-    ``weights_n * logp_n``, times the factor that was given, in the hidden states' dtype; ``weight_VD`` and ``bias_V``,
-    gradients of the sum over n without that factor, are float32 or float64.
+    ``weights_n * logp_n`` (plus ``entropy_weights_n * H_n``), times the factor that was given, in the hidden states'
+    dtype; ``weight_VD`` and ``bias_V``, gradients of the sum over n without that factor, are float32 or float64.
     """
 
     logps_N: torch.Tensor
@@ -102,11 +102,13 @@ def walk(
     temperature: float = 1.0,
     ignore_index: int | None = None,
     with_entropy: bool = False,
+    entropy_weights_N: torch.Tensor | None = None,
 ) -> HeadResult:
     """Log-probabilities of ``targets_N``, and the gradients of the sum of ``weights_N`` times them. No autograd.
 
-    ``factor`` (0-d, where the hidden states are) multiplies their gradients before these are rounded. The others are
-    those of :func:`pronghorn.kernels.logits.logit_stats_`, for all rows.
+    With ``entropy_weights_N`` the sum of these times the entropies is added. ``factor`` (0-d, where the hidden states
+    are) multiplies their gradients before these are rounded. The others are those of
+    :func:`pronghorn.kernels.logits.logit_stats_`, for all rows.
     """
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
     weight_VD = weight_VD.to(hidden_ND.dtype)
@@ -130,6 +132,7 @@ def walk(
             ignore_index=ignore_index,
             with_entropy=with_entropy,
             gradient=hidden_ND.dtype if any(wanted) else None,
+            entropy_weights_C=None if entropy_weights_N is None else entropy_weights_N[rows],
         )
         logps_N[rows] = logps_C
         if entropy_N is not None and entropy_C is not None:
@@ -169,13 +172,13 @@ def _add_product(sum_VD: torch.Tensor, a_VC: torch.Tensor, b_CD: torch.Tensor) -
         sum_VD.addmm_(a_VC.to(sum_VD.dtype), b_CD.to(sum_VD.dtype))
 
 
-def unit_weights(weights_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(weights_N / unit, unit)``, ``unit`` the largest magnitude (1 if all are 0), 0-d and never off the device.
+def unit_weights(*weights_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """``(*(w / unit for w in weights_N), unit)``, ``unit`` the largest magnitude (1 if all are 0), 0-d, on the device.
 
     A gradient that is rounded to float16 after its row's weight came in keeps its bits, however small the weights are.
     """
-    if not len(weights_N):
-        return weights_N, weights_N.new_ones(())
-    unit = weights_N.abs().amax()
+    if not len(weights_N[0]):
+        return *weights_N, weights_N[0].new_ones(())
+    unit = torch.stack([w.abs().amax() for w in weights_N]).amax()
     unit = unit.masked_fill(unit == 0, 1)
-    return weights_N / unit, unit
+    return *(w / unit for w in weights_N), unit

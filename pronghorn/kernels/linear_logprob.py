@@ -5,6 +5,11 @@ With ``z = softcap(scale * (h W^T + b)) / temperature`` (``softcap(x) = c tanh(x
 softcap): that row of D numbers is made in the forward pass, while the chunk's logits are at hand (``head.py``), so
 backward to ``h`` is a product of ``[N, D]`` by ``[N]``. Only a head that trains has its logits computed again: its
 gradient needs those of the log-probabilities first.
+
+An entropy that is part of the loss has a gradient of its own, ``-p (log p + H)`` to ``z`` (``logits.py``). Two rows of
+D numbers for each token would cost a third product beside the two of the forward pass; instead the logits are made anew
+in the backward pass, where both upstream gradients are known and their sum takes one product: three products as well,
+and only the hidden states are kept.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ def chosen_logprobs(
     scale: float = 1.0,
     chunk: int | None = None,
     with_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probability of ``targets_N`` under the head's distribution, with gradient.
 
@@ -41,10 +47,11 @@ def chosen_logprobs(
         scale: multiplies the logits before the softcap.
         chunk: rows whose logits exist at once; by default :func:`pronghorn.kernels.head.chunk_rows`.
         with_entropy: also return the entropy of each distribution.
+        entropy_gradient: also let gradients flow through the entropies, at the price of the logits once more.
 
     Returns:
-        ``(logps_N, entropy_N)`` in nats: float32 (float64 for float64 input); ``entropy_N`` carries no gradient and is
-        None unless asked for.
+        ``(logps_N, entropy_N)`` in nats: float32 (float64 for float64 input); ``entropy_N`` is None unless asked for,
+        and carries no gradient unless ``entropy_gradient``.
 
     Raises:
         ValueError: ``temperature`` or ``softcap`` is not positive, or the shapes do not fit.
@@ -52,6 +59,11 @@ def chosen_logprobs(
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} cannot divide logits; give a positive number (1.0 for greedy)")
     chunk = check_head(hidden_ND, weight_VD, targets_N, chunk)
+    if entropy_gradient and with_entropy:
+        both: tuple[torch.Tensor, torch.Tensor] = _ChosenLogprobsEntropy.apply(
+            hidden_ND, weight_VD, targets_N, bias_V, temperature, softcap, scale, chunk
+        )
+        return both
     logps_N, entropy_N = _ChosenLogprobs.apply(
         hidden_ND, weight_VD, targets_N, bias_V, temperature, softcap, scale, chunk, with_entropy,
         hidden_ND.requires_grad and torch.is_grad_enabled(),
@@ -106,3 +118,43 @@ class _ChosenLogprobs(torch.autograd.Function):
             if made.bias_V is not None and bias_V is not None:
                 bias_grad = made.bias_V.mul_(unit).to(bias_V.dtype)
         return hidden_grad, weight_grad, None, bias_grad, None, None, None, None, None, None
+
+
+class _ChosenLogprobsEntropy(torch.autograd.Function):
+    """Log-probabilities and entropies, both with gradient; the logits are made again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        temperature: float,
+        softcap: float | None,
+        scale: float,
+        chunk: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.settings = {"temperature": temperature, "softcap": softcap, "scale": scale, "with_entropy": True}
+        ctx.chunk = chunk
+        made = walk(hidden_ND, weight_VD, targets_N, bias_V, None, chunk, Gradients(), **ctx.settings)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, bias_V)
+        assert made.entropy_N is not None
+        return made.logps_N, made.entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_N: torch.Tensor, entropy_g_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_ND, weight_VD, targets_N, bias_V = ctx.saved_tensors
+        wanted = Gradients(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        weights_N, entropy_weights_N, unit = unit_weights(g_N, entropy_g_N)
+        made = walk(
+            hidden_ND, weight_VD, targets_N, bias_V, weights_N, ctx.chunk, wanted, unit,
+            entropy_weights_N=entropy_weights_N, **ctx.settings,
+        )  # fmt: skip
+        weight_grad = bias_grad = None
+        if made.weight_VD is not None:
+            weight_grad = made.weight_VD.mul_(unit).to(weight_VD.dtype)
+        if made.bias_V is not None and bias_V is not None:
+            bias_grad = made.bias_V.mul_(unit).to(bias_V.dtype)
+        return made.hidden_ND, weight_grad, None, bias_grad, None, None, None, None

@@ -24,10 +24,11 @@ def launch_config(V: int) -> tuple[int, int]:
 
 @triton.jit
 def _stats_kernel(
-    x_ptr, gradient_ptr, targets_ptr, bias_ptr, weights_ptr, logps_ptr, entropy_ptr,
-    weights_stride, scale, softcap, inverse_temperature, ignore_index,
+    x_ptr, gradient_ptr, targets_ptr, bias_ptr, weights_ptr, entropy_weights_ptr, logps_ptr, entropy_ptr,
+    weights_stride, entropy_weights_stride, scale, softcap, inverse_temperature, ignore_index,
     V: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, IGNORE: tl.constexpr, WEIGHTS: tl.constexpr,
-    ENTROPY: tl.constexpr, GRADIENT: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    ENTROPY: tl.constexpr, ENTROPY_WEIGHTS: tl.constexpr, GRADIENT: tl.constexpr, NARROW: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (V + BLOCK - 1) // BLOCK
     row = tl.program_id(0).to(tl.int64)
@@ -67,12 +68,15 @@ def _stats_kernel(
         distance = peaks - peak
         factor = tl.exp(distance)
         moment = tl.sum(factor * (moments + sums * tl.maximum(distance, -200.0)), axis=0)
-        tl.store(entropy_ptr + row, log_total - moment / total)
+        entropy = log_total - moment / total
+        tl.store(entropy_ptr + row, entropy)
 
     if GRADIENT:
         row_weight = tl.where(known, 1.0, float("nan"))
         if WEIGHTS:
             row_weight *= tl.load(weights_ptr + row * weights_stride).to(tl.float32)
+        if ENTROPY_WEIGHTS:
+            entropy_weight = tl.load(entropy_weights_ptr + row * entropy_weights_stride).to(tl.float32)
         # A narrow gradient lies in the back half of its row: V values of 2 bytes, from byte 2V of the row's 4V on.
         # Blocks run downwards, and a block that starts at column k writes no byte below 2V + 2k. Columns below k, all
         # that is still to be read, end at byte 4k, and 4k <= 2V + 2k since k <= V. So a write meets columns of its own
@@ -87,8 +91,11 @@ def _stats_kernel(
             column = first - block * BLOCK + lanes
             ahead = tl.load(x_row + column - BLOCK, mask=column >= BLOCK, other=0.0)
             z, slope = logit(x, bias_ptr, column, column < V, scale, softcap, inverse_temperature, BIAS, CAP)
-            p = tl.exp((z - peak) - log_total)
+            log_p = (z - peak) - log_total
+            p = tl.exp(log_p)
             d = tl.where(column == target, 1.0 - p, -p) * slope * row_weight
+            if ENTROPY_WEIGHTS:  # p is 0 below a log of -104, and 0 * -inf is not 0
+                d -= p * (tl.maximum(log_p, -200.0) + entropy) * slope * entropy_weight
             if IGNORE:
                 d = tl.where(ignored, 0.0, d)
             tl.debug_barrier()
@@ -106,6 +113,7 @@ def logit_stats_(
     ignore_index: int | None,
     with_entropy: bool,
     gradient: torch.dtype | None,
+    entropy_weights_C: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """As :func:`pronghorn.kernels.logits.logit_stats_`; overwrites ``x_CV`` where a gradient is asked."""
     C, V = x_CV.shape
@@ -121,12 +129,14 @@ def logit_stats_(
         block, num_warps = launch_config(V)
         with torch.cuda.device_of(x_CV):
             _stats_kernel[(C,)](
-                x_CV, written, targets_C.contiguous(), bias_V, weights_C, logps_C, entropy_C,
-                0 if weights_C is None else weights_C.stride(0), float(scale), float(softcap or 1), 1 / temperature,
-                -1 if ignore_index is None else ignore_index,
+                x_CV, written, targets_C.contiguous(), bias_V, weights_C, entropy_weights_C, logps_C, entropy_C,
+                0 if weights_C is None else weights_C.stride(0),
+                0 if entropy_weights_C is None else entropy_weights_C.stride(0),
+                float(scale), float(softcap or 1), 1 / temperature, -1 if ignore_index is None else ignore_index,
                 V=V, BIAS=bias_V is not None, CAP=softcap is not None, IGNORE=ignore_index is not None,
-                WEIGHTS=weights_C is not None, ENTROPY=with_entropy, GRADIENT=gradient is not None, NARROW=narrow,
-                BLOCK=block, GROUP=partition(V).group, num_warps=num_warps, num_stages=1, enable_fp_fusion=False,
+                WEIGHTS=weights_C is not None, ENTROPY=with_entropy, ENTROPY_WEIGHTS=entropy_weights_C is not None,
+                GRADIENT=gradient is not None, NARROW=narrow, BLOCK=block, GROUP=partition(V).group,
+                num_warps=num_warps, num_stages=1, enable_fp_fusion=False,
             )  # fmt: skip
     gradient_CV = None if gradient is None else written[:, V:] if narrow else x_CV
     return logps_C, entropy_C, gradient_CV

@@ -8,13 +8,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-_PUBLIC = {"RewardError": ".errors", "isolated": ".isolation"}
+_PUBLIC = {
+    "RewardError": ".errors",
+    "get_soft_overlong_punishment": ".overlong",
+    "isolated": ".isolation",
+}
 
-__all__ = ["RewardError", "isolated"]
+__all__ = ["RewardError", "get_soft_overlong_punishment", "isolated"]
 
 if TYPE_CHECKING:
     from .errors import RewardError
     from .isolation import isolated
+    from .overlong import get_soft_overlong_punishment
 
 
 def __getattr__(name: str) -> Any:

@@ -96,6 +96,29 @@ def test_logprob_error(temperature: float) -> None:
         assert _error(got, truth) <= 1.1 * _error(eager, truth) + 1e-3 and _error(got, truth) < 0.004
 
 
+def test_entropy_gradient_error() -> None:
+    """A loss of log-probabilities and entropies, with a frozen head and with one that trains."""
+    hidden, weight, _, targets = _inputs()
+    targets = targets.clamp_min(0)
+    upstream, shares = torch.randn(N, device="cuda") / N, torch.rand(N, device="cuda") * 0.1 / N
+    _poison()
+
+    def run(function: Any, dtype: torch.dtype, count: int) -> list[torch.Tensor]:
+        leaves = [t.to(dtype, copy=True) for t in (hidden, weight)]
+        for leaf in leaves[:count]:
+            leaf.requires_grad_()
+        logps, entropy = function(*leaves, targets, temperature=0.7, with_entropy=True, entropy_gradient=True)
+        (logps * upstream.to(logps.dtype) - entropy * shares.to(logps.dtype)).sum().backward()
+        return [logps.detach(), entropy.detach(), *(leaf.grad for leaf in leaves[:count])]
+
+    for count in (1, 2):
+        ours, theirs = run(chosen_logprobs, BF16, count), run(whole_logprobs, BF16, count)
+        exact = run(whole_logprobs, torch.float64, count)
+        assert _error(ours[0], exact[0]) < 1e-5 and _error(ours[1], exact[1]) < 1e-5
+        for got, eager, truth in zip(ours[2:], theirs[2:], exact[2:], strict=True):
+            assert _error(got, truth) <= 1.1 * _error(eager, truth) + 1e-3 and _error(got, truth) < 0.004
+
+
 @pytest.mark.parametrize(
     "v, dtype",
     [(v, BF16) for v in (128256, 131072, 50257, 20001, 8193, 8192, 1000, 7, 1)] + [(50257, torch.float16)],

@@ -16,6 +16,7 @@ from pronghorn.grpo.metrics import Metrics
 from pronghorn.grpo.rollouts import Rollout
 from tests.grpo.support import config, pronghorn_model
 from tests.grpo.trl_oracle import in_float64
+from tests.helpers import perturb
 
 SHAPES: dict[str, list[tuple[int, int]]] = {  # (which prompt, completion tokens)
     "one group": [(0, 5), (0, 9), (0, 2)],
@@ -58,7 +59,9 @@ def steps(folder: Path, dtype: torch.dtype, **settings: Any) -> tuple[Any, LossS
     model = pronghorn_model(dtype).train()
     if dtype == torch.float64:
         in_float64(model)
-    return model, LossStep(config(folder, **settings), model)
+    step = LossStep(config(folder, **settings), model)
+    perturb(model)  # away from the reference policy, which is the one that the step was made with
+    return model, step
 
 
 def both(made: list[Rollout], step: LossStep) -> list[PackedRollouts]:

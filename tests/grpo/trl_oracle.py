@@ -51,7 +51,7 @@ def _score64(
     logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -logits_to_keep - 1 : -1]
     logps = torch.log_softmax(logits / self.temperature, dim=-1)
     chosen = logps.gather(-1, input_ids[:, -logits_to_keep:].unsqueeze(-1)).squeeze(-1)
-    return chosen, -(logps.exp() * logps).sum(-1).detach(), None
+    return chosen, -(logps.exp() * logps).sum(-1), None
 
 
 def first(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
@@ -77,8 +77,11 @@ def case(seed: int = 0) -> dict[str, list]:
     return {"prompts": prompts, "ids": ids, "noise": noise}
 
 
-def trl_trainer(folder: Path, correct: bool, **settings: Any) -> Any:
-    """TRL's trainer with a rollout function that returns what ``made.fixed`` holds."""
+def trl_trainer(folder: Path, correct: bool, reference: str = "base", **settings: Any) -> Any:
+    """TRL's trainer with a rollout function that returns what ``made.fixed`` holds.
+
+    ``reference``: "base" is the model without its adapter, TRL's for a fresh one; "copy" the adapter as it was.
+    """
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = "<|end_of_text|>"
     made: Any = None
@@ -93,9 +96,8 @@ def trl_trainer(folder: Path, correct: bool, **settings: Any) -> Any:
     model = get_peft_model(llama(torch.float64), lora(), autocast_adapter_dtype=False)
     fill_lora(model)
     data = Dataset.from_dict({"prompt": ["a", "b"]})
-    # the adapter that stands for the reference is copied from a fresh one otherwise: disabled adapters, as here
     made = TRLTrainer(in_float64(model), [first, second], args, data, processing_class=tokenizer, rollout_func=fixed)
-    if "ref" in model.peft_config:
+    if reference == "base" and "ref" in model.peft_config:
         model.delete_adapter("ref")
     made._get_per_token_logps_and_entropies = MethodType(_score64, made)
     made.current_gradient_accumulation_steps = 1
@@ -126,10 +128,20 @@ class FixedEngine(FakeEngine):
         ]
 
 
-def our_trainer(folder: Path, **settings: Any) -> Any:
-    model = in_float64(pronghorn_model(torch.float64))
+def our_trainer(folder: Path, reference: str = "base", dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
+    """Ours; for ``reference="base"`` the adapter is fresh when the trainer is made, and filled after."""
+    model = pronghorn_model(dtype)
+    if dtype == torch.float64:
+        in_float64(model)
+    if reference == "base":
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.zero_()
     settings = {"per_device_train_batch_size": PROMPTS * GROUP, "num_generations": GROUP, **settings}
     made = trainer(folder / "ours", model, [first, second], max_completion_length=LIMIT, **settings)
+    if reference == "base":
+        fill_lora(model)
     made.sampling._engine = FixedEngine(model, made.processing_class)
     made.model.train()
     return made

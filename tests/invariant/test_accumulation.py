@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,17 +14,20 @@ from pronghorn.grpo.losses import LOSSES
 from pronghorn.grpo.rollouts import Rollout
 from tests.grpo.support import adapter_weights, llama, pronghorn_model, trainer
 from tests.grpo.trl_oracle import in_float64
+from tests.helpers import perturb
 
 
-def _first_step(folder: Path, batch: int, accumulation: int, loss_type: str, beta: float) -> tuple[dict, dict, list]:
+def _first_step(folder: Path, batch: int, accumulation: int, **settings: Any) -> tuple[dict, dict, list]:
     """Gradients, logged metrics and completions of the first optimizer step."""
     gradients: dict[str, torch.Tensor] = {}
     # transformers' norm goes through float32, where the last bits of two layouts of the same prompt would show
     model = in_float64(pronghorn_model(torch.float64))
     made = trainer(
         folder, model, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=1,
-        loss_type=loss_type, beta=beta, max_grad_norm=0.0,
+        max_grad_norm=0.0, **settings,
     )  # fmt: skip
+
+    perturb(model)  # away from the reference policy, which is the one that the trainer was made with
 
     def keep(*args: object, **kwargs: object) -> None:
         gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
@@ -33,11 +37,22 @@ def _first_step(folder: Path, batch: int, accumulation: int, loss_type: str, bet
     return gradients, made.state.log_history[0], [len(s.completion) for s in made.sampling.samples]
 
 
-@pytest.mark.parametrize("loss_type", list(LOSSES))
-@pytest.mark.parametrize("beta", [0.0, 0.04])
-def test_eight_times_one_is_one_times_eight(tmp_path: Path, loss_type: str, beta: float) -> None:
-    whole, whole_log, sampled = _first_step(tmp_path / "1x8", 8, 1, loss_type, beta)
-    parts, parts_log, again = _first_step(tmp_path / "8x1", 1, 8, loss_type, beta)
+OPTIONS: list[dict[str, Any]] = [
+    {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+    {"top_entropy_quantile": 0.3},
+    {"entropy_coef": 0.05, "loss_type": "grpo"},
+    {"entropy_coef": 0.05, "top_entropy_quantile": 0.3, "loss_type": "luspo", "beta": 0.04},
+    {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef": 0.1},
+    {"off_policy_mask_threshold": 1e-9, "mask_truncated_completions": True},
+    {"multi_objective_aggregation": "normalize_then_sum", "mask_truncated_completions": True, "loss_type": "sapo"},
+]
+CASES = [{"loss_type": loss_type, "beta": beta} for loss_type in LOSSES for beta in (0.0, 0.04)]
+
+
+@pytest.mark.parametrize("settings", [*CASES, *OPTIONS], ids=str)
+def test_eight_times_one_is_one_times_eight(tmp_path: Path, settings: dict[str, Any]) -> None:
+    whole, whole_log, sampled = _first_step(tmp_path / "1x8", 8, 1, **settings)
+    parts, parts_log, again = _first_step(tmp_path / "8x1", 1, 8, **settings)
     assert sampled == again and len(set(sampled)) > 1  # the same completions, of unlike length
     assert parts_log["loss"] == pytest.approx(whole_log["loss"], abs=1e-12)
     assert set(whole) == set(parts) and len(whole) == 28

@@ -21,7 +21,12 @@ SETTINGS: list[dict[str, Any]] = [
     {"rows": 3},
     {"rows": 3, "steps_per_generation": 2, "logging_steps": 2},
     {"dropout": 0.3},
-]
+    {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2},
+    {
+        "use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef_delta": 0.05, "top_entropy_quantile": 0.5,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_generations": 2, "loss_type": "cispo",
+    },
+]  # fmt: skip
 
 
 class Interrupt(TrainerCallback):

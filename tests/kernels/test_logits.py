@@ -102,6 +102,36 @@ def test_many_blocks(path: str, V: int) -> None:
         assert _error(d, exact[2]) < (2e-6 if gradient == torch.float32 else 1e-3)
 
 
+@pytest.mark.parametrize("gradient, bound", [(torch.float32, 3e-6), (torch.float16, 6e-4)])
+@pytest.mark.parametrize("semantics", MAPS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 1), (5, 7), (3, 128), (2, 1000), (2, 8193)])
+def test_entropy_gradient_equals_float64(
+    path: str, shape: tuple[int, int], semantics: dict[str, Any], gradient: torch.dtype, bound: float
+) -> None:
+    """The gradient of ``w log p + u H``, several blocks and a row with a masked token among them."""
+    x, targets, bias, weights = _inputs(*shape)
+    shares = weights.flip(0) * 2
+    if shape[1] > 1:
+        x[-1, 0], targets[-1] = -math.inf, 1
+    leaf = x.double().requires_grad_()
+    z = (leaf + bias.double()) * semantics.get("scale", 1.0)
+    if "softcap" in semantics:
+        z = torch.tanh(z / semantics["softcap"]) * semantics["softcap"]
+    z = z / semantics.get("temperature", 1.0)
+    logp = torch.log_softmax(z, dim=1)
+    entropy = -(logp.exp() * logp.masked_fill(logp.exp() == 0, 0)).sum(1)
+    chosen = logp.gather(1, targets.unsqueeze(1)).squeeze(1)
+    (chosen * weights.double() + entropy * shares.double()).sum().backward()
+    _, _, d = logit_stats_(
+        x.clone(), targets, bias, weights, with_entropy=True, gradient=gradient, entropy_weights_C=shares, **semantics
+    )
+    assert d is not None and d.isfinite().all()
+    if shape[1] == 1:
+        assert not d.any()
+        return
+    assert _error(d, leaf.grad.nan_to_num(0.0)) < bound
+
+
 def test_the_gradient_lies_in_the_logits() -> None:
     x, targets, _, _ = _inputs(4, 10)
     _, _, narrow = logits_triton.logit_stats_(x, targets, None, None, 1.0, None, 1.0, None, False, torch.float16)
@@ -189,6 +219,9 @@ def test_unknown_target() -> None:
         ({"targets_C": torch.zeros(3).int()}, "int64"),
         ({"bias_V": torch.zeros(3)}, "bias has shape"),
         ({"weights_C": torch.zeros(5)}, "weights has shape"),
+        ({"entropy_weights_C": torch.zeros(5), "with_entropy": True}, "entropy_weights has shape"),
+        ({"entropy_weights_C": torch.zeros(3)}, "with_entropy=False"),
+        ({"entropy_weights_C": torch.zeros(3), "with_entropy": True, "ignore_index": 1}, "ignore_index=1"),
         ({"temperature": 0.0}, "temperature=0"),
         ({"softcap": 0.0}, "softcap=0"),
     ],

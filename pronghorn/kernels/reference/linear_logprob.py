@@ -16,6 +16,7 @@ def chosen_logprobs(
     scale: float = 1.0,
     chunk: int | None = None,
     with_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As :func:`pronghorn.kernels.linear_logprob.chosen_logprobs`; ``chunk`` is accepted and has no effect."""
     z_NV = F.linear(hidden_ND, weight_VD, bias_V)
@@ -24,5 +25,5 @@ def chosen_logprobs(
         z_NV = softcap * torch.tanh(z_NV / softcap)
     logp_NV = F.log_softmax(z_NV / temperature, dim=-1)
     logps_N = logp_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1)
-    entropy_N = -(logp_NV.exp() * logp_NV).sum(-1).detach() if with_entropy else None
-    return logps_N, entropy_N
+    entropy_N = -(logp_NV.exp() * logp_NV).sum(-1) if with_entropy else None
+    return logps_N, entropy_N if entropy_gradient or entropy_N is None else entropy_N.detach()

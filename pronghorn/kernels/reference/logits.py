@@ -16,6 +16,7 @@ def logit_stats_(
     ignore_index: int | None,
     with_entropy: bool,
     gradient: torch.dtype | None,
+    entropy_weights_C: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """As :func:`pronghorn.kernels.logits.logit_stats_`; ``x_CV`` keeps its values."""
     ignored_C1 = torch.zeros_like(targets_C, dtype=torch.bool).unsqueeze(1)
@@ -39,8 +40,14 @@ def logit_stats_(
         entropy_C = -(p_CV * logp_CV.masked_fill(p_CV == 0, 0)).sum(dim=1)
     gradient_CV = None
     if gradient is not None:
+        share_CV = None
+        if entropy_weights_C is not None and entropy_C is not None:
+            share_CV = p_CV * (logp_CV.masked_fill(p_CV == 0, 0) + entropy_C.unsqueeze(1))
+            share_CV.mul_(slope_CV).mul_(entropy_weights_C.unsqueeze(1))
         d_CV = p_CV.neg_().scatter_add_(1, targets_C1, torch.ones_like(targets_C1, dtype=p_CV.dtype)).mul_(slope_CV)
         if weights_C is not None:
             d_CV.mul_(weights_C.unsqueeze(1))
+        if share_CV is not None:
+            d_CV.sub_(share_CV)
         gradient_CV = d_CV.masked_fill_(ignored_C1, 0).to(gradient)
     return logps_C, entropy_C, gradient_CV
