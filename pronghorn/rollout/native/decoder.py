@@ -245,8 +245,8 @@ class Decoder:
 
 def held_bytes_of(found: list[tuple[Parts, Groups]], dtype: torch.dtype) -> int:
     """What the 4-bit weights of these layers take in ``dtype``, adapters beside them."""
-    inputs = [(group, group.members[0].base.in_features) for _, groups in found for group in groups]
-    return sum((group.outputs + group.rank) * (I + group.rank) for group, I in inputs) * dtype.itemsize
+    sizes = [(group, group.members[0].base.in_features) for _, groups in found for group in groups]
+    return sum((group.outputs + group.rank) * (inputs + group.rank) for group, inputs in sizes) * dtype.itemsize
 
 
 def sizes_of(sequences: Seq[Sequence], max_rows: int) -> Sizes:

@@ -1,4 +1,4 @@
-"""The loop that looks at every token: on the CPU, and on a GPU where alternatives are asked for or layers are hooked."""
+"""The loop that looks at every token: on the CPU, and on a GPU for alternatives or hooked layers."""
 
 from __future__ import annotations
 
