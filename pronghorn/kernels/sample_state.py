@@ -76,9 +76,9 @@ class SampleState:
     (int64), ``min_tokens_B``, ``max_tokens_B`` (int32), ``stop_ids_BS`` (int32, -1 for none), ``seen_BW`` (int32: bit
     ``v % 32`` of word ``v // 32``).
 
-    Counters: ``counts_B`` (int32, tokens drawn), ``positions_B`` (int32, of the token to read next), ``slots_B`` (int32,
-    where the cache is to be written: the position, or -1 for a row that does not run), ``lengths_B`` (int32, tokens to
-    attend to: the position + 1, or 0), ``finished_B`` (int32, :data:`RUNS` and so on).
+    Counters, int32: ``counts_B`` (tokens drawn), ``positions_B`` (of the token to read next), ``slots_B`` (where the
+    cache is to be written: the position, or -1 for a row that does not run), ``lengths_B`` (tokens to attend to: the
+    position + 1, or 0), ``finished_B`` (:data:`RUNS` and so on).
 
     Outputs: ``tokens_B`` (int64, the token to read next), ``token_logps_B``, ``policy_logps_B`` (float32, of the last
     draw), and all since the row was loaded by number, ``out_tokens_BT`` (int32, -1 where the logits were no numbers),
