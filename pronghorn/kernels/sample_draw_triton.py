@@ -133,9 +133,9 @@ def _record(
 def draw(
     x_ptr, bias_ptr, rows_ptr, finished_ptr, inverse_temperature_ptr, greedy_ptr, counts_ptr, min_tokens_ptr,
     max_tokens_ptr, stops_ptr, seen_ptr, penalty_ptr, top_k_ptr, top_p_ptr, log_min_p_ptr, keys_ptr, tops_ptr,
-    totals_ptr, chunk_tops_ptr, chunk_peaks_ptr, chunk_masses_ptr, above_ptr, list_ptr, values_ptr, ids_ptr, tokens_ptr,
-    token_logps_ptr, policy_logps_ptr, out_tokens_ptr, out_token_logps_ptr, out_policy_logps_ptr, positions_ptr,
-    slots_ptr, lengths_ptr, scale, softcap, T,
+    totals_ptr, chunk_tops_ptr, chunk_peaks_ptr, chunk_masses_ptr, above_ptr, list_ptr, values_ptr, ids_ptr, cuts_ptr,
+    tokens_ptr, token_logps_ptr, policy_logps_ptr, out_tokens_ptr, out_token_logps_ptr, out_policy_logps_ptr,
+    positions_ptr, slots_ptr, lengths_ptr, scale, softcap, T,
     V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, CHUNKS_P2: tl.constexpr, BIAS: tl.constexpr,
     CAP: tl.constexpr, ROWS: tl.constexpr, TRUNCATED: tl.constexpr, PENALTY: tl.constexpr, STOPS: tl.constexpr,
     S: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr, ROOM: tl.constexpr,
@@ -178,6 +178,7 @@ def draw(
                     chunk_masses_ptr + n * CHUNKS, V, BLOCK, GROUP, CHUNKS, CHUNKS_P2, TILE, ROOM, BIAS, CAP, PENALTY,
                     STOPS,
                 )  # fmt: skip
+        tl.store(cuts_ptr + n, lowest)
         if held >= 0:
             keys, gathered = load_gathered(values_ptr + n * ROOM, held, top, ROOM)
             place, whole, _target = number_at(tl.where(keys >= lowest, gathered, 0), number)

@@ -33,7 +33,8 @@ class Scratch(NamedTuple):
     ``tops`` and ``totals`` (float32 ``[N, P]``) are the policy's, ``chunk_tops`` (``[N, P]``) the maxima of what is
     drawn from, to which ``chunk_masses`` (int64 ``[N, C]``) are relative; ``chunk_peaks`` (float32 ``[N, C]``) are its
     maxima by chunk, ``above`` (int32 ``[N, P, 32]``) its counts by level. The second kernel's own: ``listed`` (int32
-    ``[N, C]``), ``values`` and ``ids`` (float32 and int32 ``[N, room]``).
+    ``[N, C]``), ``values`` and ``ids`` (float32 and int32 ``[N, room]``), and ``cuts`` (int32 ``[N]``), the least key
+    that stayed, which only tests read.
     """
 
     tops: torch.Tensor
@@ -45,6 +46,7 @@ class Scratch(NamedTuple):
     listed: torch.Tensor
     values: torch.Tensor
     ids: torch.Tensor
+    cuts: torch.Tensor
 
 
 def _scratch(state: SampleState, V: int) -> Scratch:
@@ -58,7 +60,7 @@ def _scratch(state: SampleState, V: int) -> Scratch:
         f32, i32 = torch.float32, torch.int32
         state.scratch = Scratch(
             empty(f32, P), empty(f32, P), empty(f32, P), empty(f32, P * blocks), empty(torch.int64, P * blocks),
-            empty(i32, P, LEVELS.value), empty(i32, P * blocks), empty(f32, _ROOM), empty(i32, _ROOM),
+            empty(i32, P, LEVELS.value), empty(i32, P * blocks), empty(f32, _ROOM), empty(i32, _ROOM), empty(i32),
         )  # fmt: skip
     found: Scratch = state.scratch
     return found
@@ -148,7 +150,7 @@ def sample_step(
         (N,), x_NV, bias_V, rows_N, state.finished_B, state.inverse_temperature_B, state.greedy_B, state.counts_B,
         state.min_tokens_B, state.max_tokens_B, state.stop_ids_BS, state.seen_BW, state.penalty_B, state.top_k_B,
         state.top_p_B, state.log_min_p_B, state.keys_B, s.tops, s.totals, s.chunk_tops, s.chunk_peaks, s.chunk_masses,
-        s.above, s.listed, s.values, s.ids, state.tokens_B, state.token_logps_B, state.policy_logps_B,
+        s.above, s.listed, s.values, s.ids, s.cuts, state.tokens_B, state.token_logps_B, state.policy_logps_B,
         state.out_tokens_BT, state.out_token_logps_BT, state.out_policy_logps_BT, state.positions_B, state.slots_B,
         state.lengths_B, *maps, state.max_tokens, V, block, group, chunks_p2, *flags, S, words, blocks_p2, _ROOM,
         num_warps=8 if variant.truncated else 4, enable_fp_fusion=False,
