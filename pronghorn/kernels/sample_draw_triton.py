@@ -56,6 +56,7 @@ def _cut(
     lowest = least.to(tl.int32)
     if held < 0:
         chunk = tl.arange(0, CHUNKS_P2)
+        tl.debug_barrier()  # every warp has read what the first kernel left there
         tl.store(masses_ptr + chunk, tl.zeros((CHUNKS_P2,), tl.int64), mask=chunk < CHUNKS)
         active = list_chunks(chunk_peaks, lowest, list_ptr, CHUNKS, CHUNKS_P2)
         for tile in range((active + TILE - 1) // TILE):
@@ -198,6 +199,7 @@ def draw(
             shaped = shaped | early
         token_logp = tl.where(shaped, token_logp, policy_logp)
         known = (policy_logp == policy_logp) & (token_logp == token_logp) & (whole > 0) & (token < V)
+        tl.debug_barrier()  # every warp has read the counters that change now
         _record(
             token, token_logp, policy_logp, known, b, count, stops_row, seen_row, tokens_ptr, token_logps_ptr,
             policy_logps_ptr, out_tokens_ptr, out_token_logps_ptr, out_policy_logps_ptr, counts_ptr, min_tokens_ptr,
