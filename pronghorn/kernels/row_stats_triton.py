@@ -62,7 +62,7 @@ def logit(x, bias_ptr, column, inside, scale, softcap, inverse_temperature, BIAS
 
 @triton.jit
 def follow(z, peaks, sums):
-    """A lane's next logit: new maximum and sum, and what it took: whether it is higher, the distance, its exponential."""
+    """A lane's next logit: new maximum and sum; and whether it is higher, how far off, and the exponential of that."""
     higher = z > peaks
     distance = -tl.abs(z - peaks)
     factor = tl.exp(distance)  # NaN for a NaN, and for inf - inf: it stays in the sum

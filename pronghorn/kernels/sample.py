@@ -52,7 +52,7 @@ def sample_step(
         x_NV: float32, contiguous: the head's product, no bias, scale or softcap applied yet. Only read.
         state: the rows.
         variant: what the batch needs, :meth:`Variant.of`. A row that asks for more gets the variant's.
-        rows_N: int32, the state's row of each row of logits; one below 0 is left out. None: row n is row n. No row twice.
+        rows_N: int32, the state's row of each row of logits, none twice; one below 0 is left out. None: row n is n.
         bias_V, scale, softcap: see :func:`pronghorn.kernels.logits.logit_stats_`, whose arguments they are.
 
     Raises:
@@ -61,7 +61,7 @@ def sample_step(
     N, V = x_NV.shape
     if x_NV.dtype != torch.float32 or not x_NV.is_contiguous():
         raise ValueError(f"logits are {x_NV.dtype} with strides {x_NV.stride()}; give dense float32 rows")
-    if V != state.vocab or (N > state.rows and rows_N is None):
+    if state.vocab != V or state.rows < N:
         raise ValueError(f"logits of shape {(N, V)} do not fit a state of {state.rows} rows of {state.vocab} tokens")
     if rows_N is not None and (rows_N.shape != (N,) or rows_N.dtype != torch.int32):
         raise ValueError(f"rows are {rows_N.dtype} of shape {tuple(rows_N.shape)}; give int32 of shape [{N}]")

@@ -1,4 +1,9 @@
-"""A row's logits as the sampling kernels see them: the distribution drawn from, and an order-preserving integer of each."""
+"""A row's logits as the sampling kernels see them: what is drawn from, and an order-preserving integer of each.
+
+A row is read through a tuple ``row = (x, bias, scale, softcap, inverse_temperature, seen, penalty, stops, early)``: the
+start of its logits, what :func:`pronghorn.kernels.row_stats_triton.logit` takes, the bits of the ids that it holds, its
+repetition penalty, its stop ids, and whether it may not end yet.
+"""
 
 # mypy: allow-untyped-defs
 # (A kernel's parameters are pointers and scalars whose types Triton takes from the call.)
@@ -14,29 +19,19 @@ OUTSIDE = tl.constexpr(-2147483648)  # key of what is no column of the row: belo
 
 
 @triton.jit
-def drawn_logit(
-    z, column, inside, seen_row, penalty, stops_row, early, PENALTY: tl.constexpr, STOPS: tl.constexpr
-):  # fmt: skip
-    """The policy's logit z after minimum length (``early``: the row may not end yet) and repetition penalty."""
+def load_logits(row, column, inside, BIAS: tl.constexpr, CAP: tl.constexpr, PENALTY: tl.constexpr, STOPS: tl.constexpr):
+    """``(z, y)`` at ``column``: the policy's logits, and after minimum length and penalty; -inf outside."""
+    x_ptr, bias_ptr, scale, softcap, inverse_temperature, seen_ptr, penalty, stops_ptr, early = row
+    x = tl.load(x_ptr + column, mask=inside, other=0.0)
+    z, _slope = logit(x, bias_ptr, column, inside, scale, softcap, inverse_temperature, BIAS, CAP)
     y = z
     for s in range(STOPS):
-        y = tl.where(early & (column == tl.load(stops_row + s)), float("-inf"), y)
+        y = tl.where(early & (column == tl.load(stops_ptr + s)), float("-inf"), y)
     if PENALTY:
-        word = tl.load(seen_row + (column >> 5), mask=inside, other=0)
+        word = tl.load(seen_ptr + (column >> 5), mask=inside, other=0)
         penalised = tl.where(y > 0, tl.div_rn(y, penalty), y * penalty)
         y = tl.where(((word >> (column & 31)) & 1) != 0, penalised, y)
-    return y
-
-
-@triton.jit
-def load_logits(
-    x_row, bias_ptr, column, inside, scale, softcap, inverse_temperature, seen_row, penalty, stops_row, early,
-    BIAS: tl.constexpr, CAP: tl.constexpr, PENALTY: tl.constexpr, STOPS: tl.constexpr,
-):  # fmt: skip
-    """``(z, y)`` at ``column``: the policy's logits and those drawn from; -inf where not ``inside``."""
-    x = tl.load(x_row + column, mask=inside, other=0.0)
-    z, _slope = logit(x, bias_ptr, column, inside, scale, softcap, inverse_temperature, BIAS, CAP)
-    return z, drawn_logit(z, column, inside, seen_row, penalty, stops_row, early, PENALTY, STOPS)
+    return z, y
 
 
 @triton.jit
@@ -51,3 +46,14 @@ def mass_of(y, top):
     """``exp(y - top)`` in whole numbers of 2^-40; 0 where ``y <= top`` is not true, which the row's total tells."""
     p = tl.exp(y - top)
     return (tl.where(p <= 1.0, p, 0.0) * ONE).to(tl.int64)
+
+
+@triton.jit
+def number_at(masses, number):
+    """Where the cumulative masses, in order, pass ``number`` (in [0, 1)) of their sum; and the sum.
+
+    What has no mass is never the place, unless nothing has any.
+    """
+    whole = tl.sum(masses, axis=0)
+    target = tl.minimum((number * whole.to(tl.float64)).to(tl.int64), whole - 1)
+    return tl.sum((tl.cumsum(masses, 0) <= target).to(tl.int32), axis=0), whole, target

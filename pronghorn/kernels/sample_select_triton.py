@@ -1,10 +1,10 @@
 """Where top-k, top-p and min-p cut a row: the least logit that stays, found without sorting. One program a row.
 
 A cut is the greatest key t (an integer in the order of the logits) such that the logits at or above it are k at least,
-or weigh p of the whole at least. Counts and weights are whole numbers, so each such question has one answer, however
-the row is walked. The first kernel counted, for each whole logit below the maximum, how many lie above it: that brackets
-the cut from below, mostly with few logits inside. They are gathered, and the bracket is halved until one key is left.
-Where they are too many, sweeps over the row narrow the bracket to a quarter each, first.
+or weigh p of the whole at least. Counts and masses are whole numbers, so each such question has one answer, however the
+row is walked. The first kernel counted, for each whole logit below the maximum, how many logits lie above it: that
+brackets the cut from below, mostly with few logits inside. They are gathered, in the order of ids, and the bracket is
+halved until one key is left. Where they are too many, sweeps over the row narrow the bracket to a quarter each, first.
 """
 
 # mypy: allow-untyped-defs
@@ -35,28 +35,24 @@ def list_chunks(chunk_peaks, lowest, list_ptr, CHUNKS: tl.constexpr, CHUNKS_P2: 
 
 @triton.jit
 def chunk_tile(
-    tile, active, list_ptr, x_row, bias_ptr, scale, softcap, inverse_temperature, seen_row, penalty, stops_row, early,
-    V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, BIAS: tl.constexpr,
-    CAP: tl.constexpr, PENALTY: tl.constexpr, STOPS: tl.constexpr,
+    row, tile, active, list_ptr, V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    BIAS: tl.constexpr, CAP: tl.constexpr, PENALTY: tl.constexpr, STOPS: tl.constexpr,
 ):  # fmt: skip
-    """TILE listed chunks: their numbers, which of them there are, and ``[TILE, GROUP]`` logits and keys."""
+    """TILE listed chunks: their numbers, which of them there are, and ``[TILE, GROUP]`` columns, logits and keys."""
     P: tl.constexpr = BLOCK // GROUP
     r = tile * TILE + tl.arange(0, TILE)
     chunk = tl.load(list_ptr + r, mask=r < active, other=0)
     column = ((chunk // P) * BLOCK + (chunk % P) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     inside = (r < active)[:, None] & (column < V)
-    _z, y = load_logits(
-        x_row, bias_ptr, column, inside, scale, softcap, inverse_temperature, seen_row, penalty, stops_row, early,
-        BIAS, CAP, PENALTY, STOPS,
-    )  # fmt: skip
-    return chunk, r < active, y, tl.where(inside, key_of(y), OUTSIDE)
+    _z, y = load_logits(row, column, inside, BIAS, CAP, PENALTY, STOPS)
+    return chunk, r < active, column, y, tl.where(inside, key_of(y), OUTSIDE)
 
 
 @triton.jit
-def first_guess(above_ptr, tops, top, lowest, target, whole, by_count, V: tl.constexpr, P: tl.constexpr):
+def _first_guess(above_ptr, tops, top, lowest, target, whole, by_count, V: tl.constexpr, P: tl.constexpr):
     """A bracket's likely lower end, and how many logits lie at or above it.
 
-    ``above_ptr[g, i]`` counts group g's logits at or above ``floor(tops[g]) - i``. By weight, what lies below a level
+    ``above_ptr[g, i]`` counts group g's logits at or above ``floor(tops[g]) - i``. By mass, what lies below a level
     weighs at most what it would if each logit stood at the upper end of its unit.
     """
     i = tl.arange(0, LEVELS)
@@ -75,123 +71,154 @@ def first_guess(above_ptr, tops, top, lowest, target, whole, by_count, V: tl.con
     level = tl.minimum(tl.sum(1 - enough.to(tl.int32), axis=0), LEVELS - 1)
     key = key_of(tl.floor(top) - level.to(tl.float32)).to(tl.int64)
     guess = tl.where(level == LEVELS - 1, lowest, tl.maximum(key, lowest))
-    return guess, tl.sum(tl.where(i == level, above, 0), axis=0)
+    return guess, tl.sum(tl.where(i == level, above, 0), axis=0).to(tl.int64)
 
 
 @triton.jit
-def weights_of(keys, masses, at_least, by_count):
-    """Count and mass of the keys at or above ``at_least``, and the one of the two that is asked for."""
-    at_or_above = keys >= at_least.to(tl.int32)
-    count = tl.sum(at_or_above.to(tl.int32)).to(tl.int64)
-    mass = tl.sum(tl.where(at_or_above, masses, 0))
-    return count, mass, tl.where(by_count, count, mass)
+def _weigh(
+    row, active, list_ptr, top, level0, level1, level2, level3,
+    V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    BIAS: tl.constexpr, CAP: tl.constexpr, PENALTY: tl.constexpr, STOPS: tl.constexpr,
+):  # fmt: skip
+    """Counts and masses at or above four keys, over the listed chunks."""
+    # The counts of two levels share an int32: a lane sees fewer than 32,768 tiles.
+    counts01 = tl.zeros((TILE, GROUP), tl.int32)
+    counts23 = tl.zeros((TILE, GROUP), tl.int32)
+    mass0 = tl.zeros((TILE, GROUP), tl.int64)
+    mass1 = tl.zeros((TILE, GROUP), tl.int64)
+    mass2 = tl.zeros((TILE, GROUP), tl.int64)
+    mass3 = tl.zeros((TILE, GROUP), tl.int64)
+    for tile in range((active + TILE - 1) // TILE):
+        _chunk, _real, _column, y, keys = chunk_tile(
+            row, tile, active, list_ptr, V, BLOCK, GROUP, TILE, BIAS, CAP, PENALTY, STOPS
+        )
+        masses = mass_of(y, top)
+        over0, over1 = keys >= level0.to(tl.int32), keys >= level1.to(tl.int32)
+        over2, over3 = keys >= level2.to(tl.int32), keys >= level3.to(tl.int32)
+        counts01 += over0.to(tl.int32) + (over1.to(tl.int32) << 16)
+        counts23 += over2.to(tl.int32) + (over3.to(tl.int32) << 16)
+        mass0 += tl.where(over0, masses, 0)
+        mass1 += tl.where(over1, masses, 0)
+        mass2 += tl.where(over2, masses, 0)
+        mass3 += tl.where(over3, masses, 0)
+    c0, c1 = tl.sum(counts01 & 65535).to(tl.int64), tl.sum(counts01 >> 16).to(tl.int64)
+    c2, c3 = tl.sum(counts23 & 65535).to(tl.int64), tl.sum(counts23 >> 16).to(tl.int64)
+    return c0, c1, c2, c3, tl.sum(mass0), tl.sum(mass1), tl.sum(mass2), tl.sum(mass3)
+
+
+@triton.jit
+def _gather(
+    row, active, list_ptr, values_ptr, ids_ptr, low, high,
+    V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, ROOM: tl.constexpr,
+    BIAS: tl.constexpr, CAP: tl.constexpr, PENALTY: tl.constexpr, STOPS: tl.constexpr,
+):  # fmt: skip
+    """Write the logits with keys in ``[low, high)`` and their ids, in the order of ids; how many there are."""
+    found = tl.zeros([], tl.int32)
+    for tile in range((active + TILE - 1) // TILE):
+        _chunk, _real, column, y, keys = chunk_tile(
+            row, tile, active, list_ptr, V, BLOCK, GROUP, TILE, BIAS, CAP, PENALTY, STOPS
+        )
+        chosen = (keys >= low.to(tl.int32)) & (keys < high.to(tl.int32))
+        chosen = tl.reshape(chosen.to(tl.int32), (TILE * GROUP,))
+        place = found + tl.cumsum(chosen, 0) - 1
+        fits = (chosen != 0) & (place < ROOM)
+        tl.store(values_ptr + place, tl.reshape(y, (TILE * GROUP,)), mask=fits)
+        tl.store(ids_ptr + place, tl.reshape(column, (TILE * GROUP,)), mask=fits)
+        found += tl.sum(chosen, axis=0)
+    tl.debug_barrier()
+    return found
+
+
+@triton.jit
+def load_gathered(values_ptr, held, top, ROOM: tl.constexpr):
+    """Keys and masses of what was gathered."""
+    slot = tl.arange(0, ROOM)
+    values = tl.load(values_ptr + slot, mask=slot < held, other=float("-inf"))
+    return tl.where(slot < held, key_of(values), OUTSIDE), tl.where(slot < held, mass_of(values, top), 0)
+
+
+@triton.jit
+def _halve(keys, weights, low, high, missing):
+    """The greatest key of ``[low, high)`` at or above which the weights come to ``missing``; ``low`` is one such."""
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        reached = tl.sum(tl.where(keys >= middle.to(tl.int32), weights, 0), axis=0) >= missing
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle)
+    return low
 
 
 @triton.jit
 def search(
-    lowest, guess, guessed, target, by_count, top, chunk_peaks, list_ptr, gathered_ptr,
-    x_row, bias_ptr, scale, softcap, inverse_temperature, seen_row, penalty, stops_row, early,
+    row, lowest, target, whole, by_count, top, tops, held, chunk_peaks, above_ptr, list_ptr, values_ptr, ids_ptr,
     V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_P2: tl.constexpr,
     TILE: tl.constexpr, ROOM: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, PENALTY: tl.constexpr,
     STOPS: tl.constexpr,
 ):  # fmt: skip
     """The greatest key from ``lowest`` on at or above which lies ``target`` (else ``lowest``), and the mass there.
 
-    The cut is in ``[low, high)``; at or above ``high`` lie ``high_count`` and ``high_mass``, less than the target. About
-    ``inside`` logits lie between them.
+    The cut is in ``[low, high)``. At or above ``high`` lie ``high_count`` and ``high_mass``, less than the target, and
+    about ``inside`` logits lie between the two. ``held`` logits (-1: none yet) are gathered: all from some key on that
+    is not above ``lowest``; the third result is that number after this search.
     """
-    low = guess
+    WEIGHED: tl.constexpr = TILE // 2 if TILE > 1 else 1  # a dozen registers a logit
+    low, inside = _first_guess(above_ptr, tops, top, lowest, target, whole, by_count, V, BLOCK // GROUP)
+    low = tl.where(held >= 0, lowest, low)
+    inside = tl.where(held >= 0, 0, inside)
     high = key_of(top).to(tl.int64) + 1
     high_count = tl.zeros([], tl.int64)
     high_mass = tl.zeros([], tl.int64)
     low_mass = tl.zeros([], tl.int64)
-    inside = guessed.to(tl.int64)
     searching = low < high
     while searching:
-        active = list_chunks(chunk_peaks, low.to(tl.int32), list_ptr, CHUNKS, CHUNKS_P2)
-        tiles = (active + TILE - 1) // TILE
+        active = tl.zeros([], tl.int32)
+        if held < 0:
+            active = list_chunks(chunk_peaks, low.to(tl.int32), list_ptr, CHUNKS, CHUNKS_P2)
         if inside > ROOM:
             step = (high - low + 3) // 4
             level1, level2, level3 = low + step, tl.minimum(low + 2 * step, high), tl.minimum(low + 3 * step, high)
-            # Counts of three levels share an int32: a lane sees fewer than 1,024 tiles.
-            counts = tl.zeros((TILE, GROUP), tl.int32)
-            counts0 = tl.zeros((TILE, GROUP), tl.int32)
-            mass0 = tl.zeros((TILE, GROUP), tl.int64)
-            mass1 = tl.zeros((TILE, GROUP), tl.int64)
-            mass2 = tl.zeros((TILE, GROUP), tl.int64)
-            mass3 = tl.zeros((TILE, GROUP), tl.int64)
-            for tile in range(tiles):
-                _chunk, _real, y, keys = chunk_tile(
-                    tile, active, list_ptr, x_row, bias_ptr, scale, softcap, inverse_temperature, seen_row, penalty,
-                    stops_row, early, V, BLOCK, GROUP, TILE, BIAS, CAP, PENALTY, STOPS,
-                )  # fmt: skip
-                masses = mass_of(y, top)
-                over0, over1 = keys >= low.to(tl.int32), keys >= level1.to(tl.int32)
-                over2, over3 = keys >= level2.to(tl.int32), keys >= level3.to(tl.int32)
-                counts0 += over0.to(tl.int32)
-                counts += over1.to(tl.int32) + (over2.to(tl.int32) << 10) + (over3.to(tl.int32) << 20)
-                mass0 += tl.where(over0, masses, 0)
-                mass1 += tl.where(over1, masses, 0)
-                mass2 += tl.where(over2, masses, 0)
-                mass3 += tl.where(over3, masses, 0)
-            c0, c1 = tl.sum(counts0).to(tl.int64), tl.sum(counts & 1023).to(tl.int64)
-            c2, c3 = tl.sum((counts >> 10) & 1023).to(tl.int64), tl.sum(counts >> 20).to(tl.int64)
-            m0, m1, m2, m3 = tl.sum(mass0), tl.sum(mass1), tl.sum(mass2), tl.sum(mass3)
-            reached0 = tl.where(by_count, c0, m0) >= target
-            reached1 = tl.where(by_count, c1, m1) >= target
-            reached2 = tl.where(by_count, c2, m2) >= target
-            reached3 = tl.where(by_count, c3, m3) >= target
-            if reached0:
-                high = tl.where(reached3, high, tl.where(reached2, level3, tl.where(reached1, level2, level1)))
-                high_count = tl.where(reached3, high_count, tl.where(reached2, c3, tl.where(reached1, c2, c1)))
-                high_mass = tl.where(reached3, high_mass, tl.where(reached2, m3, tl.where(reached1, m2, m1)))
-                low = tl.where(reached3, level3, tl.where(reached2, level2, tl.where(reached1, level1, low)))
-                low_mass = tl.where(reached3, m3, tl.where(reached2, m2, tl.where(reached1, m1, m0)))
-                low_count = tl.where(reached3, c3, tl.where(reached2, c2, tl.where(reached1, c1, c0)))
-                inside = low_count - high_count
+            c0, c1, c2, c3, m0, m1, m2, m3 = _weigh(
+                row, active, list_ptr, top, low, level1, level2, level3, V, BLOCK, GROUP, WEIGHED, BIAS, CAP, PENALTY,
+                STOPS,
+            )  # fmt: skip
+            reached = tl.where(by_count, c0, m0) >= target
+            r1, r2 = tl.where(by_count, c1, m1) >= target, tl.where(by_count, c2, m2) >= target
+            r3 = tl.where(by_count, c3, m3) >= target
+            count, mass = c0, m0
+            if reached:
+                high = tl.where(r3, high, tl.where(r2, level3, tl.where(r1, level2, level1)))
+                high_count = tl.where(r3, high_count, tl.where(r2, c3, tl.where(r1, c2, c1)))
+                high_mass = tl.where(r3, high_mass, tl.where(r2, m3, tl.where(r1, m2, m1)))
+                low = tl.where(r3, level3, tl.where(r2, level2, tl.where(r1, level1, low)))
+                low_mass = tl.where(r3, m3, tl.where(r2, m2, tl.where(r1, m1, m0)))
+                inside = tl.where(r3, c3, tl.where(r2, c2, tl.where(r1, c1, c0))) - high_count
                 searching = (high - low > 1) & (inside > 1)
-            else:  # the guess was too high, or there is no such key
-                searching = low > lowest
-                low_mass = m0
-                if searching:
-                    high, high_count, high_mass, low = low, c0, m0, lowest
-                    inside = tl.full([], V, tl.int64)
         else:
-            found = tl.zeros([], tl.int32)
-            for tile in range(tiles):
-                _chunk, _real, y, keys = chunk_tile(
-                    tile, active, list_ptr, x_row, bias_ptr, scale, softcap, inverse_temperature, seen_row, penalty,
-                    stops_row, early, V, BLOCK, GROUP, TILE, BIAS, CAP, PENALTY, STOPS,
+            found = held
+            if held < 0:
+                found = _gather(
+                    row, active, list_ptr, values_ptr, ids_ptr, low, high, V, BLOCK, GROUP, TILE, ROOM, BIAS, CAP,
+                    PENALTY, STOPS,
                 )  # fmt: skip
-                chosen = (keys >= low.to(tl.int32)) & (keys < high.to(tl.int32))
-                chosen = tl.reshape(chosen.to(tl.int32), (TILE * GROUP,))
-                place = found + tl.cumsum(chosen, 0) - 1
-                values = tl.reshape(y, (TILE * GROUP,))
-                tl.store(gathered_ptr + place, values, mask=(chosen != 0) & (place < ROOM))
-                found += tl.sum(chosen, axis=0)
-            tl.debug_barrier()
+            keys, masses = load_gathered(values_ptr, tl.minimum(found, ROOM), top, ROOM)
+            weights = tl.where(by_count, 1, masses)
+            at_or_above = keys >= low.to(tl.int32)
+            count = high_count + tl.sum(at_or_above.to(tl.int64), axis=0)
+            mass = high_mass + tl.sum(tl.where(at_or_above, masses, 0), axis=0)
+            missing = target - tl.where(by_count, high_count, high_mass)
+            reached = tl.where(by_count, count, mass) >= target
             inside = found.to(tl.int64)
-            if inside <= ROOM:  # else the number was a bad guess: back to sweeps
-                slot = tl.arange(0, ROOM)
-                values = tl.load(gathered_ptr + slot, mask=slot < found, other=float("-inf"))
-                keys = tl.where(slot < found, key_of(values), OUTSIDE)
-                masses = mass_of(values, top)
-                count, mass, weight = weights_of(keys, masses, low, by_count)
-                base = tl.where(by_count, high_count, high_mass)
-                if base + weight >= target:
-                    while high - low > 1:
-                        middle = low + (high - low) // 2
-                        _count, _mass, weight = weights_of(keys, masses, middle, by_count)
-                        reached = base + weight >= target
-                        low = tl.where(reached, middle, low)
-                        high = tl.where(reached, high, middle)
-                    _count, mass, _weight = weights_of(keys, masses, low, by_count)
-                    low_mass = high_mass + mass
-                    searching = low < lowest  # never: done
-                else:
-                    searching = low > lowest
-                    low_mass = high_mass + mass
-                    if searching:
-                        high, high_count, high_mass, low = low, high_count + count, low_mass, lowest
-                        inside = tl.full([], V, tl.int64)
-    return low, low_mass
+            if inside > ROOM:  # the number was a bad guess: back to sweeps
+                reached = inside > ROOM
+            elif reached:
+                held = tl.where(high_count == 0, found, -1)
+                low = _halve(keys, weights, low, high, missing)
+                low_mass = high_mass + tl.sum(tl.where(keys >= low.to(tl.int32), masses, 0), axis=0)
+                searching = low < lowest  # it is not: done
+        if reached == 0:  # the guess was too high, or there is no such key
+            low_mass = mass
+            searching = low > lowest
+            if searching:
+                high, high_count, high_mass, low = low, count, mass, lowest
+                inside = tl.full([], V, tl.int64)
+    return low, low_mass, held

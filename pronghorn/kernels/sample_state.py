@@ -76,9 +76,9 @@ class SampleState:
     (int64), ``min_tokens_B``, ``max_tokens_B`` (int32), ``stop_ids_BS`` (int32, -1 for none), ``seen_BW`` (int32: bit
     ``v % 32`` of word ``v // 32``).
 
-    Counters: ``counts_B`` (int32, tokens drawn), ``positions_B`` (int32, of the token to read next), ``slots_B`` (int32,
-    where the cache is to be written: the position, or -1 for a row that does not run), ``lengths_B`` (int32, tokens to
-    attend to: the position + 1, or 0), ``finished_B`` (int32, :data:`RUNS` and so on).
+    Counters, int32: ``counts_B`` (tokens drawn), ``positions_B`` (of the token to read next), ``slots_B`` (where the
+    cache is to be written: the position, or -1 for a row that does not run), ``lengths_B`` (tokens to attend to: the
+    position + 1, or 0), ``finished_B`` (:data:`RUNS` and so on).
 
     Outputs: ``tokens_B`` (int64, the token to read next), ``token_logps_B``, ``policy_logps_B`` (float32, of the last
     draw), and all since the row was loaded by number, ``out_tokens_BT`` (int32, -1 where the logits were no numbers),
@@ -124,7 +124,7 @@ class SampleState:
         self.scratch: Any = None  # the kernel's; made at its first call
 
     def load(self, at: Sequence[int], rows: Sequence[RowSettings]) -> None:
-        """Give the rows ``at`` to new owners, in place. One copy to the device a tensor, none of which waits.
+        """Give the rows ``at`` to new owners, in place; small copies to the device, none of which waits for it.
 
         Raises:
             ValueError: a row's ``max_tokens`` or stop ids do not fit, or it has a penalty and there is no room for it.
@@ -156,14 +156,9 @@ class SampleState:
         for name, column in values.items():
             tensor: torch.Tensor = getattr(self, name)
             tensor.index_copy_(0, index, self._to(column, tensor.dtype).view(len(rows), *tensor.shape[1:]))
-        if self.seen_BW.shape[1]:
-            seen = torch.zeros(len(rows), self.seen_BW.shape[1] * 32, dtype=torch.int64)
-            for b, r in enumerate(rows):
-                if r.repetition_penalty != 1:
-                    seen[b, torch.tensor(list(r.seen), dtype=torch.int64)] = 1
-            bits = (seen.view(len(rows), -1, 32) << torch.arange(32)).sum(-1)
-            signed = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32)
-            self.seen_BW.index_copy_(0, index, signed.to(self.seen_BW.device, non_blocking=True))
+        for b, r in zip(at, rows):
+            if r.repetition_penalty != 1:
+                self.seen_BW[b].copy_(_bits(r.seen, self.seen_BW.shape[1]), non_blocking=True)
 
     def clear(self, at: Sequence[int]) -> None:
         """Nobody owns the rows ``at`` any more: they draw nothing, and padding is all that the cache gets of them."""
@@ -190,3 +185,11 @@ class SampleState:
             raise ValueError(f"a row has {len(r.stop_ids)} stop ids; make the state with stop_ids={len(r.stop_ids)}")
         if r.repetition_penalty != 1 and not self.seen_BW.shape[1]:
             raise ValueError(f"repetition_penalty={r.repetition_penalty}: make the state with penalties=True")
+
+
+def _bits(ids: Sequence[int], words: int) -> torch.Tensor:
+    """int32 ``[words]``, the bits of ``ids`` set."""
+    marks = torch.zeros(words * 32, dtype=torch.int64)
+    marks[torch.tensor(list(ids), dtype=torch.int64)] = 1
+    sums = (marks.view(words, 32) << torch.arange(32)).sum(-1)
+    return torch.where(sums >= 1 << 31, sums - (1 << 32), sums).to(torch.int32)

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from ...kernels.reference.sample import uniforms
+
+__all__ = ["fresh_seed", "mix", "stream_key", "uniforms"]
+
 _MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -29,20 +33,6 @@ def mix(x: int) -> int:
 def stream_key(seed: int, index: int) -> int:
     """Key of sample ``index`` of a request, as a signed 64-bit integer."""
     return _signed(mix(mix(seed) + (index + 1) * GOLDEN))
-
-
-def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
-    """Logical shift right: int64's own is arithmetic."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
-
-
-def uniforms(keys_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
-    """One float64 in [0, 1) for each row, from its int64 key and its counter; 53 random bits."""
-    x = keys_B + (positions_B + 1) * _signed(GOLDEN)
-    x = (x ^ _shifted(x, 30)) * _signed(_M1)
-    x = (x ^ _shifted(x, 27)) * _signed(_M2)
-    x = x ^ _shifted(x, 31)
-    return _shifted(x, 11).double() * 2.0**-53
 
 
 def fresh_seed() -> int:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.reference.sample import draw
 from .random import uniforms
 from .sampling_rows import SamplingRows
 
-_BELOW_ONE = 1.0 - 2.0**-52
 _CANDIDATES = 256  # likeliest tokens that are sorted first
 
 
@@ -58,14 +58,6 @@ def sample(logits_BV: torch.Tensor, rows: SamplingRows) -> Drawn:
     top = plain_BV.topk(min(rows.alternatives, plain_BV.shape[1]), dim=-1)
     ranks_B = (plain_BV > chosen_B1).sum(-1) + 1
     return Drawn(tokens_B, token_logps_B, policy_logps_B, top.indices, top.values, chosen_B1.squeeze(1), ranks_B)
-
-
-def draw(logps_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
-    """The inverse of the cumulative distribution at one uniform number a row; ids of probability 0 are never drawn."""
-    cumulative_BV = logps_BV.double().exp_().cumsum(-1)
-    total_B1 = cumulative_BV[:, -1:]
-    target_B1 = torch.minimum(uniforms_B.unsqueeze(1) * total_B1, total_B1 * _BELOW_ONE)
-    return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1).clamp_(max=logps_BV.shape[1] - 1)
 
 
 def _shape(raw_BV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
