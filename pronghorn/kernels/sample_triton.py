@@ -135,7 +135,7 @@ def sample_step(
         return
     block, blocks, group = partition(V)
     s, blocks_p2 = _scratch(state, V), int(triton.next_power_of_2(blocks))
-    S, words = state.stop_ids_BS.shape[1], state.seen_BW.shape[1]
+    S, words = state.stop_ids_BS.shape[1], state.seen_BW.shape[1] if variant.penalised else 0
     chunks_p2 = int(triton.next_power_of_2(blocks * (block // group)))
     stops = S if variant.held else 0
     maps = float(scale), float(softcap or 1)
