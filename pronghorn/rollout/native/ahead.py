@@ -9,10 +9,10 @@ from .request import Sequence
 from .runner import Runner
 from .scheduler import Scheduler
 
-STEPS = 16
-"""Steps between two looks, at most: a row that ends meanwhile idles until the next."""
+STEPS, FEW_STEPS = 32, 8
+"""Steps between two looks, at most, of few rows and of many: a row that ends meanwhile idles until the next."""
 
-_FEW = 64  # rows up to which idling is cheap
+_FEW = 32  # rows up to which idling is cheap: a step reads all weights whatever their number
 
 
 def run_ahead(scheduler: Scheduler, runner: Runner, ending: Ending, decoder: Decoder) -> None:
@@ -40,16 +40,24 @@ def run_ahead(scheduler: Scheduler, runner: Runner, ending: Ending, decoder: Dec
 
 
 def _steps(scheduler: Scheduler) -> int:
-    return STEPS if len(scheduler.running) <= _FEW else STEPS // 2
+    return STEPS if len(scheduler.running) <= _FEW else FEW_STEPS
 
 
 def _record(sequence: Sequence, drawn: Drawn, ending: Ending) -> bool:
     """Append what a row drew, up to its end; whether it has ended. The host knows stop strings, the GPU does not."""
-    for token, own, policy in zip(*drawn):
+    each = len(drawn.tokens) if sequence.params.stop else 0  # tokens to look at one by one
+    for token, own, policy in zip(drawn.tokens[:each], drawn.token_logps, drawn.policy_logps):
         sequence.output.append(token)
         sequence.token_logprobs.append(own)
         sequence.policy_logprobs.append(policy)
         if ending.check(sequence):
             return True
+    sequence.output += drawn.tokens[each:]
+    sequence.token_logprobs += drawn.token_logps[each:]
+    sequence.policy_logprobs += drawn.policy_logps[each:]
+    if drawn.ended:
+        if not ending.check(sequence):
+            raise RuntimeError(f"request {sequence.request} ended on the device and not on the host: a fault")
+        return True
     sequence.computed = len(sequence) - 1  # all but the newest token are in the cache
     return False

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...kernels.sample import sample_step
-from ...kernels.sample_state import NOT_A_NUMBER, RowSettings, SampleState, Variant
+from ...kernels.sample_state import NOT_A_NUMBER, RUNS, RowSettings, SampleState, Variant
 from ...models.forward import Head
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
@@ -29,11 +29,12 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 102
 
 
 class Drawn(NamedTuple):
-    """What one row drew since the host looked last."""
+    """What one row drew since the host looked last, and whether a stop id or its length has ended it."""
 
     tokens: list[int]
     token_logps: list[float]
     policy_logps: list[float]
+    ended: bool
 
 
 class Sizes(NamedTuple):
@@ -79,6 +80,10 @@ class Decoder:
         )
         self.width = -(-sizes.positions // cache.block_size)
         self.table_BN = torch.zeros(rows, self.width, dtype=torch.int32, device=device)
+        host = torch.zeros(rows, self.width, dtype=torch.int32)
+        self._table_host = host.pin_memory() if device.type == "cuda" else host
+        self._table = self._table_host.numpy()
+        self._written: dict[int, int] = {}  # entries of each slot's table that were written
         self.query_heads = base.config.num_attention_heads
         self._walks: dict[bool, DecodeWalk] = {}
         self._graphs: dict[tuple[int, Variant], torch.cuda.CUDAGraph] = {}
@@ -104,6 +109,7 @@ class Decoder:
         self.state.clear([i for i, owner in enumerate(self.slots) if owner is not None])
         self.slots = [None] * len(self.slots)
         self.slot_of.clear()
+        self._written.clear()
 
     # Rows
 
@@ -129,6 +135,7 @@ class Decoder:
         at = [self.slot_of.pop(id(s)) for s in sequences if id(s) in self.slot_of]
         for i in at:
             self.slots[i] = None
+            self._written.pop(i, None)
         self.state.clear(at)
 
     def forget_all_but(self, sequences: Seq[Sequence]) -> None:
@@ -168,14 +175,20 @@ class Decoder:
     def run(self, sequences: Seq[Sequence], steps: int) -> list[Drawn]:
         """Decode so many tokens of every row, which has blocks for them; rows that end on the way draw fewer."""
         self._compact()
-        table = torch.zeros(self.table_BN.shape, dtype=torch.int32)
-        for s in sequences:
-            table[self.slot_of[id(s)], : len(s.table)] = torch.tensor(s.table, dtype=torch.int32)
-        self.table_BN.copy_(table.pin_memory(), non_blocking=True)
+        self._write_tables(sequences)
         graph = self._graph(bucket_of(1 + max(self.slot_of[id(s)] for s in sequences)))
         for _ in range(steps):
             graph.replay()
         return self._fetch(sequences, steps)
+
+    def _write_tables(self, sequences: Seq[Sequence]) -> None:
+        """Block tables as they stand: of a row that was there before, the last known block and those behind it."""
+        for s in sequences:
+            slot = self.slot_of[id(s)]
+            known = max(self._written.get(slot, 0) - 1, 0)
+            self._table[slot, known : len(s.table)] = s.table[known:]
+            self._written[slot] = len(s.table)
+        self.table_BN.copy_(self._table_host, non_blocking=True)
 
     def _fetch(self, sequences: Seq[Sequence], steps: int) -> list[Drawn]:
         """The newest tokens of these rows; the one place where the host waits for the GPU.
@@ -183,21 +196,27 @@ class Decoder:
         Raises:
             FloatingPointError: a row's logits were no numbers.
         """
-        state = self.state
-        index = torch.tensor([self.slot_of[id(s)] for s in sequences])
-        first_N1 = torch.tensor([[len(s.output)] for s in sequences])
-        columns = (first_N1 + torch.arange(steps)).clamp_(max=state.max_tokens - 1)
-        index, columns = index.to(state.tokens_B.device, non_blocking=True), columns.to(state.tokens_B.device)
-        counts, ended = torch.stack((state.counts_B, state.finished_B)).index_select(1, index).tolist()
-        outputs = (state.out_tokens_BT, state.out_token_logps_BT, state.out_policy_logps_BT)
-        tokens, own, policy = (out.index_select(0, index).gather(1, columns).tolist() for out in outputs)
+        state, device = self.state, self.state.tokens_B.device
+        index = torch.tensor([self.slot_of[id(s)] for s in sequences]).to(device, non_blocking=True)
+        drawn = [len(s.output) for s in sequences]
+        columns = (torch.tensor(drawn).unsqueeze(1) + torch.arange(steps)).clamp_(max=state.max_tokens - 1)
+        columns = columns.to(device, non_blocking=True)
+        books = [x.index_select(0, index).unsqueeze(1) for x in (state.counts_B, state.finished_B)]
+        kinds = (state.out_tokens_BT, state.out_token_logps_BT, state.out_policy_logps_BT)
+        outputs = [x.index_select(0, index).gather(1, columns).view(torch.int32) for x in kinds]
+        found = torch.cat([*books, *outputs], dim=1).cpu()  # one copy, in whole 32-bit words
+        counts, ended = found[:, 0].tolist(), found[:, 1].tolist()
+        tokens = found[:, 2 : 2 + steps].tolist()
+        own, policy = (x.contiguous().view(torch.float32).tolist() for x in found[:, 2 + steps :].chunk(2, dim=1))
         if NOT_A_NUMBER in ended:
             raise FloatingPointError(
                 "the model gave logits that are not numbers (NaN); a weight or an activation overflowed: check the "
                 "adapter's values, lower the learning rate, or use bfloat16 in place of float16"
             )
-        new = [count - len(s.output) for s, count in zip(sequences, counts)]
-        return [Drawn(t[:n], o[:n], p[:n]) for t, o, p, n in zip(tokens, own, policy, new)]
+        return [
+            Drawn(t[: n - had], o[: n - had], p[: n - had], end != RUNS)
+            for t, o, p, n, had, end in zip(tokens, own, policy, counts, drawn, ended)
+        ]
 
     # Graphs
 
