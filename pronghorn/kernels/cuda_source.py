@@ -25,6 +25,26 @@ class CompileError(RuntimeError):
     """NVRTC refused a source, or the driver what it made of it; the text is theirs."""
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: which one, and 64 bytes of value."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_OVERLAP = ctypes.pointer(_Attribute(6, 0, (ctypes.c_int * 16)(1)))  # programmatic stream serialization, allowed
+
+
 @lru_cache(maxsize=1)
 def _nvrtc() -> ctypes.CDLL:
     """NVRTC of torch's own CUDA version."""
@@ -123,14 +143,21 @@ class CudaKernel:
             allowed = driver.cuFuncSetAttribute(self._function, _SHARED_BYTES, shared_bytes)
             _check_driver(allowed, f"{shared_bytes} bytes of shared memory for {name}")
 
-    def __call__(self, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure) -> None:
-        """Launch with one parameter, a structure passed by value."""
+    def __call__(
+        self, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, overlap: bool = False
+    ) -> None:
+        """Launch with one parameter, a structure passed by value.
+
+        ``overlap``: begin once every block of the kernel before has said that it may, or has ended;
+        ``griddepcontrol.wait`` then waits for that kernel's results (compute capability 9.0 and up).
+        """
         pointers = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.byref(argument), ctypes.c_void_p))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         with torch.cuda.device(self.device):
-            code = _driver().cuLaunchKernel(
-                self._function, *grid, threads, 1, 1, self.shared_bytes, stream, pointers, None
+            config = _Config(
+                *grid, threads, 1, 1, self.shared_bytes, stream, _OVERLAP if overlap else None, int(overlap)
             )
+            code = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         _check_driver(code, f"launching a grid of {grid} blocks of {threads}")
 
 

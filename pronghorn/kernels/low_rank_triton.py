@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from pronghorn.kernels.launch import Launcher
 from pronghorn.kernels.reference.low_rank import SPLITS, run_length
@@ -40,9 +41,14 @@ def _run(
 @triton.jit(do_not_specialize=["T"])
 def _few_rows(
     x_ptr, a_ptr, out_ptr, part_ptr, arrived_ptr, T, R, x_stride, out_stride, width, step,
-    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A run a program; the last of a tile adds all of them up, from the first, and clears the count."""
+    """A run a program; the last of a tile adds all of them up, from the first, and clears the count.
+
+    EARLY lets a kernel that was launched to overlap begin now; others still wait for the end.
+    """
+    if EARLY:
+        gdc_launch_dependents()
     split = tl.program_id(0)
     tile = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -91,6 +97,12 @@ def _workspace(device: torch.device, tiles: int, elements: int) -> tuple[torch.T
     )
 
 
+@lru_cache(maxsize=32)
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel can begin before the one before it has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def low_rank(x_TI: torch.Tensor, a_RI: torch.Tensor, out_TR: torch.Tensor, few_rows: int = FEW_ROWS) -> None:
     """See :func:`pronghorn.kernels.low_rank.low_rank`; ``few_rows`` is for tests."""
     (T, width), R = x_TI.shape, a_RI.shape[0]
@@ -105,6 +117,7 @@ def low_rank(x_TI: torch.Tensor, a_RI: torch.Tensor, out_TR: torch.Tensor, few_r
             part, arrived = _workspace(x_TI.device, tiles_t * tiles_r, 16 * block_r)
             _launch_few(
                 (SPLITS, tiles_t, tiles_r), x_TI, a_RI, out_TR, part, arrived, *common, 16, block_r, 128,
+                _overlaps(x_TI.device),
                 num_warps=4, num_stages=4, enable_fp_fusion=False,
             )  # fmt: skip
         else:

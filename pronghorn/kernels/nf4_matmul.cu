@@ -5,6 +5,7 @@
 //   CHUNK   columns of one stage (128 or 256)                      STAGES stages on their way or in use
 //   NESTED  scales are 8-bit codes (else float32)                  RANK16 16-column pieces of an adapter
 //   F16     float16 in place of bfloat16                           BLOCKS_PER_SM  that registers must suffice for
+//   OVERLAP begins while the kernel before runs, which makes low, and nothing else that is read here
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -181,9 +182,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) nf4_matm
     const float offset = NESTED ? __ldg(own.offset) : 0.0f;
     float c[TILES][4] = {};
 #if RANK16
-    // The adapter's operands, read early: they are needed at the very end.
+    // The adapter's operands are needed at the very end. B is read early, and so is low unless it is still being made.
     uint2 b_up[RANK16][2], b_low[RANK16][TILES];
     const bool adapted = own.b != 0 && (!RING || warp == (chunks - 1) % WARPS);
+    auto read_low = [&]() {
+#pragma unroll
+        for (int r = 0; r < RANK16; ++r)
+#pragma unroll
+            for (int n = 0; n < TILES; ++n) {
+                const int row = first_row + n * 8 + g;
+                b_low[r][n] = make_uint2(0, 0);
+                if (r * 16 < own.rank && row < args.rows)
+                    b_low[r][n] = __ldcg((const uint2*)(args.low + (u64)row * args.low_stride + own.at + r * 16 + t * 4));
+            }
+    };
     if (adapted) {
 #pragma unroll
         for (int r = 0; r < RANK16; ++r) {
@@ -193,14 +205,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) nf4_matm
                 b_up[r][h] = make_uint2(0, 0);
                 if (inside) b_up[r][h] = __ldg((const uint2*)(own.b + (u64)min(o0 + 8 * h, last) * own.rank + r * 16 + t * 4));
             }
-#pragma unroll
-            for (int n = 0; n < TILES; ++n) {
-                const int row = first_row + n * 8 + g;
-                b_low[r][n] = make_uint2(0, 0);
-                if (inside && row < args.rows)
-                    b_low[r][n] = *(const uint2*)(args.low + (u64)row * args.low_stride + own.at + r * 16 + t * 4);
-            }
         }
+        if (!OVERLAP) read_low();
     }
 #endif
     // Thread t of a quad makes the scales of block t of a chunk, for both of the quad's outputs.
@@ -298,8 +304,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) nf4_matm
     }
 #endif
 
+#if OVERLAP
+    asm volatile("griddepcontrol.wait;" ::: "memory");  // until the kernel before has ended: it makes low
+#endif
 #if RANK16
     if (adapted) {
+        if (OVERLAP) read_low();
 #pragma unroll
         for (int r = 0; r < RANK16; ++r) {
             const u32 a[4] = {b_up[r][0].x, b_up[r][1].x, b_up[r][0].y, b_up[r][1].y};

@@ -22,7 +22,6 @@ table of each block. Codes and x come through shared memory, several stages ahea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 
@@ -38,15 +37,6 @@ MEMBERS = 3
 """Projections of one group at most."""
 
 _COLUMNS = 256  # inputs of one stage
-
-
-def _path(tensor: torch.Tensor) -> ModuleType:
-    """The module that does the work for ``tensor``."""
-    if not tensor.is_cuda:
-        return reference
-    from pronghorn.kernels import nf4_matmul_cuda
-
-    return nf4_matmul_cuda
 
 
 def why_not(weights: Sequence[NF4Weight], dtype: torch.dtype, device: torch.device, ranks: Sequence[int] = ()) -> str:
@@ -75,6 +65,7 @@ def nf4_matmul(
     members: Sequence[Member],
     low_MR: torch.Tensor | None = None,
     out_MO: torch.Tensor | None = None,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """Outputs of all ``members`` side by side; no gradient.
 
@@ -83,6 +74,8 @@ def nf4_matmul(
         members: one to three projections of this input.
         low_MR: ``x A^T`` of all adapters side by side, in x's dtype; None without adapters.
         out_MO: ``[M, sum of O]``, x's dtype, rows contiguous, to write to.
+        overlap: the kernel launched just before makes ``low_MR`` and nothing else that is read here: a GPU that can
+            runs the two beside each other.
 
     Returns:
         ``y_MO`` in x's dtype: products, adapter and bias summed in float32 and rounded once.
@@ -99,7 +92,12 @@ def nf4_matmul(
             f"give {(x_MI.shape[0], outputs)}, {x_MI.dtype}, rows contiguous"
         )
     _check(x_MI, members, low_MR)
-    _path(x_MI).nf4_matmul(x_MI, members, low_MR, out_MO)
+    if x_MI.is_cuda:
+        from pronghorn.kernels import nf4_matmul_cuda
+
+        nf4_matmul_cuda.nf4_matmul(x_MI, members, low_MR, out_MO, overlap=overlap)
+    else:
+        reference.nf4_matmul(x_MI, members, low_MR, out_MO)
     return out_MO
 
 

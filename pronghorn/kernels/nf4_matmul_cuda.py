@@ -82,10 +82,13 @@ def _source() -> str:
 
 
 @lru_cache(maxsize=256)
-def _kernel(tile: Tile, K: int, nested: bool, rank16: int, half: bool, device: torch.device) -> CudaKernel:
+def _kernel(
+    tile: Tile, K: int, nested: bool, rank16: int, half: bool, overlap: bool, device: torch.device
+) -> CudaKernel:
     defines = {
         "WARPS": tile.warps, "RING": int(tile.ring), "TILES": tile.tiles, "CHUNK": tile.chunk, "STAGES": tile.stages,
         "BLOCKS_PER_SM": tile.blocks_per_sm, "NESTED": int(nested), "RANK16": rank16, "F16": int(half),
+        "OVERLAP": int(overlap),
     }  # fmt: skip
     return CudaKernel(_source(), "nf4_matmul", defines, device, tile.shared_bytes(K, nested))
 
@@ -96,8 +99,15 @@ def nf4_matmul(
     low_MR: torch.Tensor | None,
     out_MO: torch.Tensor,
     tile: Tile | None = None,
+    overlap: bool = False,
 ) -> None:
-    """As ``reference.nf4_matmul.nf4_matmul``; ``tile`` instead of :func:`tile_for`'s choice, for measurements."""
+    """As ``reference.nf4_matmul.nf4_matmul``.
+
+    Args:
+        tile: instead of :func:`tile_for`'s choice, for measurements.
+        overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: run beside it
+            (on Hopper; elsewhere after it, as usual).
+    """
     (M, K), device = x_MI.shape, x_MI.device
     if M == 0:
         return
@@ -120,5 +130,6 @@ def nf4_matmul(
         rank16 = max(rank16, args.member[i].rank // 16)
         column += w.shape[0]
         blocks += -(-w.shape[0] // tile.outputs)
-    kernel = _kernel(tile, K, nested, rank16, x_MI.dtype == torch.float16, device)
-    kernel((blocks, -(-M // (tile.tiles * 8)), 1), tile.warps * 32, args)
+    overlap = overlap and rank16 > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
+    kernel = _kernel(tile, K, nested, rank16, x_MI.dtype == torch.float16, overlap, device)
+    kernel((blocks, -(-M // (tile.tiles * 8)), 1), tile.warps * 32, args, overlap)

@@ -79,7 +79,7 @@ class NF4Product:
                 low_rank(x_MI, self.group.a_RI, low_MR[:, :R])
             else:
                 low_MR = low_rank(x_MI, self.group.a_RI)
-        return nf4_matmul(x_MI, self.members, low_MR)
+        return nf4_matmul(x_MI, self.members, low_MR, overlap=True)  # x was whole before x A^T began
 
 
 class Tables:
