@@ -73,6 +73,8 @@ class GRPOConfig(TRLGRPOConfig):
             ``"zero"`` (0.0 from this function).
         watch: thresholds of the warnings about a run that does not learn, where they differ from
             :class:`pronghorn.config.watch.WatchConfig`'s; ``{"enabled": False}`` for none.
+        max_consecutive_skipped_steps: a step whose gradients are NaN or inf is skipped and its batch kept under
+            ``output_dir/skipped``; after so many in a row the run stops.
         translations: the lines printed so far.
 
     Raises:
@@ -104,6 +106,9 @@ class GRPOConfig(TRLGRPOConfig):
     )
     watch: dict[str, Any] | None = field(
         default=None, metadata={"help": "Thresholds of the warnings about a run that does not learn, by name."}
+    )
+    max_consecutive_skipped_steps: int = field(
+        default=3, metadata={"help": "Stop after so many steps in a row whose gradients are NaN or inf."}
     )
     translations: list[str] | None = field(
         default=None, metadata={"help": "Lines that earlier initialisations of this config printed."}
@@ -141,6 +146,11 @@ class GRPOConfig(TRLGRPOConfig):
         if self.log_completions_steps < 1:
             raise ConfigError(
                 f"GRPOConfig: log_completions_steps={self.log_completions_steps} is out of range; give 1 or more"
+            )
+        if self.max_consecutive_skipped_steps < 1:
+            raise ConfigError(
+                f"GRPOConfig: max_consecutive_skipped_steps={self.max_consecutive_skipped_steps} is out of range; give "
+                "1 (stop at the first) or more"
             )
         if not self.temperature > 0:
             raise ConfigError(f"GRPOConfig: temperature={self.temperature} gives no spread to learn from; give > 0")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..weights.folder import sync
+from .disk import append_whole, room_on_disk
 
 
 class Metrics:
@@ -64,7 +68,11 @@ class Metrics:
 
 
 class History:
-    """A file of JSON lines, one for each record, each with its ``step``; what a report is drawn from."""
+    """A file of JSON lines, one for each record, each with its ``step``; what a report is drawn from.
+
+    Raises:
+        OSError: a record could not be written, with the remedy where the disk is full; the file keeps its whole lines.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -74,7 +82,9 @@ class History:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step] if step else []
         fresh = self.path.with_name(self.path.name + ".new")
-        fresh.write_text("".join(kept), encoding="utf-8")
+        with self._room():
+            fresh.write_text("".join(kept), encoding="utf-8")
+            sync(fresh)
         os.replace(fresh, self.path)
 
     def _lines(self) -> list[str]:
@@ -84,5 +94,14 @@ class History:
         return [line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
     def append(self, *records: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, default=str) + "\n" for record in records)
+        with self._room():
+            append_whole(self.path, "".join(json.dumps(record, default=str) + "\n" for record in records).encode())
+
+    def sync(self) -> None:
+        """Put what was appended on disk: a checkpoint's past must not be younger than the checkpoint."""
+        if self.path.exists():
+            sync(self.path)
+
+    def _room(self) -> AbstractContextManager[None]:
+        remedy = "free space, then go on with train(resume_from_checkpoint=True) where a checkpoint stands"
+        return room_on_disk(self.path.parent, self.path.name, remedy)

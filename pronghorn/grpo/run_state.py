@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .generators import Generators
 from .rollouts import Rollout
 
 FILE = "grpo_state.pt"
@@ -23,6 +24,7 @@ class RunState:
         metrics: what was gathered since the last log.
         cursor: the settings that place the cursor within the data.
         entropy: the entropy bonus's coefficient and the entropy it goes by.
+        parts: states of the parts that have one, by name (:class:`~pronghorn.grpo.stateful.StatefulParts`).
     """
 
     micro_steps: int = 0
@@ -30,6 +32,7 @@ class RunState:
     metrics: dict[str, list[Any]] = field(default_factory=dict)
     cursor: dict[str, Any] = field(default_factory=dict)
     entropy: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
         state = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -40,3 +43,16 @@ class RunState:
     def load(cls, folder: str | Path) -> RunState:
         state = torch.load(Path(folder) / FILE, weights_only=True)
         return cls(**{**state, "buffer": [Rollout.from_state(rollout) for rollout in state["buffer"]]})
+
+
+@dataclass(frozen=True)
+class StepStart:
+    """What an optimizer step changes before the optimizer moves, as it was when the step began.
+
+    Weights, optimizer and schedule do not move before then, so a run that is stopped within a step is saved as it stood
+    at the step's start, and the resumed one does the whole step again, bit for bit.
+    """
+
+    position: RunState
+    tokens_seen: int
+    generators: Generators

@@ -9,16 +9,21 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from ..config.errors import ConfigError
 from ..lora.active import adapter_names, live_names
 from ..lora.io import WEIGHTS, save_lora
-from .checkpoint import rotate, to_resume, writing
+from .checkpoint import is_whole, rotate, to_resume, whole_checkpoints, writing
+from .disk import room_on_disk
+from .generators import Generators
 from .loss_step import LossStep
 from .metrics import History, Metrics
-from .run_state import RunState
+from .run_state import FILE as STATE
+from .run_state import RunState, StepStart
+from .stateful import StatefulParts
+from .stop_signal import StopRequested, StopSignal
 
 _ARGUMENTS_THAT_PLACE_THE_CURSOR = (
     "seed", "num_generations", "steps_per_generation", "num_iterations", "gradient_accumulation_steps",
@@ -37,9 +42,16 @@ class SavingMixin:
     history: History
     completions: History
     loss_step: LossStep
+    stateful: StatefulParts
+    stop: StopSignal
+    control: Any
+    _epoch_ends_at: int
+    _step_start: StepStart | None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, from the start or from a whole checkpoint.
+
+        SIGTERM saves a checkpoint and raises ``SystemExit(0)``: within a step, the checkpoint is of the step's start.
 
         Args:
             resume_from_checkpoint: True for the newest whole checkpoint in ``output_dir``, or a folder; None takes
@@ -48,33 +60,57 @@ class SavingMixin:
         Raises:
             ConfigError: nothing whole to resume from, a finished run, settings that changed the order of the data, or
                 an ``output_dir`` with checkpoints of an earlier run where no resume is asked.
+            NonFiniteGradients: ``max_consecutive_skipped_steps`` steps in a row were skipped.
+            OSError: the disk is full, or another write failed; the last whole checkpoint stands.
         """
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = to_resume(self.args.output_dir, asked, self.args.overwrite_output_dir)
-        step = 0
-        self.position, saved = RunState(), {}
-        if checkpoint is not None:
-            step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
-            if 0 < self.args.max_steps <= step:
-                raise ConfigError(
-                    f"{checkpoint} is at step {step} and max_steps={self.args.max_steps}: nothing is left to train; "
-                    "raise max_steps or leave resume_from_checkpoint out"
-                )
-            self.position = RunState.load(checkpoint)
-            self._check_cursor(checkpoint)
-            saved = self.position.metrics
+        self.position, self._step_start, self._epoch_ends_at = RunState(), None, -1
+        step = 0 if checkpoint is None else self._take_up(checkpoint)
         for mode, metrics in self.metrics.items():
-            metrics.load(saved if mode == "train" else {})
+            metrics.load(self.position.metrics if mode == "train" else {})
         self.loss_step.resume(self.position.entropy, checkpoint)
         self.history.start(step)
         if self.args.log_completions:
             self.completions.start(step)
-        return super().train(  # type: ignore[misc]
-            resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs
-        )
+        with self.stop.listening():
+            try:
+                result = super().train(  # type: ignore[misc]
+                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs
+                )
+            except StopRequested:
+                self._rewind()
+            if self.stop.requested:
+                self._save_and_exit()
+        return result
+
+    def _take_up(self, checkpoint: Path) -> int:
+        """Read the run's position from ``checkpoint``; returns its step."""
+        step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+        *_, last = self.set_initial_training_values(self.args, self.get_train_dataloader())  # type: ignore[attr-defined]
+        if step >= last:
+            wanted = f"max_steps={last}"
+            if self.args.max_steps <= 0:
+                wanted = f"num_train_epochs={self.args.num_train_epochs} ends at step {last}"
+            raise ConfigError(
+                f"{checkpoint} is at step {step} and {wanted}: nothing is left to train; raise "
+                f"{wanted.split('=')[0]} or leave resume_from_checkpoint out"
+            )
+        for name in (OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state.pth", STATE):
+            if not (checkpoint / name).is_file():
+                raise ConfigError(
+                    f"{checkpoint} has no {name} (save_only_model=True writes none): the run cannot go on from it; "
+                    "load its adapter and start anew, with save_only_model=False"
+                )
+        self.position = RunState.load(checkpoint)
+        self._check_cursor(checkpoint)
+        self.stateful.check(self.position.parts, str(checkpoint))
+        self.stateful.load_state_dict(self.position.parts)
+        return int(step)
 
     def _cursor(self) -> dict[str, Any]:
-        return {name: getattr(self.args, name) for name in _ARGUMENTS_THAT_PLACE_THE_CURSOR}
+        cursor = {name: getattr(self.args, name) for name in _ARGUMENTS_THAT_PLACE_THE_CURSOR}
+        return {**cursor, "len(train_dataset)": len(self.train_dataset)}  # type: ignore[attr-defined]
 
     def _check_cursor(self, checkpoint: Path) -> None:
         for name, now in self._cursor().items():
@@ -85,6 +121,58 @@ class SavingMixin:
                     f"set {name}={then}"
                 )
 
+    def _run_state(self) -> RunState:
+        """The position now, at the edge of an optimizer step."""
+        reuse = self.args.steps_per_generation * self.args.num_iterations
+        used_up = self.position.micro_steps % reuse == 0
+        return RunState(
+            micro_steps=self.position.micro_steps,
+            buffer=[] if used_up else list(self.position.buffer),
+            metrics=self.metrics["train"].state(),
+            cursor=self._cursor(),
+            entropy=self.loss_step.bonus.state(),
+            parts=self.stateful.state_dict(),
+        )
+
+    def _begin_step(self) -> None:
+        """Note what the step that begins will change, for a stop within it."""
+        self._step_start = StepStart(self._run_state(), self.state.num_input_tokens_seen, Generators.now())
+
+    def _rewind(self) -> None:
+        """Back to the start of the step that was stopped."""
+        start = self._step_start
+        if start is None:
+            raise RuntimeError("a step was stopped that had not begun")
+        self.position = start.position
+        self.metrics["train"].load(start.position.metrics)
+        self.stateful.load_state_dict(start.position.parts)
+        self.loss_step.bonus.load(start.position.entropy)
+        self.state.num_input_tokens_seen = start.tokens_seen
+        start.generators.restore()
+
+    def _save_and_exit(self) -> None:
+        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if not is_whole(final) or final != whole_checkpoints(self.args.output_dir)[-1]:
+            self._save_checkpoint(self.model, None)
+        print(f"Pronghorn: stopped by SIGTERM; {final} is whole, train(resume_from_checkpoint=True) goes on from it")
+        raise SystemExit(0)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, but a save that is due at an epoch's last step waits for what the epoch's end brings.
+
+        That follows at once: logs and evaluations of ``"epoch"`` strategies. Saved before them, a checkpoint would lose
+        them for a run that is killed in between.
+        """
+        epoch, step = self.state.epoch, self.state.global_step
+        waits = self.control.should_save and epoch == int(epoch) and self._epoch_ends_at != step
+        if not waits:
+            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+            return
+        self._epoch_ends_at = step
+        self.control.should_save = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        self.control.should_save = True
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write ``checkpoint-<step>``: whole, or not there; older ones go only after it stands."""
         self.store_flos()  # type: ignore[attr-defined]
@@ -94,8 +182,14 @@ class SavingMixin:
             best = output_dir / f"checkpoint-{self.state.best_global_step}"
             if best == final or best.exists():
                 self.state.best_model_checkpoint = str(best)
-        with writing(final) as folder:
-            self._write(str(folder))
+        whole = whole_checkpoints(output_dir)
+        remedy = f"{whole[-1].name} is whole: " if whole else "no earlier one stands: "
+        remedy += "free space (save_total_limit keeps fewer), then train(resume_from_checkpoint=True)"
+        with room_on_disk(output_dir, final.name, remedy), writing(final) as folder:
+            self.history.sync()
+            self.completions.sync()
+            with room_on_disk(output_dir, final.name, remedy):  # looked at before the unfinished folder goes
+                self._write(str(folder))
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))  # type: ignore[attr-defined]
         rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -107,15 +201,7 @@ class SavingMixin:
             trainer._save_optimizer_and_scheduler(folder)
             trainer._save_scaler(folder)
             trainer._save_rng_state(folder)
-        reuse = self.args.steps_per_generation * self.args.num_iterations
-        used_up = self.position.micro_steps % reuse == 0
-        RunState(
-            micro_steps=self.position.micro_steps,
-            buffer=[] if used_up else self.position.buffer,
-            metrics=self.metrics["train"].state(),
-            cursor=self._cursor(),
-            entropy=self.loss_step.bonus.state(),
-        ).save(folder)
+        self._run_state().save(folder)
         if self.loss_step.reference is not None:
             self.loss_step.reference.save(folder)
         callbacks = [*trainer.callback_handler.callbacks, trainer.control]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from .accuracy_callback import AccuracyCallback
 from .config import GRPOConfig
 from .data import as_dataset
 from .evaluation import AccuracyEval
+from .gradient_guard import GradientGuard
+from .guarding import GuardMixin
 from .loss_step import LossStep, window_of
 from .losses import Window
 from .metrics import History, Metrics
@@ -29,6 +32,8 @@ from .samples import print_samples
 from .sampling_loop import SamplingLoop, request_seed
 from .saving import SavingMixin
 from .setup import as_config, as_model, check_precision, prompt_encoder
+from .stateful import StatefulParts
+from .stop_signal import StopSignal
 from .translate import plain
 from .watch_callback import WatchCallback
 
@@ -40,7 +45,7 @@ def identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-class GRPOTrainer(SavingMixin, Trainer):
+class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
     """Group relative policy optimization (DeepSeekMath, arXiv:2402.03300) with TRL's interface and metric names.
 
     Args:
@@ -103,10 +108,15 @@ class GRPOTrainer(SavingMixin, Trainer):
         encoder = prompt_encoder(args, model, tokenizer)
         encoder.check(train_dataset, "train_dataset")
         self.position = RunState()
+        self.stop, self.stateful = StopSignal(), StatefulParts()
+        self.guard = GradientGuard(args.max_consecutive_skipped_steps, Path(args.output_dir) / "skipped")
+        self.stateful.add("skipped_steps", self.guard)
         self.metrics = {TRAIN: Metrics(), EVAL: Metrics()}
         self._step_rows: list[list[dict[str, Any]]] = []
         self._micro_batches: list[list[Rollout]] = []
         self._window: Window | None = None
+        self._step_parts: list[list[Rollout]] = []
+        self._step_losses: list[torch.Tensor] = []
         self._step_seconds, self._evaluated = 0.0, 0
         super().__init__(
             model=model,
@@ -206,16 +216,25 @@ class GRPOTrainer(SavingMixin, Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch; the first of an optimizer step generates what the step needs."""
+        if self._window is None:
+            self._begin_step()
+            self._step_losses, self._step_seconds = [], 0.0
+        with self.stop.interruptible():
+            return self._micro_step(model)
+
+    def _micro_step(self, model: nn.Module) -> torch.Tensor:
         started = time.perf_counter()
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have modes too
             self.optimizer.train()
         if self._window is None:
-            self._micro_batches = self._open_step()
+            self._step_parts = self._open_step()
+            self._micro_batches = list(self._step_parts)
             self._window = self.loss_step.open(self._micro_batches)
         batch = self.loss_step.pack(self._micro_batches.pop(0))
         loss = self.loss_step(batch, self._window, self.metrics[TRAIN])
         self.accelerator.backward(loss)
+        self._step_losses.append(loss.detach())
         self.position.micro_steps += 1
         self._step_seconds += time.perf_counter() - started
         last = not self._micro_batches
@@ -223,7 +242,6 @@ class GRPOTrainer(SavingMixin, Trainer):
         if last:
             self.loss_step.close(self.metrics[TRAIN])
             self.metrics[TRAIN].mean("step_time", self._step_seconds)
-            self._step_seconds = 0.0
         return loss.detach()
 
     def _open_step(self) -> list[list[Rollout]]:

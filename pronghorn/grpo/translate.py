@@ -35,6 +35,7 @@ def before_checks(config: GRPOConfig) -> list[str]:
         _train_batch,
         _eval_batch,
         _vespo,
+        _sigterm,
     )
     return [line for step in steps if (line := step(config))]
 
@@ -146,6 +147,13 @@ def _vespo(config: GRPOConfig) -> str | None:
         f'vllm_importance_sampling_mode="{mode}" -> "{config.vllm_importance_sampling_mode}": '
         'loss_type="vespo" weighs sequences itself, with the sampler\'s correction in that weight'
     )
+
+
+def _sigterm(config: GRPOConfig) -> str | None:
+    if not config.enable_jit_checkpoint:
+        return None
+    config.enable_jit_checkpoint = False
+    return "enable_jit_checkpoint=True -> Pronghorn's own: SIGTERM always saves a whole checkpoint and exits"
 
 
 def batch_line(config: GRPOConfig) -> str:

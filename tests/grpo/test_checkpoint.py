@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +114,13 @@ def test_a_crash_while_saving_leaves_the_last_whole_one(tmp_path: Path, monkeypa
 
 def test_the_old_one_goes_only_when_the_new_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    real = shutil.rmtree
+    real = checkpoints._remove
 
-    def watch(path: Any, *args: Any, **kwargs: Any) -> None:
-        if Path(path).name.startswith("checkpoint-"):
-            seen.append([p.name for p in whole_checkpoints(tmp_path)])
-        real(path, *args, **kwargs)
+    def watch(folder: Path) -> None:
+        seen.append([p.name for p in whole_checkpoints(tmp_path)])
+        real(folder)
 
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", watch)
+    monkeypatch.setattr(checkpoints, "_remove", watch)
     trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1).train()
     assert seen == [["checkpoint-1", "checkpoint-2"]]
 

@@ -1,0 +1,96 @@
+"""Where the trainer looks at gradients before the optimizer does."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from .gradient_guard import GradientGuard
+from .logprobs import score
+from .loss_step import LossStep
+from .metrics import Metrics
+from .rollouts import Rollout
+from .sampling_loop import inference
+from .skipped import SkippedBatch
+
+
+class GuardMixin:
+    """Overrides of transformers' Trainer; ``GRPOTrainer`` brings the attributes.
+
+    A step whose gradient norm is not finite is not taken: weights, moments and step counts of the optimizer stay. It
+    counts as a step of the run all the same, so data and learning rate go on by the step number.
+    """
+
+    args: Any
+    model: Any
+    state: Any
+    accelerator: Any
+    metrics: dict[str, Metrics]
+    loss_step: LossStep
+    guard: GradientGuard
+    _step_parts: list[list[Rollout]]
+    _step_losses: list[torch.Tensor]
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self.guard.look(model.named_parameters())
+        return super()._clip_grad_norm(model)  # type: ignore[misc]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:  # max_grad_norm=0: nothing was clipped
+            self.guard.look(model.named_parameters())
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
+        if self._scaler_overflowed(float(norm)):
+            return norm
+        if not self.guard.passes(float(norm)):
+            self._skip_step(model, float(norm))
+        if self.guard.skipped:
+            self.metrics["train"].last("skipped_steps", self.guard.skipped)
+        return norm
+
+    def _scaler_overflowed(self, norm: float) -> bool:
+        """Whether a norm that is not finite comes of fp16's loss scaler, which skips the step itself and scales less.
+
+        It does not where a loss was broken before it was scaled, nor where the scale has come down to 1.
+        """
+        scaler = self.accelerator.scaler
+        if math.isfinite(norm) or scaler is None or not scaler.is_enabled():
+            return False
+        return scaler.get_scale() > 1 and all(bool(loss.isfinite()) for loss in self._step_losses)
+
+    def _skip_step(self, model: nn.Module, norm: float) -> None:
+        model.zero_grad(set_to_none=True)  # what an optimizer without gradients does: nothing
+        if self.accelerator.scaler is None:
+            # It is not called either: some count their calls. With a scaler it must be, or unscaling twice raises.
+            self.accelerator.gradient_state._set_sync_gradients(False)
+        step = self.state.global_step + 1
+        losses = [float(loss) for loss in self._step_losses]
+        facts = {
+            "step": step,
+            "grad_norm": norm,
+            "losses": losses,
+            "parameters": self.guard.broken(),
+            "metrics": self.metrics["train"].state(),
+        }
+        kept = self.guard.keep(step, SkippedBatch(self._step_parts, self._logps_now(), facts))
+        print(
+            f"Pronghorn: step {step} is skipped: its gradient norm is {norm} (losses {losses}); "
+            f"{f'its batch is in {kept}' if kept else 'enough batches of skipped steps are kept already'}"
+        )
+        self.guard.stop_if_hopeless(step, norm, losses, kept)
+
+    def _logps_now(self) -> list[list[torch.Tensor | None]]:
+        """The step's rollouts under the weights as they are, one micro-batch at a time."""
+        found: list[list[torch.Tensor | None]] = []
+        for part in self._step_parts:
+            scored = [r for r in part if r.scored_tokens]
+            pieces: list[torch.Tensor] = []
+            if scored:
+                with inference(self.model):
+                    logps_N, _ = score(self.model, self.loss_step.pack(part), self.args.temperature)
+                pieces = list(logps_N.cpu().split([r.scored_tokens for r in scored]))
+            known = iter(pieces)
+            found.append([next(known) if r.scored_tokens else None for r in part])
+        return found
