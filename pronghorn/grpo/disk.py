@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ROOM = 1 << 16
 """Bytes left at which a disk counts as full: torch says only that a position in its file was unexpected."""
@@ -30,7 +28,7 @@ def room_on_disk(folder: Path, what: str, remedy: str) -> Iterator[None]:
         yield
     except DiskFull:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         if not _is_full(folder, error):
             raise
         raise DiskFull(
@@ -43,8 +41,8 @@ def _is_full(folder: Path, error: BaseException) -> bool:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _FULL:
             return True
-        # safetensors, written in Rust, gives the number in its text alone
-        if isinstance(cause, SafetensorError) and any(f"os error {number}" in str(cause) for number in _FULL):
+        # safetensors and tokenizers, written in Rust, give the number in their text alone
+        if any(f"(os error {number})" in str(cause) for number in _FULL):
             return True
         cause = cause.__cause__ or cause.__context__
     return isinstance(error, RuntimeError) and folder.is_dir() and shutil.disk_usage(folder).free < _NO_ROOM

@@ -1,0 +1,163 @@
+"""Many steps of GRPO end with the memory of step 20: nothing grows, no process, file or thread is left over.
+
+    python -m benchmarks.soak                                  # 1,000 steps of the shipped model, on a CPU
+    python -m benchmarks.soak --model FOLDER --steps 200       # on a GPU: 4-bit base, LoRA, paged 8-bit AdamW
+
+The whole of a run takes part: rollouts, sync and async rewards, checkpoints with rotation, evaluation, samples on disk.
+Memory is looked at as a step ends: resident memory of the process, and on a GPU what torch has allocated once the
+step's own is gone. The process ends with 1 and says what grew where the end is over ``--tolerance`` above step 20.
+``--json FILE`` gets the numbers of every step that was looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainerCallback
+
+from pronghorn import FastLanguageModel, GRPOConfig, GRPOTrainer
+from pronghorn.data.gsm8k import as_prompts
+from pronghorn.data.synthetic import arithmetic_dataset
+from pronghorn.recipes.quickstart import shipped_model
+from pronghorn.rewards.gsm8k import FIVE_REWARDS
+
+EVERY = 20
+"""Steps between two looks, the first of which is the one that the end is compared with."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the process holds: ``rss`` and ``gpu`` in bytes, open files, threads, and child processes by number.
+
+    Children that ended and were not waited for count too.
+    """
+
+    step: int
+    seconds: float
+    rss: int
+    gpu: int
+    files: int
+    threads: int
+    children: int
+
+    @classmethod
+    def now(cls, step: int, seconds: float) -> Usage:
+        process = psutil.Process()
+        gc.collect()  # what waits for the collector is not leaked
+        return cls(
+            step=step,
+            seconds=round(seconds, 2),
+            rss=process.memory_info().rss,
+            gpu=torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,
+            files=process.num_fds(),
+            threads=process.num_threads(),
+            children=len(process.children(recursive=True)),
+        )
+
+
+class Watch(TrainerCallback):
+    """Looks at the process every ``EVERY`` steps."""
+
+    def __init__(self) -> None:
+        self.begun, self.seen = time.monotonic(), list[Usage]()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # the step before is logged and saved now, its gradients are gone
+        if state.global_step and state.global_step % EVERY == 0:
+            self.look(state.global_step)
+
+    def look(self, step: int) -> None:
+        self.seen.append(Usage.now(step, time.monotonic() - self.begun))
+        usage = self.seen[-1]
+        print(
+            f"step {usage.step:5d}  {usage.seconds:7.1f} s  rss {usage.rss / 2**20:8.1f} MiB  "
+            f"gpu {usage.gpu / 2**20:9.1f} MiB  files {usage.files}  "
+            f"threads {usage.threads}  children {usage.children}",
+            flush=True,
+        )
+
+
+async def brevity(completions: Any, **kwargs: Any) -> list[float]:
+    """An async reward, so that its loop and thread take part; it also spreads what random weights say."""
+    return [-1e-3 * len(completion[0]["content"]) for completion in completions]
+
+
+def settings(folder: str, steps: int, gpu: bool) -> GRPOConfig:
+    """Light on a CPU; the flow's own on a GPU."""
+    return GRPOConfig(
+        output_dir=folder, max_steps=steps, learning_rate=5e-6, optim="paged_adamw_8bit" if gpu else "adamw_torch",
+        per_device_train_batch_size=6, num_generations=6, max_completion_length=200 if gpu else 48, max_grad_norm=0.1,
+        bf16=gpu, save_strategy="steps", save_steps=10, save_total_limit=2, logging_steps=1, log_completions=True,
+        log_completions_steps=10_000_000, eval_strategy="steps", eval_steps=10, per_device_eval_batch_size=2,
+        num_generations_eval=2, disable_tqdm=True, report_to="none",
+    )  # fmt: skip
+
+
+def soak(model_name: str, steps: int, folder: str) -> list[Usage]:
+    """Train ``steps`` steps and say what was held at every look, the last one behind the run."""
+    gpu = torch.cuda.is_available()
+    model, tokenizer = FastLanguageModel.from_pretrained(model_name, max_seq_length=512, load_in_4bit=True)
+    model = FastLanguageModel.get_peft_model(model, r=32 if gpu else 8, lora_alpha=32, random_state=3407)
+    watch = Watch()
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=[*FIVE_REWARDS, brevity],
+        args=settings(folder, steps, gpu),
+        train_dataset=as_prompts(arithmetic_dataset("grpo", 512)),
+        eval_dataset=as_prompts(arithmetic_dataset("heldout", 2)),
+        callbacks=[watch],
+    )
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback).__name__ == "PrinterCallback":
+            trainer.remove_callback(type(callback))
+            break
+    trainer.train()
+    watch.look(steps)
+    return watch.seen
+
+
+def growth(seen: list[Usage], tolerance: float) -> list[str]:
+    """What the end holds more of than the first look did, in words; empty where all is flat."""
+    first, last = seen[0], seen[-1]
+    found = [
+        f"{name} grew by {getattr(last, name) / getattr(first, name) - 1:.2%} from step {first.step}"
+        for name in ("rss", "gpu")
+        if getattr(last, name) > getattr(first, name) * (1 + tolerance)
+    ]
+    return found + [
+        f"{name}: {getattr(first, name)} at step {first.step}, {getattr(last, name)} at the end"
+        for name in ("files", "threads", "children")
+        if getattr(last, name) > getattr(first, name)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default=str(shipped_model()), help="folder of a model; default the shipped one")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--tolerance", type=float, default=0.02, help="most growth of memory, as a share")
+    parser.add_argument("--json", default=None, help="file that gets the numbers")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        seen = soak(args.model, args.steps, folder)
+    if args.json:
+        Path(args.json).write_text(json.dumps([asdict(usage) for usage in seen], indent=1) + "\n")
+    grown = growth(seen, args.tolerance)
+    names = sorted(thread.name for thread in threading.enumerate())
+    print("\n".join(grown) if grown else f"flat over {args.steps} steps (threads: {', '.join(names)})")
+    raise SystemExit(1 if grown else 0)
+
+
+if __name__ == "__main__":
+    main()
