@@ -163,15 +163,13 @@ class SavingMixin:
         That follows at once: logs and evaluations of ``"epoch"`` strategies. Saved before them, a checkpoint would lose
         them for a run that is killed in between.
         """
-        epoch, step = self.state.epoch, self.state.global_step
-        waits = self.control.should_save and epoch == int(epoch) and self._epoch_ends_at != step
-        if not waits:
-            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
-            return
-        self._epoch_ends_at = step
-        self.control.should_save = False
+        step = self.state.global_step
+        last_of_epoch = self.state.epoch == int(self.state.epoch) and self._epoch_ends_at != step
+        self._epoch_ends_at = step if last_of_epoch else self._epoch_ends_at
+        waits = last_of_epoch and self.control.should_save
+        self.control.should_save = self.control.should_save and not waits
         super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
-        self.control.should_save = True
+        self.control.should_save = self.control.should_save or waits
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write ``checkpoint-<step>``: whole, or not there; older ones go only after it stands."""

@@ -12,7 +12,10 @@ from transformers import TrainerCallback
 
 from tests.grpo.support import adapter_weights, prompts, pronghorn_model, trainer
 
-TIMES = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+TIMES = (
+    "step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "eval_runtime",
+    "eval_samples_per_second", "eval_steps_per_second",
+)  # fmt: skip
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"steps_per_generation": 2},
