@@ -92,19 +92,23 @@ async def brevity(completions: Any, **kwargs: Any) -> list[float]:
     return [-1e-3 * len(completion[0]["content"]) for completion in completions]
 
 
-def settings(folder: str, steps: int, gpu: bool) -> GRPOConfig:
+def settings(folder: str, steps: int, length: int, gpu: bool) -> GRPOConfig:
     """Light on a CPU; the flow's own on a GPU."""
     return GRPOConfig(
         output_dir=folder, max_steps=steps, learning_rate=5e-6, optim="paged_adamw_8bit" if gpu else "adamw_torch",
-        per_device_train_batch_size=6, num_generations=6, max_completion_length=200 if gpu else 48, max_grad_norm=0.1,
+        per_device_train_batch_size=6, num_generations=6, max_completion_length=length, max_grad_norm=0.1,
         bf16=gpu, save_strategy="steps", save_steps=10, save_total_limit=2, logging_steps=1, log_completions=True,
         log_completions_steps=10_000_000, eval_strategy="steps", eval_steps=10, per_device_eval_batch_size=2,
         num_generations_eval=2, disable_tqdm=True, report_to="none",
     )  # fmt: skip
 
 
-def soak(model_name: str, steps: int, folder: str) -> list[Usage]:
-    """Train ``steps`` steps and say what was held at every look, the last one behind the run."""
+def soak(model_name: str, steps: int, folder: str, length: int) -> list[Usage]:
+    """Train ``steps`` steps and say what was held at every look, the last one behind the run.
+
+    Args:
+        length: most tokens of a completion.
+    """
     gpu = torch.cuda.is_available()
     model, tokenizer = FastLanguageModel.from_pretrained(model_name, max_seq_length=512, load_in_4bit=True)
     model = FastLanguageModel.get_peft_model(model, r=32 if gpu else 8, lora_alpha=32, random_state=3407)
@@ -113,7 +117,7 @@ def soak(model_name: str, steps: int, folder: str) -> list[Usage]:
         model=model,
         processing_class=tokenizer,
         reward_funcs=[*FIVE_REWARDS, brevity],
-        args=settings(folder, steps, gpu),
+        args=settings(folder, steps, length, gpu),
         train_dataset=as_prompts(arithmetic_dataset("grpo", 512)),
         eval_dataset=as_prompts(arithmetic_dataset("heldout", 2)),
         callbacks=[watch],
@@ -146,11 +150,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default=str(shipped_model()), help="folder of a model; default the shipped one")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument(
+        "--length", type=int, default=None, help="most tokens of a completion; default 48, on a GPU 200"
+    )
     parser.add_argument("--tolerance", type=float, default=0.02, help="most growth of memory, as a share")
     parser.add_argument("--json", default=None, help="file that gets the numbers")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        seen = soak(args.model, args.steps, folder)
+        length = args.length or (200 if torch.cuda.is_available() else 48)
+        seen = soak(args.model, args.steps, folder, length)
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(usage) for usage in seen], indent=1) + "\n")
     grown = growth(seen, args.tolerance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -304,7 +305,8 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         """Add what was gathered since the last log, under TRL's names; keep it in ``metrics.jsonl``."""
         mode = TRAIN if self.model.training else EVAL
         prefix = "eval_" if mode == EVAL else ""
-        gathered = {f"{prefix}{name}": value for name, value in self.metrics[mode].flush().items()}
+        # interned: every log stays in the state's history, and its keys would be strings of its own
+        gathered = {sys.intern(f"{prefix}{name}"): value for name, value in self.metrics[mode].flush().items()}
         gathered.pop("eval_loss", None)
         logs.update(gathered)
         super().log(logs, start_time)

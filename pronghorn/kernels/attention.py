@@ -54,12 +54,14 @@ def choose(
     equal_causal_length: int | None,
     window: int | None = None,
     softcap: float | None = None,
+    deterministic: bool = False,
 ) -> Choice:
     """The path for inputs of this kind; plain facts in, so that ``doctor`` and the log can ask too.
 
     Args:
         capability: of the GPU; None for the CPU.
         equal_causal_length: tokens of every row, if all rows have as many and see nothing else; None otherwise.
+        deterministic: gradients must be the same in every run; cuDNN's are not, flash's are where torch is told so.
 
     Raises:
         ValueError: a softcap on a GPU.
@@ -86,6 +88,8 @@ def choose(
         return Choice(Path.FLASH, f"head_dim={head_dim} on {capability[0]}.{capability[1]}: cuDNN is no faster")
     if equal_causal_length is None:
         return Choice(Path.FLASH, "rows of unequal length")
+    if deterministic:
+        return Choice(Path.FLASH, "deterministic kernels are asked for")
     if not worth_a_plan(equal_causal_length):
         return Choice(Path.FLASH, f"rows of {equal_causal_length} tokens: no cuDNN plan for a length of chance")
     return Choice(Path.CUDNN, "rows of one length on Hopper or newer")

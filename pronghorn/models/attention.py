@@ -112,7 +112,8 @@ class PackedAttention:
         gpu = self.device.type == "cuda"
         capability = torch.cuda.get_device_capability(self.device) if gpu else None
         length = self.own.max_q if self.own.equal and self.shared is None else None
-        return choose(capability, dtype, head_dim, length, self.window, self.softcap)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return choose(capability, dtype, head_dim, length, self.window, self.softcap, deterministic)
 
     @torch.no_grad()
     def forward(

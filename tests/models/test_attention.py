@@ -230,6 +230,7 @@ def test_choice_of_path() -> None:
     assert choose(hopper, bf16, 128, 64).path is Path.FLASH
     assert choose(hopper, bf16, 128, 2047).path is Path.FLASH
     assert choose(hopper, bf16, 128, 32767).path is Path.CUDNN
+    assert choose(hopper, bf16, 128, 32767, deterministic=True).path is Path.FLASH
     assert choose(hopper, bf16, 256, 2048).path is Path.FLASH
     assert choose(hopper, bf16, 128, 2048, window=64).path is Path.FLASH
     assert choose((8, 6), bf16, 128, 2048).path is Path.FLASH

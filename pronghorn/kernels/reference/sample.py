@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pronghorn.kernels.reference.cumulative import cumulative
 from pronghorn.kernels.sample_state import FULL, NOT_A_NUMBER, RUNS, STOPPED, SampleState, Variant
 
 _BELOW_ONE = 1.0 - 2.0**-52
@@ -27,7 +28,7 @@ def uniforms(keys_B: torch.Tensor, counts_B: torch.Tensor) -> torch.Tensor:
 
 def draw(logps_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
     """The inverse of the cumulative distribution at one uniform number a row; ids of probability 0 are never drawn."""
-    cumulative_BV = logps_BV.double().exp_().cumsum(-1)
+    cumulative_BV = cumulative(logps_BV.double().exp_())
     total_B1 = cumulative_BV[:, -1:]
     target_B1 = torch.minimum(uniforms_B.unsqueeze(1) * total_B1, total_B1 * _BELOW_ONE)
     return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1).clamp_(max=logps_BV.shape[1] - 1)
@@ -49,7 +50,7 @@ def cut_(y_BV: torch.Tensor, state: SampleState, at: torch.Tensor) -> torch.Tens
     sorted_BV = y_BV.sort(dim=-1, descending=True).values
     kth_B1 = torch.where(k_B1 < V, sorted_BV.gather(1, (k_B1 - 1).clamp(0, V - 1)), float("-inf"))
     kept_BV = sorted_BV.masked_fill(sorted_BV < kth_B1, float("-inf"))
-    cumulative_BV = kept_BV.double().softmax(-1).cumsum(-1)
+    cumulative_BV = cumulative(kept_BV.double().softmax(-1))
     at_B1 = (cumulative_BV < p_B1).sum(-1, keepdim=True).clamp(max=V - 1)
     least_B1 = torch.where(p_B1 < 1, torch.maximum(sorted_BV.gather(1, at_B1), kth_B1), kth_B1)
     return y_BV.masked_fill_((y_BV < least_B1) & drawn_B1, float("-inf"))

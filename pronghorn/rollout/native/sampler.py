@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.reference.cumulative import cumulative
 from ...kernels.reference.sample import draw
 from .random import uniforms
 from .sampling_rows import SamplingRows
@@ -103,7 +104,7 @@ def _threshold(x_BV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         total_B1 = x_BV.masked_fill(x_BV < threshold_B1, float("-inf")).logsumexp(-1, keepdim=True)
         kept_BC = top_BC.masked_fill(top_BC < threshold_B1, float("-inf"))
         mass_BC = (kept_BC.double() - total_B1).exp()
-        reached_BC = mass_BC.cumsum(-1) >= rows.top_p_B1
+        reached_BC = cumulative(mass_BC) >= rows.top_p_B1
         wanted_B1 = rows.top_p_B1 < 1
         if count < V and bool((wanted_B1 & ~reached_BC[:, -1:]).any()):
             continue

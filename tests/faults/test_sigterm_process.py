@@ -1,0 +1,52 @@
+"""SIGTERM to a real process, at random instants: exit code 0, a whole checkpoint, and the uninterrupted run's end."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.test_kill import assert_same, finish, newest, result
+from tests.faults.victim import READY, STEPS, start
+
+
+def terminate_again_and_again(tmp_path: Path, count: int) -> None:
+    rng = random.Random(1)
+    seconds = finish(tmp_path / "whole")
+    folder = tmp_path / "cut"
+    before = -1
+    for _ in range(count):
+        child = start(folder)
+        while not (folder / READY).exists():
+            assert child.exitcode is None, (folder / "log.txt").read_text()[-3000:]
+            time.sleep(0.001)
+        time.sleep(0.03 + rng.uniform(0, seconds / 3))  # the handler is set as train() begins
+        for _ in range(3):
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGTERM)
+            time.sleep(0.005)
+        child.join(60)
+        assert child.exitcode == 0, (folder / "log.txt").read_text()[-3000:]
+        now = newest(folder)
+        assert now >= max(before, 0)  # also before the first step there is one: checkpoint-0
+        before = now
+        if now == STEPS:
+            break
+    if before < STEPS:
+        finish(folder)
+    assert_same(result(folder), result(tmp_path / "whole"))
+
+
+def test_terminated_a_few_times(tmp_path: Path) -> None:
+    terminate_again_and_again(tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_terminated_often(tmp_path: Path) -> None:
+    for number in range(8):
+        (tmp_path / str(number)).mkdir()
+        terminate_again_and_again(tmp_path / str(number), 6)
