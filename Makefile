@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Tests never reach a hub; the number of workers follows the machine.
 JOBS   ?= 2
 
-.PHONY: setup quickstart test lint test-oldest test-gpu clean
+.PHONY: setup quickstart test lint test-oldest test-gpu soak clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,12 @@ test-oldest:
 
 test-gpu:
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/gpu
+
+# Long forms of the fault tests, then 1,000 steps whose memory must be flat. A model on a GPU:
+# python -m benchmarks.soak --model FOLDER --steps 200
+soak: setup
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m "slow or not slow"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --steps 1000
 
 clean:
 	rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
