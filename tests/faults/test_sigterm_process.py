@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,18 +20,22 @@ def terminate_again_and_again(tmp_path: Path, count: int) -> None:
     seconds = finish(tmp_path / "whole")
     folder = tmp_path / "cut"
     before = -1
-    for _ in range(count):
+    for signals in [1, 3] * count:
         child = start(folder)
         while not (folder / READY).exists():
             assert child.exitcode is None, (folder / "log.txt").read_text()[-3000:]
             time.sleep(0.001)
         time.sleep(0.03 + rng.uniform(0, seconds / 3))  # the handler is set as train() begins
-        for _ in range(3):
+        for _ in range(signals):
             assert child.pid is not None
-            os.kill(child.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # ended already
+                os.kill(child.pid, signal.SIGTERM)
             time.sleep(0.005)
         child.join(60)
-        assert child.exitcode == 0, (folder / "log.txt").read_text()[-3000:]
+        # a further signal may meet a process that has saved and is ending, with the handler of before
+        assert child.exitcode == 0 or (signals > 1 and child.exitcode == -signal.SIGTERM), (
+            folder / "log.txt"
+        ).read_text()[-3000:]
         now = newest(folder)
         assert now >= max(before, 0)  # also before the first step there is one: checkpoint-0
         before = now
@@ -42,11 +47,11 @@ def terminate_again_and_again(tmp_path: Path, count: int) -> None:
 
 
 def test_terminated_a_few_times(tmp_path: Path) -> None:
-    terminate_again_and_again(tmp_path, 3)
+    terminate_again_and_again(tmp_path, 2)
 
 
 @pytest.mark.slow
 def test_terminated_often(tmp_path: Path) -> None:
     for number in range(8):
         (tmp_path / str(number)).mkdir()
-        terminate_again_and_again(tmp_path / str(number), 6)
+        terminate_again_and_again(tmp_path / str(number), 3)
