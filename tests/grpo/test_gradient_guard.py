@@ -137,7 +137,7 @@ def test_so_many_in_a_row_end_the_run_and_the_checkpoint_is_whole(tmp_path: Path
 def test_a_broken_reward_weight_is_caught_too(tmp_path: Path) -> None:
     """NaN in the loss itself: from an advantage, here."""
     made = trainer(tmp_path, max_steps=2, max_consecutive_skipped_steps=1)
-    made.loss_step.annotate = lambda rollouts, size: setattr(rollouts[0], "advantage", math.nan)
+    broken_advantage(made)
     before = adapter_weights(made.model)
     with pytest.raises(NonFiniteGradients, match="losses are \\[nan\\]"):
         made.train()
@@ -161,6 +161,18 @@ def test_resumed_across_skipped_steps_is_uninterrupted(tmp_path: Path) -> None:
     assert json.dumps(history(tmp_path / "cut")) == json.dumps(history(tmp_path / "whole"))  # NaN equals itself there
     expected = adapter_weights(whole.model)
     assert all(torch.equal(weight, expected[name]) for name, weight in adapter_weights(resumed.model).items())
+
+
+def broken_advantage(made: Any) -> None:
+    """Every generation's first completion gets NaN for its advantage."""
+    make = made.sampling.make
+
+    def spoiled(*args: Any) -> Any:
+        rollouts = make(*args)
+        rollouts[0].advantage = math.nan
+        return rollouts
+
+    made.sampling.make = spoiled
 
 
 @pytest.fixture
@@ -192,7 +204,7 @@ def test_what_no_smaller_scale_can_mend_counts(tmp_path: Path, with_scaler: Any)
     with pytest.raises(NonFiniteGradients, match="at step 4"):
         made.train()
     made = with_scaler(tmp_path / "loss", 1024.0, max_steps=5, max_consecutive_skipped_steps=2)
-    made.loss_step.annotate = lambda rollouts, size: setattr(rollouts[0], "advantage", math.nan)
+    broken_advantage(made)
     before = adapter_weights(made.model)
     with pytest.raises(NonFiniteGradients, match="at step 2"):
         made.train()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -248,3 +250,24 @@ def test_a_rollout_that_was_interrupted_leaves_an_engine_that_works(tmp_path: Pa
     expected = adapter_weights(whole.model)
     assert all(torch.equal(weight, expected[name]) for name, weight in adapter_weights(made.model).items())
     assert history(tmp_path / "cut") == history(tmp_path / "whole")
+
+
+def slow_in_a_worker(completions: list[Any], **kwargs: Any) -> list[float]:
+    time.sleep(30)
+    return [0.0] * len(completions)
+
+
+def test_while_a_worker_scores(tmp_path: Path) -> None:
+    """A reward function in a process of its own keeps nothing waiting, and its process is gone."""
+    made = build(tmp_path, rewards=slow_in_a_worker, reward_workers=1)
+    timer = threading.Timer(3.0, terminate)
+    timer.start()
+    before = time.monotonic()
+    with pytest.raises(SystemExit):
+        made.train()
+    timer.join()
+    assert time.monotonic() - before < 25 and is_whole(tmp_path / "checkpoint-0")
+    made.sampling.runner.close()
+    assert not [
+        child for child in psutil.Process().children(recursive=True) if "forkserver" not in str(child.cmdline())
+    ]
