@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from ..config.errors import ConfigError
 from ..lora.active import adapter_names, live_names
 from ..lora.io import WEIGHTS, save_lora
-from .checkpoint import is_whole, rotate, to_resume, whole_checkpoints, writing
+from .checkpoint import rotate, to_resume, whole_checkpoints, writing
 from .disk import room_on_disk
 from .generators import Generators
 from .loss_step import LossStep
@@ -46,6 +46,7 @@ class SavingMixin:
     stop: StopSignal
     control: Any
     _epoch_ends_at: int
+    _saved_at: int
     _step_start: StepStart | None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -65,7 +66,8 @@ class SavingMixin:
         """
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = to_resume(self.args.output_dir, asked, self.args.overwrite_output_dir)
-        self.position, self._step_start, self._epoch_ends_at = RunState(), None, -1
+        self.position, self._step_start = RunState(), None
+        self._epoch_ends_at = self._saved_at = -1
         step = 0 if checkpoint is None else self._take_up(checkpoint)
         for mode, metrics in self.metrics.items():
             metrics.load(self.position.metrics if mode == "train" else {})
@@ -106,6 +108,8 @@ class SavingMixin:
         self._check_cursor(checkpoint)
         self.stateful.check(self.position.parts, str(checkpoint))
         self.stateful.load_state_dict(self.position.parts)
+        if checkpoint.resolve().parent == Path(self.args.output_dir).resolve():
+            self._saved_at = int(step)
         return int(step)
 
     def _cursor(self) -> dict[str, Any]:
@@ -152,7 +156,7 @@ class SavingMixin:
 
     def _save_and_exit(self) -> None:
         final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if not is_whole(final) or final != whole_checkpoints(self.args.output_dir)[-1]:
+        if self._saved_at != self.state.global_step or self.args.save_only_model:
             self._save_checkpoint(self.model, None)
         print(f"Pronghorn: stopped by SIGTERM; {final} is whole, train(resume_from_checkpoint=True) goes on from it")
         raise SystemExit(0)
@@ -188,6 +192,7 @@ class SavingMixin:
             self.completions.sync()
             with room_on_disk(output_dir, final.name, remedy):  # looked at before the unfinished folder goes
                 self._write(str(folder))
+        self._saved_at = step
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))  # type: ignore[attr-defined]
         rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -195,7 +200,7 @@ class SavingMixin:
     def _write(self, folder: str) -> None:
         trainer: Any = self
         trainer.save_model(folder, _internal_call=True)
-        if not self.args.save_only_model:
+        if not self.args.save_only_model or self.stop.requested:  # a stopped run is to go on
             trainer._save_optimizer_and_scheduler(folder)
             trainer._save_scaler(folder)
             trainer._save_rng_state(folder)

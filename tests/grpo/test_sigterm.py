@@ -147,6 +147,25 @@ def test_behind_the_last_step_it_saves_the_end(tmp_path: Path) -> None:
     assert is_whole(tmp_path / "checkpoint-5")
 
 
+def test_a_checkpoint_of_weights_alone_is_made_whole_by_a_stop(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    with pytest.raises(SystemExit):
+        build(tmp_path, callbacks=[At("on_step_begin", 2)], **settings).train()
+    assert (tmp_path / "checkpoint-2" / "optimizer.pt").is_file()
+    build(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_went_back_saves_its_own_step(tmp_path: Path) -> None:
+    """Resumed from step 1 with another beta, stopped at step 3: the checkpoint-3 of before gives way."""
+    build(tmp_path, save_strategy="steps", save_steps=1).train()
+    before = (tmp_path / "checkpoint-3" / "adapter_model.safetensors").read_bytes()
+    made = build(tmp_path, callbacks=[At("on_step_begin", 3)], beta=0.5)
+    with pytest.raises(SystemExit):
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").read_bytes() != before
+    assert whole_checkpoints(tmp_path)[-1].name == "checkpoint-3"
+
+
 def test_the_handler_of_before_is_back_whatever_ends_the_run(tmp_path: Path) -> None:
     got = []
     before = signal.signal(signal.SIGTERM, lambda *_: got.append(1))
