@@ -156,10 +156,10 @@ def test_a_checkpoint_of_weights_alone_is_made_whole_by_a_stop(tmp_path: Path) -
 
 
 def test_a_run_that_went_back_saves_its_own_step(tmp_path: Path) -> None:
-    """Resumed from step 1 with another beta, stopped at step 3: the checkpoint-3 of before gives way."""
+    """Resumed from step 1 with another norm to clip at, stopped at step 3: the checkpoint-3 of before gives way."""
     build(tmp_path, save_strategy="steps", save_steps=1).train()
     before = (tmp_path / "checkpoint-3" / "adapter_model.safetensors").read_bytes()
-    made = build(tmp_path, callbacks=[At("on_step_begin", 3)], beta=0.5)
+    made = build(tmp_path, callbacks=[At("on_step_begin", 3)], max_grad_norm=0.01)
     with pytest.raises(SystemExit):
         made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").read_bytes() != before
