@@ -55,3 +55,26 @@ def test_terminated_often(tmp_path: Path) -> None:
     for number in range(8):
         (tmp_path / str(number)).mkdir()
         terminate_again_and_again(tmp_path / str(number), 3)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_interrupted_it_leaves_whole_checkpoints_and_nothing_else(tmp_path: Path, share: float) -> None:
+    """Ctrl-C saves nothing: what was whole stays, no folder is left half written, and the run goes on from there."""
+    seconds = finish(tmp_path / "whole")
+    folder = tmp_path / "cut"
+    child = start(folder)
+    while not (folder / READY).exists():
+        assert child.exitcode is None, (folder / "log.txt").read_text()[-3000:]
+        time.sleep(0.001)
+    time.sleep(share * seconds)
+    assert child.pid is not None
+    with suppress(ProcessLookupError):  # ended already, on a machine that is fast at last
+        os.kill(child.pid, signal.SIGINT)
+    child.join(60)
+    assert child.exitcode in (0, 1)
+    assert child.exitcode == 0 or "KeyboardInterrupt" in (folder / "log.txt").read_text()
+    newest(folder)
+    assert not list((folder / "run").glob(".unfinished*"))
+    if newest(folder) < STEPS:
+        finish(folder)
+    assert_same(result(folder), result(tmp_path / "whole"))
