@@ -77,10 +77,10 @@ class History:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
-    def start(self, step: int = 0) -> None:
-        """Keep the records up to ``step`` (those that a resumed run has behind it) and drop later ones."""
+    def start(self, step: int | None = None) -> None:
+        """Keep the records up to ``step`` (those that a resumed run has behind it) and drop later ones; None: all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step] if step else []
+        kept = [line for line in self._lines() if step is not None and json.loads(line)["step"] <= step]
         fresh = self.path.with_name(self.path.name + ".new")
         with self._room():
             fresh.write_text("".join(kept), encoding="utf-8")

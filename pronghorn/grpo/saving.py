@@ -68,13 +68,15 @@ class SavingMixin:
         checkpoint = to_resume(self.args.output_dir, asked, self.args.overwrite_output_dir)
         self.position, self._step_start = RunState(), None
         self._epoch_ends_at = self._saved_at = -1
-        step = 0 if checkpoint is None else self._take_up(checkpoint)
+        step = None if checkpoint is None else self._take_up(checkpoint)
         for mode, metrics in self.metrics.items():
             metrics.load(self.position.metrics if mode == "train" else {})
         self.loss_step.resume(self.position.entropy, checkpoint)
         self.history.start(step)
         if self.args.log_completions:
             self.completions.start(step)
+        evaluates = self.args.eval_on_start
+        self.args.eval_on_start = evaluates and checkpoint is None  # a resumed run has done it, and its log holds it
         with self.stop.listening():
             try:
                 result = super().train(  # type: ignore[misc]
@@ -82,6 +84,8 @@ class SavingMixin:
                 )
             except StopRequested:
                 self._rewind()
+            finally:
+                self.args.eval_on_start = evaluates
             if self.stop.requested:
                 self._save_and_exit()
         return result

@@ -155,6 +155,22 @@ def test_a_checkpoint_of_weights_alone_is_made_whole_by_a_stop(tmp_path: Path) -
     build(tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_what_came_before_the_first_step_is_kept(tmp_path: Path) -> None:
+    """``eval_on_start``: its record stays through a stop before the first step, and it is not done again."""
+    settings = {"eval_on_start": True, "eval_dataset": prompts(2), "num_generations_eval": 2}
+    settings |= {"per_device_eval_batch_size": 2, "eval_strategy": "steps", "eval_steps": 3}
+    whole = build(tmp_path / "whole", **settings)
+    whole.train()
+    with pytest.raises(SystemExit):
+        build(tmp_path / "cut", callbacks=[At("on_step_begin", 0)], **settings).train()
+    resumed = build(tmp_path / "cut", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.args.eval_on_start
+    records = history(tmp_path / "cut")
+    assert records == history(tmp_path / "whole")
+    assert [record["step"] for record in records if "eval_loss" in record] == [0, 3, 5]
+
+
 def test_a_run_that_went_back_saves_its_own_step(tmp_path: Path) -> None:
     """Resumed from step 1 with another norm to clip at, stopped at step 3: the checkpoint-3 of before gives way."""
     build(tmp_path, save_strategy="steps", save_steps=1).train()
