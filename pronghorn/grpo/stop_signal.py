@@ -72,3 +72,14 @@ class StopSignal:
             yield
         finally:
             self._interruptible = False
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """A part of interruptible work that must not be cut: what came within it ends the work behind it."""
+        interruptible, self._interruptible = self._interruptible, False
+        try:
+            yield
+        finally:
+            self._interruptible = interruptible
+        if interruptible and self.requested:
+            raise StopRequested

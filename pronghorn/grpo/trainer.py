@@ -268,7 +268,8 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
 
         def meanwhile(rollouts: list[Rollout]) -> None:
-            self.loss_step.annotate(rollouts, size)
+            with self.stop.deferred():  # the reference may stand in the policy's weights meanwhile
+                self.loss_step.annotate(rollouts, size)
 
         rollouts = self.sampling.make(rows, group, seed, self.metrics[mode], self.state, mode, meanwhile)
         if self.args.log_completions:

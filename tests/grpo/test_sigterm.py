@@ -13,8 +13,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from pronghorn.grpo import reference
 from pronghorn.grpo.checkpoint import is_whole, whole_checkpoints
 from pronghorn.grpo.stop_signal import StopRequested, StopSignal
 from pronghorn.rollout.base import create
@@ -247,6 +249,39 @@ def test_noted_where_it_must_not_break_raised_where_it_may() -> None:
         with pytest.raises(StopRequested), stop.interruptible():
             done.append("never")
     assert done == ["a step", "the optimizer"] and stop.requested
+    with stop.listening(), pytest.raises(StopRequested), stop.interruptible():  # noqa: PT012
+        with stop.deferred():
+            terminate()
+            done.append("what must not be cut")
+        done.append("never")
+    assert done[2:] == ["what must not be cut"]
+
+
+def test_while_the_reference_stands_in_the_policys_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With beta and a trained adapter, a copy of it changes places with the weights, tensor by tensor: a stop in
+    between must not save a mixture of both."""
+    settings = {"beta": 0.1, "save_strategy": "steps", "save_steps": 1}
+    build(tmp_path / "whole", **settings).train()
+    exchange, calls = reference._exchange, []
+
+    def cut(a: torch.Tensor, b: torch.Tensor) -> None:
+        calls.append(1)
+        kept = a.detach().clone()
+        a.data.copy_(b)
+        if len(calls) == made_calls + 5:
+            terminate()
+        b.copy_(kept)
+
+    made_calls = 2 * sum(1 for _ in adapter_weights(pronghorn_model()))  # of the first generation, there and back
+    monkeypatch.setattr(reference, "_exchange", cut)
+    with pytest.raises(SystemExit):
+        build(tmp_path / "cut", **settings, save_total_limit=9).train()
+    monkeypatch.setattr(reference, "_exchange", exchange)
+    name = whole_checkpoints(tmp_path / "cut")[-1].name
+    assert name == "checkpoint-2" and len(calls) == 2 * made_calls
+    for file in ("adapter_model.safetensors", "reference.safetensors"):
+        found, expected = (load_file(str(tmp_path / run / name / file)) for run in ("cut", "whole"))
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
 
 
 def test_a_rollout_that_was_interrupted_leaves_an_engine_that_works(tmp_path: Path) -> None:
