@@ -23,6 +23,7 @@ class RunState:
         metrics: what was gathered since the last log.
         cursor: the settings that place the cursor within the data.
         entropy: the entropy bonus's coefficient and the entropy it goes by.
+        parts: ``state_dict()`` of further parts of the run, by name.
     """
 
     micro_steps: int = 0
@@ -30,6 +31,7 @@ class RunState:
     metrics: dict[str, list[Any]] = field(default_factory=dict)
     cursor: dict[str, Any] = field(default_factory=dict)
     entropy: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
         state = {f.name: getattr(self, f.name) for f in fields(self)}

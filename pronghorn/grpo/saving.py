@@ -19,10 +19,11 @@ from .checkpoint import rotate, to_resume, writing
 from .loss_step import LossStep
 from .metrics import History, Metrics
 from .run_state import RunState
+from .supply import Supply
 
 _ARGUMENTS_THAT_PLACE_THE_CURSOR = (
     "seed", "num_generations", "steps_per_generation", "num_iterations", "gradient_accumulation_steps",
-    "generation_batch_size", "shuffle_dataset",
+    "generation_batch_size", "shuffle_dataset", "dynamic_sampling", "curriculum", "rollout_staleness",
 )  # fmt: skip
 
 
@@ -37,6 +38,7 @@ class SavingMixin:
     history: History
     completions: History
     loss_step: LossStep
+    supply: Supply
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, from the start or from a whole checkpoint.
@@ -53,6 +55,7 @@ class SavingMixin:
         checkpoint = to_resume(self.args.output_dir, asked, self.args.overwrite_output_dir)
         step = 0
         self.position, saved = RunState(), {}
+        self.supply.reset()
         if checkpoint is not None:
             step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
             if 0 < self.args.max_steps <= step:
@@ -63,15 +66,19 @@ class SavingMixin:
             self.position = RunState.load(checkpoint)
             self._check_cursor(checkpoint)
             saved = self.position.metrics
+            if "supply" in self.position.parts:
+                self.supply.load_state_dict(self.position.parts["supply"])
         for mode, metrics in self.metrics.items():
             metrics.load(saved if mode == "train" else {})
         self.loss_step.resume(self.position.entropy, checkpoint)
         self.history.start(step)
         if self.args.log_completions:
             self.completions.start(step)
-        return super().train(  # type: ignore[misc]
+        result = super().train(  # type: ignore[misc]
             resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs
         )
+        self.supply.settle()
+        return result
 
     def _cursor(self) -> dict[str, Any]:
         return {name: getattr(self.args, name) for name in _ARGUMENTS_THAT_PLACE_THE_CURSOR}
@@ -115,6 +122,7 @@ class SavingMixin:
             metrics=self.metrics["train"].state(),
             cursor=self._cursor(),
             entropy=self.loss_step.bonus.state(),
+            parts={"supply": self.supply.state_dict()},
         ).save(folder)
         if self.loss_step.reference is not None:
             self.loss_step.reference.save(folder)
