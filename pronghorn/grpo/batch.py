@@ -4,6 +4,9 @@ A row is what attends causally to itself. In the plain layout each rollout is on
 shared layout a prompt with several completions is a row of its own, and each completion a row that also sees the
 prompt's (``prefix``): positions go on from the prompt's length, and the prompt's last token predicts the first token of
 every completion. A completion's last token predicts nothing that is scored, so it is no input.
+
+What a tool or an environment wrote inside a completion is input and is not scored: the tokens after it see it, and no
+log-probability of it is taken. Such a stretch at the end is no input either.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ class PackedRollouts:
         advantages_B: float32.
         sampler_logps_N, old_logps_N, ref_logps_N: log-probabilities of the scored tokens; None where unknown.
         kept_N: bool, see :class:`~pronghorn.grpo.rollouts.Rollout`; None where unknown.
+        stale_N: bool, tokens of rollouts that were sampled under an earlier policy; None where there are none.
     """
 
     input_ids_T: torch.Tensor
@@ -47,6 +51,7 @@ class PackedRollouts:
     old_logps_N: torch.Tensor | None = None
     ref_logps_N: torch.Tensor | None = None
     kept_N: torch.Tensor | None = None
+    stale_N: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -99,8 +104,10 @@ def _lay(rollouts: Sequence[Rollout], shared: bool) -> tuple[_Layout, dict[int, 
         if r.scored_tokens:
             groups.setdefault(tuple(r.prompt_ids) if shared else b, []).append(b)
     for members in groups.values():
-        found = layout.group(rollouts[members[0]].prompt_ids, [rollouts[b].completion_ids for b in members])
-        sources.update(zip(members, found))
+        at = [rollouts[b].sampled_at for b in members]
+        completions = [rollouts[b].completion_ids[: where[-1] + 1] for b, where in zip(members, at)]
+        found = layout.group(rollouts[members[0]].prompt_ids, completions)
+        sources.update((b, [source[i] for i in where]) for b, source, where in zip(members, found, at))
     if not sources and rollouts:  # nothing is scored: the walk still needs a token, for a loss of 0 with a graph
         layout.row(rollouts[0].prompt_ids[:1])
     return layout, sources
@@ -135,17 +142,19 @@ def pack(
         return torch.cat(known).to(device, dtype) if known and len(known) == len(parts) else None
 
     sampled = [x for _, r in scored for x in r.sampler_logps]
+    stale = [r.age > 0 for _, r in scored for _ in range(r.scored_tokens)]
     return PackedRollouts(
         input_ids_T=longs(layout.ids),
         positions_T=longs(layout.positions),
         row_lengths=layout.row_lengths,
         prefix=layout.prefix,
         source_N=longs([t for b, _ in scored for t in sources.get(b, ())]),
-        targets_N=longs([token for _, r in scored for token in r.completion_ids]),
-        row_N=longs([b for b, r in scored for _ in r.completion_ids]),
+        targets_N=longs([r.completion_ids[i] for _, r in scored for i in r.sampled_at]),
+        row_N=longs([b for b, r in scored for _ in range(r.scored_tokens)]),
         advantages_B=torch.tensor([r.advantage for r in rollouts], dtype=torch.float32).to(device),
         sampler_logps_N=torch.tensor(sampled, dtype=torch.float64).to(device, dtype),
         old_logps_N=joined([r.old_logps for _, r in scored]),
         ref_logps_N=joined([r.ref_logps for _, r in scored]),
         kept_N=joined([r.kept for _, r in scored], torch.bool),
+        stale_N=torch.tensor(stale).to(device) if any(stale) else None,
     )

@@ -14,6 +14,7 @@ from .advantages import AGGREGATIONS, SCALES
 from .combinations import advice, check_combinations
 from .correction import MODES
 from .losses import LEVELS, LOSSES
+from .sampling_config import SamplingFields
 from .translate import batch_line, before_checks, plain
 
 # Fields of TRL and transformers that this trainer does not act on, with the values that mean "off".
@@ -30,7 +31,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "cache_implementation": (None,),
     "use_transformers_continuous_batching": (False,),
     "use_transformers_paged": (False,),
-    "max_tool_calling_iterations": (None,),
     "log_completions_hub_repo": (None,),
     "vllm_structured_outputs_regex": (None,),
     "use_liger_kernel": (False,),
@@ -45,8 +45,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass
-class GRPOConfig(TRLGRPOConfig):
-    """Settings of :class:`pronghorn.grpo.trainer.GRPOTrainer`: every field of TRL's ``GRPOConfig``, and those below.
+class GRPOConfig(SamplingFields, TRLGRPOConfig):
+    """Settings of :class:`pronghorn.grpo.trainer.GRPOTrainer`: every field of TRL's ``GRPOConfig``, those of
+    :class:`~pronghorn.grpo.sampling_config.SamplingFields`, and those below.
 
     Defaults are TRL's. One differs in effect: the correction for the mismatch of sampler and trainer
     (``vllm_importance_sampling_*``), which TRL applies under ``use_vllm`` only, always applies here.
@@ -125,6 +126,7 @@ class GRPOConfig(TRLGRPOConfig):
         self._refuse_what_has_no_effect()
         WatchConfig.of(self.watch)
         check_combinations(self)
+        self.check_sampling()
         said = list(self.translations or [])
         for line in [*lines, *advice(self), batch_line(self)]:
             if line not in said:

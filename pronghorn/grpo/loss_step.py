@@ -19,6 +19,7 @@ from .loss_metrics import correction_metrics, loss_metrics
 from .losses import LossSettings, Tokens, Window, policy_loss
 from .masks import high_entropy_mask
 from .metrics import Metrics
+from .old_policy import comparable, old_policy
 from .reference import Reference
 from .rollouts import Rollout
 from .sampling_loop import inference
@@ -133,9 +134,7 @@ class LossStep:
             entropy_gradient=training and bonus.applied != 0.0,
         )  # fmt: skip
         assert entropy_N is not None
-        old_N = logps_N.detach()
-        if batch.old_logps_N is not None and not self.on_policy:
-            old_N = batch.old_logps_N
+        old_N = old_policy(batch, logps_N, self.on_policy)
         correction = self._correction(batch, logps_N, metrics)
         kept_N, counted = self._kept(batch, entropy_N.detach(), window)
         tokens = Tokens(
@@ -171,7 +170,7 @@ class LossStep:
 
     def _correction(self, batch: PackedRollouts, logps_N: torch.Tensor, metrics: Metrics) -> Correction | None:
         args = self.args
-        trainer_N = logps_N.detach() if batch.old_logps_N is None else batch.old_logps_N
+        trainer_N = comparable(batch, logps_N.detach() if batch.old_logps_N is None else batch.old_logps_N)
         correction = correct(
             trainer_N,
             batch.sampler_logps_N,

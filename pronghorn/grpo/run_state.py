@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class StepStart:
     at the step's start, and the resumed one does the whole step again, bit for bit.
     """
 
-    position: RunState
+    position: RunState  # without its parts
+    parts: Callable[[], dict[str, Any]]
     tokens_seen: int
     generators: Generators

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,15 +13,19 @@ from torch import nn
 
 from ..config.errors import ConfigError
 from ..config.sampling import SamplingParams
-from ..data.chat import is_chat
 from ..rewards.runner import RewardRunner
 from ..rollout import base as rollout
 from .advantages import Advantages, group_advantages
 from .config import GRPOConfig
 from .data import PromptEncoder
+from .drawing import Drawer, SingleTurn
+from .generation import Generation
 from .metrics import Metrics
 from .rollouts import Rollout, Sample
 from .seeds import request_seed as request_seed
+
+Meanwhile = Callable[[list[Rollout]], None]
+"""Work on fresh rollouts that needs no rewards."""
 
 
 @contextmanager
@@ -53,7 +58,9 @@ class SamplingLoop:
         self.encoder, self.runner = encoder, runner
         self.samples: list[Sample] = []
         self._engine: rollout.Engine | None = None
+        self._scoring = threading.Lock()
         self.params = ParamsMaker(args)  # a bad setting raises now, not at the first step
+        self.drawer: Drawer = SingleTurn(self)
 
     @property
     def engine(self) -> rollout.Engine:
@@ -73,7 +80,7 @@ class SamplingLoop:
         metrics: Metrics,
         state: Any,
         mode: str = "train",
-        meanwhile: Callable[[list[Rollout]], None] | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> list[Rollout]:
         """Rollouts of ``rows``, of which each run of ``group`` is one prompt, with their advantages.
 
@@ -84,71 +91,89 @@ class SamplingLoop:
             mode: ``"train"`` or ``"eval"``, for the samples that are kept in ``samples``.
             meanwhile: work on the rollouts that needs no rewards; isolated and async reward functions run beside it.
         """
-        self.runner.prepare()
-        prompt_ids, truncated = self.encoder([row["prompt"] for row in rows[::group]])
-        metrics.mean("prompts/truncated_ratio", truncated / len(prompt_ids), len(prompt_ids))
-        params = [self.params(group, request_seed(seed, p)) for p in range(len(prompt_ids))]
-        self.engine.policy_changed()
-        with inference(self.model):
-            requests = self.engine.generate(prompt_ids, params)
-        outputs = [output for request in requests for output in request.outputs]
-        if len(outputs) != len(rows):
-            raise RuntimeError(f"the rollout engine gave {len(outputs)} completions for {len(rows)} asked for")
-        rollouts = []
-        for i, output in enumerate(outputs):
-            cut = output.finish_reason == "length"
-            scored = not (cut and self.args.mask_truncated_completions)
-            ids, logps = list(output.token_ids), list(output.policy_logprobs)
-            rollouts.append(Rollout(prompt_ids[i // group], ids, logps, truncated=cut, scored=scored))
-        _length_metrics(rollouts, metrics)
-        self._score(rows, rollouts, group, metrics, state, mode, meanwhile)
-        return rollouts
+        generation = self.draw(rows, group, seed)
+        self.score(generation, state, meanwhile)
+        return self.finish(generation, range(generation.groups), metrics, state.global_step, mode)
 
-    def _score(
-        self,
-        rows: Sequence[dict[str, Any]],
-        rollouts: list[Rollout],
-        group: int,
-        metrics: Metrics,
-        state: Any,
-        mode: str,
-        meanwhile: Callable[[list[Rollout]], None] | None,
-    ) -> None:
-        """Fill in the advantages and keep the samples."""
-        prompts = [row["prompt"] for row in rows]
-        ids = [r.completion_ids for r in rollouts]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        completions: list[Any] = texts
-        if is_chat(prompts[0]):
-            completions = [[{"role": "assistant", "content": text}] for text in texts]
+    def draw(self, rows: Sequence[dict[str, Any]], group: int, seed: int, first: int = 0) -> Generation:
+        """Sample completions of ``rows``; nothing is scored yet.
+
+        Args:
+            first: prompts that this generation has drawn before: request seeds go on from there.
+        """
+        rows = list(rows)
+        self.runner.prepare()
+        self.engine.policy_changed()
+        drawn = self.drawer(rows, group, lambda *path: request_seed(seed, *path), first)
+        for r in drawn.rollouts:
+            r.scored = not (r.truncated and self.args.mask_truncated_completions)
+        return drawn
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[rollout.CompletionOutput]:
+        """The engine's completions of all prompts, one prompt's behind the other's; no dropout, no gradients."""
+        with inference(self.model):
+            requests = self.engine.generate(prompts, params)
+        outputs = [output for request in requests for output in request.outputs]
+        if len(outputs) != sum(p.n for p in params):
+            raise RuntimeError(
+                f"the rollout engine gave {len(outputs)} completions for {sum(p.n for p in params)} asked for"
+            )
+        return outputs
+
+    def score(self, generation: Generation, state: Any, meanwhile: Meanwhile | None = None) -> None:
+        """Call the reward functions, ``meanwhile`` beside those that run elsewhere (see :meth:`make`).
+
+        From whatever thread: they are never called from two at once.
+        """
+        rows = generation.rows
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         extra: dict[str, list[Any]] = defaultdict(list)
 
         def log_extra(column: str, values: list[Any]) -> None:
             extra[column].extend(values)
 
-        with self.runner.start(
-            prompts, completions, ids, columns, state=state, log_extra=log_extra, log_metric=metrics.mean
-        ) as pending:
+        asked = [row["prompt"] for row in rows]
+        ids, columns = [r.completion_ids for r in generation.rollouts], {**columns, **generation.columns}
+        logs: dict[str, Any] = {"state": state, "log_extra": log_extra, "log_metric": generation.note}
+        with self._scoring, self.runner.start(asked, generation.completions, ids, columns, **logs) as pending:
             if meanwhile is not None:
-                meanwhile(rollouts)
-            rewards_BF = pending.result()
-        result = group_advantages(
-            rewards_BF,
-            self.runner.weights_F,
-            group,
-            str(self.args.scale_rewards),
-            self.args.multi_objective_aggregation,
-        )
-        _reward_metrics(rewards_BF, self.runner.names, result, metrics)
-        scores = [[None if x != x else x for x in row] for row in rewards_BF.tolist()]
+                meanwhile(generation.rollouts)
+            generation.rewards_BF = pending.result()
+        generation.extra = dict(extra)
+
+    def finish(
+        self, generation: Generation, kept: Sequence[int], metrics: Metrics, step: int, mode: str = "train"
+    ) -> list[Rollout]:
+        """The rollouts of the groups ``kept``, with advantages among them; samples and metrics of all that was sampled.
+
+        Args:
+            kept: groups to train on, in their order. The others were sampled in vain: no advantage, not returned.
+            step: optimizer steps done.
+        """
+        for name, value, weight in generation.logged:
+            metrics.mean(name, value, weight)
+        _length_metrics(generation.rollouts, metrics)
+        chosen = generation.indices(kept)
+        result = self._advantages(generation.rewards, generation.group)
+        _reward_metrics(generation.rewards, self.runner.names, result, metrics)
+        if len(chosen) != len(generation.rollouts):
+            result = self._advantages(generation.rewards[chosen], generation.group)
+        advantages = dict(zip(chosen, result.advantages_B.tolist()))
+        scores = [[None if x != x else x for x in row] for row in generation.rewards.tolist()]
         self.samples = []
-        for i, (r, advantage) in enumerate(zip(rollouts, result.advantages_B.tolist())):
-            r.advantage = advantage
+        for i, r in enumerate(generation.rollouts):
+            r.advantage = advantages.get(i, 0.0)
             named = dict(zip(self.runner.names, scores[i]))
-            said = {column: values[i] for column, values in extra.items() if i < len(values)}
-            step = state.global_step + (mode == "train")
-            self.samples.append(Sample(step, mode, prompts[i], completions[i], named, advantage, said))
+            said = {name: values[i] for name, values in generation.extra.items() if i < len(values)}
+            at, prompt = step + (mode == "train"), generation.rows[i]["prompt"]
+            self.samples.append(Sample(at, mode, prompt, generation.completions[i], named, r.advantage, said))
+        return [generation.rollouts[i] for i in chosen]
+
+    def _advantages(self, rewards_BF: torch.Tensor, group: int) -> Advantages:
+        scale, aggregation = str(self.args.scale_rewards), self.args.multi_objective_aggregation
+        return group_advantages(rewards_BF, self.runner.weights_F, group, scale, aggregation)
 
 
 class ParamsMaker:
@@ -169,13 +194,17 @@ class ParamsMaker:
         }
         self(args.num_generations or 1, 0)
 
-    def __call__(self, group: int, seed: int) -> SamplingParams:
-        return SamplingParams.from_any({**self.fields, "n": group, "seed": seed})
+    def __call__(self, group: int, seed: int, max_tokens: int | None = None) -> SamplingParams:
+        """``max_tokens`` is what is left of a completion of several turns; None leaves the config's."""
+        fields = dict(self.fields)
+        if max_tokens is not None:
+            fields.update(max_tokens=max_tokens, min_tokens=min(fields.get("min_tokens", 0), max_tokens))
+        return SamplingParams.from_any({**fields, "n": group, "seed": seed})
 
 
 def _length_metrics(rollouts: Sequence[Rollout], metrics: Metrics) -> None:
-    """TRL's ``completions/*``; terminated means that the completion ended by itself."""
-    lengths = torch.tensor([len(r.completion_ids) for r in rollouts], dtype=torch.float32)
+    """TRL's ``completions/*`` in sampled tokens; terminated means that the completion ended by itself."""
+    lengths = torch.tensor([r.sampled_tokens for r in rollouts], dtype=torch.float32)
     ended = lengths[[not r.truncated for r in rollouts]]
     ended = ended if ended.numel() else torch.zeros(1)
     for kind, values in (("", lengths), ("terminated_", ended)):

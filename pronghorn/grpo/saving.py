@@ -24,10 +24,11 @@ from .run_state import FILE as STATE
 from .run_state import RunState, StepStart
 from .stateful import StatefulParts
 from .stop_signal import StopRequested, StopSignal
+from .supply import Supply
 
 _ARGUMENTS_THAT_PLACE_THE_CURSOR = (
     "seed", "num_generations", "steps_per_generation", "num_iterations", "gradient_accumulation_steps",
-    "generation_batch_size", "shuffle_dataset",
+    "generation_batch_size", "shuffle_dataset", "dynamic_sampling", "curriculum", "rollout_staleness",
 )  # fmt: skip
 
 
@@ -48,6 +49,7 @@ class SavingMixin:
     _epoch_ends_at: int
     _saved_at: int
     _step_start: StepStart | None
+    supply: Supply
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, from the start or from a whole checkpoint.
@@ -67,6 +69,7 @@ class SavingMixin:
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = to_resume(self.args.output_dir, asked, self.args.overwrite_output_dir)
         self.position, self._step_start = RunState(), None
+        self.supply.reset()
         self._epoch_ends_at = self._saved_at = -1
         step = None if checkpoint is None else self._take_up(checkpoint)
         for mode, metrics in self.metrics.items():
@@ -129,7 +132,7 @@ class SavingMixin:
                     f"set {name}={then}"
                 )
 
-    def _run_state(self) -> RunState:
+    def _run_state(self, parts: dict[str, Any]) -> RunState:
         """The position now, at the edge of an optimizer step."""
         reuse = self.args.steps_per_generation * self.args.num_iterations
         used_up = self.position.micro_steps % reuse == 0
@@ -139,12 +142,14 @@ class SavingMixin:
             metrics=self.metrics["train"].state(),
             cursor=self._cursor(),
             entropy=self.loss_step.bonus.state(),
-            parts=self.stateful.state_dict(),
+            parts=parts,
         )
 
     def _begin_step(self) -> None:
         """Note what the step that begins will change, for a stop within it."""
-        self._step_start = StepStart(self._run_state(), self.state.num_input_tokens_seen, Generators.now())
+        self._step_start = StepStart(
+            self._run_state({}), self.stateful.noted(), self.state.num_input_tokens_seen, Generators.now()
+        )
 
     def _rewind(self) -> None:
         """Back to the start of the step that was stopped."""
@@ -153,7 +158,7 @@ class SavingMixin:
             raise RuntimeError("a step was stopped that had not begun")
         self.position = start.position
         self.metrics["train"].load(start.position.metrics)
-        self.stateful.load_state_dict(start.position.parts)
+        self.stateful.load_state_dict(start.parts())
         self.loss_step.bonus.load(start.position.entropy)
         self.state.num_input_tokens_seen = start.tokens_seen
         start.generators.restore()
@@ -208,7 +213,7 @@ class SavingMixin:
             trainer._save_optimizer_and_scheduler(folder)
             trainer._save_scaler(folder)
             trainer._save_rng_state(folder)
-        self._run_state().save(folder)
+        self._run_state(self.stateful.state_dict()).save(folder)
         if self.loss_step.reference is not None:
             self.loss_step.reference.save(folder)
         callbacks = [*trainer.callback_handler.callbacks, trainer.control]

@@ -17,6 +17,11 @@ from ..lora.active import adapter_names
 from ..models.state import state_of
 from .config import GRPOConfig
 from .data import PromptEncoder
+from .drawing import Drawer, SingleTurn
+from .rollout_func import RolloutFuncDrawer
+from .sampling_loop import SamplingLoop
+from .tool_calls import Tools
+from .tool_loop import ToolLoop
 
 
 def as_config(args: Any, model: Any) -> GRPOConfig:
@@ -89,7 +94,7 @@ def _lora_settings(config: Any, model: nn.Module) -> dict[str, Any]:
     return {**chosen, "task_type": "CAUSAL_LM"}
 
 
-def prompt_encoder(args: GRPOConfig, model: nn.Module, tokenizer: Any) -> PromptEncoder:
+def prompt_encoder(args: GRPOConfig, model: nn.Module, tokenizer: Any, tools: Tools | None = None) -> PromptEncoder:
     """The encoder of prompts, once it is sure that prompt and completion fit the model's length."""
     limit, completion, prompt = state_of(model).max_seq_length, args.max_completion_length or 0, args.max_prompt_length
     if completion + (prompt or 1) > limit:
@@ -101,7 +106,24 @@ def prompt_encoder(args: GRPOConfig, model: nn.Module, tokenizer: Any) -> Prompt
     kwargs = args.chat_template_kwargs or {}
     if not isinstance(kwargs, dict):
         raise ConfigError(f"GRPOConfig: chat_template_kwargs={kwargs!r} is a {type(kwargs).__name__}; give a dict")
+    if tools is not None:
+        kwargs = {**kwargs, "tools": tools.schemas}
     return PromptEncoder(tokenizer, prompt, limit - completion, kwargs)
+
+
+def choose_drawer(loop: SamplingLoop, tools: Tools | None, rollout_func: Any, trainer: Any) -> Drawer:
+    """What makes the completions: one turn of the engine, a loop of turns with tools, or the user's function.
+
+    Raises:
+        ConfigError: tools beside a ``rollout_func``, or a chat template that is not fit for tools.
+    """
+    if rollout_func is not None:
+        if tools is not None:
+            raise ConfigError("tools and rollout_func are both given; rollout_func runs its own turns: give one")
+        return RolloutFuncDrawer(loop, rollout_func, trainer)
+    if tools is not None:
+        return ToolLoop(loop, tools, state_of(loop.model).max_seq_length)
+    return SingleTurn(loop)
 
 
 def has_dropout(model: nn.Module) -> bool:

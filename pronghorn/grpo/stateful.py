@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 from ..config.errors import ConfigError
 
@@ -20,6 +21,15 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state that :meth:`state_dict` gave."""
+        ...
+
+
+@runtime_checkable
+class Waits(Protocol):
+    """A part whose ``state_dict`` would wait for work under way: it can note its state now and give it later."""
+
+    def noted(self) -> Callable[[], dict[str, Any]]:
+        """What gives, whenever it is called, the state as of now."""
         ...
 
 
@@ -41,6 +51,12 @@ class StatefulParts:
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts.items()}
+
+    def noted(self) -> Callable[[], dict[str, Any]]:
+        """As :meth:`state_dict`, of now, made when the result is called: nothing is waited for before."""
+        waiting = {name: part.noted() for name, part in self._parts.items() if isinstance(part, Waits)}
+        ready = {name: part.state_dict() for name, part in self._parts.items() if name not in waiting}
+        return lambda: {**ready, **{name: give() for name, give in waiting.items()}}
 
     def check(self, states: dict[str, Any], source: str) -> None:
         """Raise :class:`ConfigError` where ``states``, read from ``source``, are not those of the parts that are here.

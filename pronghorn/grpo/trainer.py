@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,18 @@ from .losses import Window
 from .metrics import History, Metrics
 from .reference import SyncReference
 from .repeat_sampler import RepeatSampler
+from .rollout_func import RolloutFunc
 from .rollouts import Rollout
 from .run_state import RunState
 from .samples import print_samples
-from .sampling_loop import SamplingLoop, request_seed
+from .sampling_loop import SamplingLoop
 from .saving import SavingMixin
-from .setup import as_config, as_model, check_precision, prompt_encoder
+from .seeds import request_seed
+from .setup import as_config, as_model, check_precision, choose_drawer, prompt_encoder
 from .stateful import StatefulParts
 from .stop_signal import StopSignal
+from .supply import Supply
+from .tool_calls import Tools
 from .translate import plain
 from .watch_callback import WatchCallback
 
@@ -58,6 +62,8 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         processing_class: the tokenizer; by default the one that the model was loaded with.
         callbacks, optimizers: as in transformers' Trainer.
         peft_config: a ``peft.LoraConfig`` to wrap the model with.
+        tools: functions that the model may call in its turns, as in TRL: with type hints and docstrings.
+        rollout_func: makes the completions in the engine's place, as in TRL: ``rollout_func(prompts, trainer)``.
         accuracy_eval: an :class:`AccuracyEval`: held-out accuracy before, every ``eval_steps``, and after training.
 
     Where it departs from TRL: gradient accumulation is exact by tokens (denominators, entropy quantile and bonus span
@@ -82,6 +88,8 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
+        tools: list[Callable[..., Any]] | None = None,
+        rollout_func: RolloutFunc | None = None,
         accuracy_eval: AccuracyEval | None = None,
     ) -> None:
         args = as_config(args, model)
@@ -106,7 +114,8 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
             )
         model, tokenizer = as_model(model, processing_class, args, peft_config)
         check_precision(model, args)
-        encoder = prompt_encoder(args, model, tokenizer)
+        known = Tools(tools) if tools else None
+        encoder = prompt_encoder(args, model, tokenizer, known)
         encoder.check(train_dataset, "train_dataset")
         self.position = RunState()
         self.stop, self.stateful = StopSignal(), StatefulParts()
@@ -130,6 +139,9 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
             optimizers=optimizers,
         )
         self.sampling = SamplingLoop(args, self.model, tokenizer, encoder, runner)
+        self.sampling.drawer = choose_drawer(self.sampling, known, rollout_func, self)
+        self.supply = Supply(args, self.sampling, self._training_rows())
+        self.stateful.add("supply", self.supply)
         self.loss_step = LossStep(args, self.model)
         if self.loss_step.reference is not None:
             print(f"Pronghorn: beta={args.beta}: {self.loss_step.reference}")
@@ -146,9 +158,7 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Rows of one generation a batch: TRL's order, repeats included, at whatever epoch the run is."""
-        dataset = self.train_dataset
-        if self.args.remove_unused_columns:
-            dataset = dataset.select_columns(["prompt"])
+        dataset = self._training_rows()
         size = self.args.generation_batch_size
         sampler = RepeatSampler(
             len(dataset),
@@ -161,6 +171,9 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         )
         return self._loader(dataset, size, sampler)
 
+    def _training_rows(self) -> Any:
+        return self.train_dataset.select_columns(["prompt"]) if self.args.remove_unused_columns else self.train_dataset
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Whole groups of ``num_generations_eval`` completions."""
         if isinstance(eval_dataset, str):
@@ -168,7 +181,7 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         dataset = self.eval_dataset if eval_dataset is None else as_dataset(eval_dataset, "eval_dataset")
         if dataset is None:
             raise ConfigError("evaluate: eval_dataset is None; pass one here or to the trainer")
-        group, size = self._eval_group, self.args.per_device_eval_batch_size
+        group, size = self.num_generations_eval, self.args.per_device_eval_batch_size
         if size % group:
             raise ConfigError(
                 f"per_device_eval_batch_size={size} is not a multiple of num_generations_eval={group}; give a multiple"
@@ -187,8 +200,13 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         )
 
     @property
-    def _eval_group(self) -> int:
-        return self.args.num_generations_eval or self.args.num_generations
+    def num_generations(self) -> int:
+        """Completions of a prompt in training; in evaluation ``num_generations_eval`` (TRL's names)."""
+        return int(self.args.num_generations)
+
+    @property
+    def num_generations_eval(self) -> int:
+        return int(self.args.num_generations_eval or self.args.num_generations)
 
     # Training
 
@@ -197,6 +215,7 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:
+            self.supply.settle()
             self.sampling.runner.close()
 
     @staticmethod
@@ -267,19 +286,20 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         training = mode == TRAIN
         size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
 
-        def meanwhile(rollouts: list[Rollout]) -> None:
+        def annotate(rollouts: list[Rollout]) -> None:
             with self.stop.deferred():  # the reference may stand in the policy's weights meanwhile
                 self.loss_step.annotate(rollouts, size)
 
-        rollouts = self.sampling.make(rows, group, seed, self.metrics[mode], self.state, mode, meanwhile)
+        if training:
+            rollouts = self.supply.next(rows, index, self.metrics[mode], self.state, annotate)
+        else:
+            rollouts = self.sampling.make(rows, group, seed, self.metrics[mode], self.state, mode, annotate)
         if self.args.log_completions:
             self.completions.append(*(sample.to_json() for sample in self.sampling.samples))
-        if training:
-            self.state.num_input_tokens_seen += sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
-            if self.args.steps_per_generation > self.args.gradient_accumulation_steps:
-                # one generation serves several optimizer steps: mix the groups over them, as TRL does
-                order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(seed))
-                rollouts = [rollouts[i] for i in order.tolist()]
+        if training and self.args.steps_per_generation > self.args.gradient_accumulation_steps:
+            # one generation serves several optimizer steps: mix the groups over them, as TRL does
+            order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(seed))
+            rollouts = [rollouts[i] for i in order.tolist()]
         self.metrics[mode].last("num_tokens", self.state.num_input_tokens_seen)
         return rollouts
 
@@ -289,7 +309,7 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         """Samples, rewards and loss of one evaluation batch; parameters and buffered rollouts stay as they are."""
-        rollouts = self._generate(inputs, self._eval_group, EVAL, self._evaluated)
+        rollouts = self._generate(inputs, self.num_generations_eval, EVAL, self._evaluated)
         self._evaluated += 1
         with torch.no_grad():
             loss = self.loss_step(self.loss_step.pack(rollouts), window_of(rollouts), self.metrics[EVAL])

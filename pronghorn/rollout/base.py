@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from ..config.adapters import LIVE, AdapterChoice
 from ..config.errors import ConfigError, nearest
 from ..config.sampling import SamplingParams
-from .text import encode_prompts as encode_prompts  # what makes ids of prompts belongs to the protocol
+from .ends import eos_ids as eos_ids  # which ids end a completion belongs to the protocol,
+from .text import encode_prompts as encode_prompts  # and so does what makes ids of prompts
 
 Progress = Callable[[int, int, int], None]
 """``progress(finished, total, tokens)``: completions done, completions asked for, tokens generated so far."""

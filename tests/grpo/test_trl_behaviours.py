@@ -271,7 +271,7 @@ def test_full_fine_tuning_moves_every_weight(tmp_path: Path, beta: float) -> Non
         ({"use_liger_kernel": True}, "use_liger_kernel=True"),
         ({"rewards": [longer, variety], "reward_weights": [1.0]}, "reward_weights"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),  # xdist: the same in every process
 )
 def test_what_is_not_offered_is_refused_by_name(tmp_path: Path, wrong: dict[str, Any], named: str) -> None:
     settings = dict(wrong)

@@ -16,7 +16,7 @@ from ...models.packed_layer import prepared, prepared_layers
 from ...models.parts import release_held
 from ...models.state import state_of
 from ...models.tree import layers, unwrap
-from ..base import Progress, RequestOutput
+from ..base import Progress, RequestOutput, eos_ids
 from .ahead import run_ahead
 from .blocks import BlockManager
 from .decode_walk import why_no_walk
@@ -30,7 +30,6 @@ from .request import Sequence
 from .runner import Runner, rollout_mode
 from .scheduler import Scheduler
 from .stepwise import run_stepwise
-from .stopping import eos_ids
 
 
 class NativeEngine:

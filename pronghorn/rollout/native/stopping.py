@@ -11,16 +11,6 @@ _CONTEXT = 6  # prompt tokens decoded before the first new one, so that a tokeni
 _UNFINISHED = "\ufffd"  # how decoding shows the first bytes of a character whose last bytes are still to come
 
 
-def eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every end-of-sequence id that the generation config, the model's config and the tokenizer name."""
-    found: set[int] = set()
-    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
-        ids = getattr(holder, "eos_token_id", None)
-        if ids is not None:
-            found.update([ids] if isinstance(ids, int) else ids)
-    return frozenset(found)
-
-
 def stop_ids(params: SamplingParams, eos: frozenset[int]) -> frozenset[int]:
     """Ids that end a request with these settings."""
     return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
