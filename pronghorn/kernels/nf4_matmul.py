@@ -13,10 +13,13 @@ multiplies 6 rows here and a trainer that multiplies thousands there get the sam
 
 **How** (``nf4_matmul.cu``). A warp owns 16 outputs: they are the rows of the instruction's left operand (``mma``
 m16n8k16), whose k of 16 consecutive inputs four threads share; 8 rows of x are the right one. Within the 16 the order
-is free, so thread t takes inputs 4t to 4t + 3: two bytes of codes. A code becomes its float32 level by a shuffle (lane
-i holds level i; one instruction a weight, on a pipe that is idle otherwise), is multiplied by its scale, and two are
-rounded into a register of the operand: 3.5 instructions a weight, against some 5 of half rate by byte permutes from a
-table of each block. Codes and x come through shared memory, several stages ahead.
+is free, so thread t takes inputs 4t to 4t + 3: two bytes of codes. A byte becomes its two float32 levels by one read of
+a table in shared memory, they are multiplied by their scale and rounded into a register of the operand. Codes and x
+come through shared memory, several stages ahead. Where outputs are few, the warps of a block take turns at 16 of them
+and hand the accumulator on.
+
+**What bounds it** at few rows is not memory but that table: 8 of the 13.8 shared-memory wavefronts that 256 weights
+cost. Byte permutes in place of half of the reads, and ``wgmma``, gained little (``docs/log.md``).
 """
 
 from __future__ import annotations

@@ -70,10 +70,12 @@ def tile_for(M: int, outputs: int) -> Tile:
     if M <= 8:
         return Tile(8, False, 1, 256, 3, 2) if many else Tile(4, True, 1, 256, 2, 3)
     if M <= 16:
-        return Tile(8, False, 2, 256, 3, 2) if many else Tile(4, True, 2, 128, 2, 3)
+        return Tile(8, False, 2, 128, 3, 2) if many else Tile(6, True, 2, 128, 2, 2)
     if M <= 32:
-        return Tile(8, False, 4, 128, 3, 2) if many else Tile(4, False, 4, 256, 3, 1)
-    return Tile(8, False, 8, 128, 3, 1) if many else Tile(4, False, 8, 256, 3, 1)
+        if outputs > 4096:
+            return Tile(8, False, 4, 128, 3, 2) if many else Tile(4, False, 4, 256, 3, 1)
+        return Tile(4, True, 4, 128, 2, 2)
+    return Tile(4, False, 8, 128, 3, 2) if many else Tile(4, False, 8, 256, 3, 1)
 
 
 @lru_cache(maxsize=1)
