@@ -165,14 +165,14 @@ def test_resumed_across_skipped_steps_is_uninterrupted(tmp_path: Path) -> None:
 
 def broken_advantage(made: Any) -> None:
     """Every generation's first completion gets NaN for its advantage."""
-    make = made.sampling.make
+    supply = made.supply.next
 
     def spoiled(*args: Any) -> Any:
-        rollouts = make(*args)
+        rollouts = supply(*args)
         rollouts[0].advantage = math.nan
         return rollouts
 
-    made.sampling.make = spoiled
+    made.supply.next = spoiled
 
 
 @pytest.fixture
