@@ -1,8 +1,9 @@
 """A layer's linear products as a decode step runs them, on the trainer's own weights and rounded adapters.
 
 Few rows of a 4-bit group go through one kernel that reads the codes once (``kernels/nf4_matmul.py``). More rows are
-multiplied by the weight in 16 bits: kept where there is memory for it, made for each product where not, and as it lies
-where the base is in 16 bits. Either way the sum has the trainer's order.
+multiplied by the weight in 16 bits: kept where there is memory for it, made for each product where not. A base in 16
+bits is read as it lies, few rows by a kernel of our own (``kernels/ordered_matmul.py``). Either way the sum has the
+trainer's order, and is rounded where the trainer's is.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from typing import Protocol
 
 import torch
 
+from ...kernels import ordered_matmul as ordered
 from ...kernels.low_rank import low_rank
 from ...kernels.nf4_matmul import Member, nf4_matmul, why_not
+from ...kernels.ordered_matmul import DenseMember, ordered_matmul
 from ...lora.fused import ORDERED_ROWS, Input, project
 from ...lora.held import HeldWeights
 from ...lora.projection import Group
@@ -82,6 +85,41 @@ class NF4Product:
         return nf4_matmul(x_MI, self.members, low_MR, overlap=True)  # x was whole before x A^T began
 
 
+class DenseProduct:
+    """A group whose base is in 16 bits, for few rows.
+
+    Adapters are added to the base's rounded product, as the trainer adds them where it does not make the weight itself.
+    """
+
+    def __init__(self, group: Group, dtype: torch.dtype) -> None:
+        self.group = group
+        self.members = dense_members(group, dtype)
+
+    def place(self, rows: int) -> torch.Tensor | None:
+        return None
+
+    def refresh(self) -> None:
+        """Nothing: it reads the rounded adapters themselves."""
+
+    def __call__(self, x_MI: torch.Tensor) -> torch.Tensor:
+        low_MR = None if self.group.a_RI is None else low_rank(x_MI, self.group.a_RI)
+        return ordered_matmul(x_MI, self.members, low_MR)
+
+
+def dense_members(group: Group, dtype: torch.dtype) -> list[DenseMember]:
+    """A group's weights as they lie, with the rounded adapters and biases."""
+    return [
+        DenseMember(
+            p.base.weight.detach(),
+            b_Or,
+            span.start,
+            p.scaling,
+            None if p.base.bias is None else p.base.bias.detach().to(dtype),
+        )
+        for p, b_Or, span in zip(group.members, group.bs_Or, group.spans)
+    ]
+
+
 class Tables:
     """Inputs with room for ``x A^T`` beside them and zero rows below, shared by all products of one size."""
 
@@ -102,7 +140,8 @@ class HeldProduct:
         group: the projections.
         dtype: of the products.
         tables: where inputs lie.
-        rows: most rows; fewer than cuBLAS sums in order are multiplied as many.
+        rows: most rows; fewer than cuBLAS sums in order are multiplied as many, or, where the sum is long, by our own
+            kernel.
     """
 
     def __init__(self, group: Group, dtype: torch.dtype, tables: Tables, rows: int) -> None:
@@ -113,6 +152,9 @@ class HeldProduct:
         self.least = least
         weight = table[: self.held.outputs]
         self.right = weight.T if group.rank else weight[:, : self.inputs].T
+        self.member = DenseMember(self.right.T)
+        long = self.inputs >= _LONG_SUM and table.is_cuda and not ordered.why_not([self.member], dtype)
+        self.few = ordered.MAX_ROWS if long else 0
 
     def place(self, rows: int) -> torch.Tensor | None:
         return self.table_TK[:rows, : self.inputs]
@@ -127,6 +169,8 @@ class HeldProduct:
             own.copy_(x_MI)
         if self.group.a_RI is not None:
             low_rank(own, self.group.a_RI, self.table_TK[:M, self.inputs :])
+        if self.few >= M:
+            return ordered_matmul(self.table_TK[:M], [self.member])
         return torch.mm(self.table_TK[: max(M, self.least)], self.right)[:M]
 
 
@@ -156,7 +200,11 @@ def product_of(group: Group, dtype: torch.dtype, rows: int, most_in_nf4: int, he
         held: tables of inputs, where there is memory to keep weights in 16 bits; else None.
     """
     weights = [p.nf4 for p in group.members if p.nf4 is not None]
-    if not weights or len(weights) < len(group.members):
+    if not weights and rows <= ordered.MAX_ROWS and group.members[0].base.weight.is_cuda:
+        return (
+            TrainerProduct(group) if ordered.why_not(dense_members(group, dtype), dtype) else DenseProduct(group, dtype)
+        )
+    if len(weights) < len(group.members):
         return TrainerProduct(group)
     device = weights[0].codes.device
     if rows <= most_in_nf4 and device.type == "cuda" and not why_not(weights, dtype, device):
