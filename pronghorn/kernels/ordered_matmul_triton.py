@@ -30,9 +30,10 @@ class Tile(NamedTuple):
 def tile_for(M: int, outputs: int, capability: tuple[int, int] = (9, 0)) -> Tile:
     """The tile for M rows and so many outputs of a group.
 
-    Outputs are the tensor core's rows, 16 a warp. Few outputs are all in work at once, and each waits for its own chain
-    of sums: long steps spend the least beside it. Where there are enough for 64 a program, 4 warps and 16 rows take
-    Hopper's wider instruction, which reads shared memory itself.
+    Few outputs are all in work at once, and each waits for its own chain of sums: long steps spend the least beside it,
+    and where there are fewer than four warps' products (16 outputs and 8 rows each), warps share the loads and repeat
+    products. Where there are enough outputs for 64 a program, 16 rows or more take Hopper's wider instruction, which
+    reads shared memory itself.
 
     Stages fill a half of a Hopper multiprocessor's shared memory, so that two programs fit; other GPUs have less. A
     stage is in use while the others are on their way, and except with the wider instruction Triton makes one less than
@@ -41,10 +42,9 @@ def tile_for(M: int, outputs: int, capability: tuple[int, int] = (9, 0)) -> Tile
     block_t = max(8, min(64, int(triton.next_power_of_2(M))))
     many = outputs >= 16384
     block_o, block_k = (64, 128) if many else (32, 256 if block_t <= 16 else 128)
-    num_warps = 4 if many or block_t == 64 else 2
     stages = (104 if capability[0] == 9 else 72) * 1024 // ((block_o + block_t) * block_k * 2)
     wider = many and block_t >= 16 and capability[0] == 9
-    return Tile(block_o, block_t, block_k, num_warps, stages if wider else stages + 1)
+    return Tile(block_o, block_t, block_k, 4, stages if wider else stages + 1)
 
 
 @cache
@@ -63,7 +63,7 @@ def _ordered_matmul(
     x_ptr, low_ptr, y_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, bias0_ptr, bias1_ptr, bias2_ptr,
     M, K8, x_stride8, low_stride, y_stride, w0_stride8, w1_stride8, w2_stride8, outputs0, outputs1, outputs2,
     biased0, biased1, biased2, at0, at1, at2, rank0, rank1, rank2, scaling0, scaling1, scaling2,
-    MEMBERS: tl.constexpr, RANK: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr,
+    MEMBERS: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of a member's outputs for a tile of rows. Strides and K come in eights: rows are aligned."""
@@ -87,13 +87,14 @@ def _ordered_matmul(
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     live = t < M
     row = tl.minimum(o, outputs - 1).to(tl.int64)  # past the last output the last is made again, and not stored
-    # Read now, needed last: these reads wait beside the weights'.
+    # Read now, needed last: these reads wait beside the weights'. Masks come last too: what is masked here would be
+    # written to shared memory at once, and the weights' reads wait for it.
     if RANK > 0:
         r = tl.arange(0, RANK)
-        ranked = (r < rank)[None, :]
-        b = tl.load(b_ptr + row[:, None] * rank + r[None, :], mask=ranked, other=0.0)
-        low_at = low_ptr + t.to(tl.int64)[:, None] * low_stride + at + r[None, :]
-        low = tl.load(low_at, mask=live[:, None] & ranked, other=0.0)
+        width, column_r = (RANK, r) if WHOLE else (rank, tl.minimum(r, tl.maximum(rank - 1, 0)))
+        b = tl.load(b_ptr + row[:, None] * width + column_r[None, :])
+        low_row = tl.minimum(t, M - 1).to(tl.int64)
+        low = tl.load(low_ptr + low_row[:, None] * low_stride + at + column_r[None, :])
     if BIASED:
         bias = tl.load(bias_ptr + o, mask=o < biased, other=0.0)
     k = tl.arange(0, BLOCK_K)
@@ -111,6 +112,9 @@ def _ordered_matmul(
         acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
     y = acc.to(dtype)
     if RANK > 0:
+        ranked = (r < rank)[None, :]
+        b = tl.where((o < outputs)[:, None] & ranked, b, 0.0)
+        low = tl.where(live[:, None] & ranked, low, 0.0)
         added = (tl.dot(b, tl.trans(low), input_precision="ieee") * scaling).to(dtype)
         if BIASED:
             added = (added.to(tl.float32) + bias.to(tl.float32)[:, None]).to(dtype)
@@ -144,7 +148,7 @@ def ordered_matmul(
     three = [*members, *[members[0]] * (3 - count)]
     counts = [m.weight_OI.shape[0] for m in members] + [0] * (3 - count)
     ranks = [m.rank if low_MR is not None else 0 for m in three]
-    rank = max(ranks)
+    block_r = max(16, int(triton.next_power_of_2(max(ranks)))) if any(ranks) else 0
     with torch.cuda.device_of(x_MI):
         _launch(
             (sum(-(-n // block_o) for n in counts), triton.cdiv(M, block_t)),
@@ -156,7 +160,7 @@ def ordered_matmul(
             *(m.weight_OI.stride(0) // 8 for m in three), *counts,
             *(0 if m.bias_O is None else n for m, n in zip(three, counts)),
             *(m.at for m in three), *ranks, *(m.scaling for m in three),
-            count, max(16, int(triton.next_power_of_2(rank))) if rank else 0,
+            count, block_r, all(r == block_r for r in ranks),
             any(m.bias_O is not None for m in members), K % block_k == 0, block_o, block_t, block_k,
             num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
         )  # fmt: skip
