@@ -4,10 +4,11 @@
 
 Cases ``kernel/ordered_matmul/<projection>/<rows>`` have ``ms`` of one call and ``floor_ms``, the time that the weights
 take at this GPU's measured copy bandwidth. ``pronghorn`` is the base as it lies with the adapter and its roundings
-behind it; ``pronghorn-held`` a table ``[W | s B]`` with x and its low rank side by side. ``torch`` is the product with
-the weight alone at so many rows, whose sum has an order of its own, and ``torch-ordered`` the same at as many rows as
-cuBLAS sums in order. Cases ``kernel/low_rank/<projection>/<rows>`` are ``x A^T``, with the floor of reading A.
-Calls on weights of their own, 512 MiB at least, are captured in one CUDA graph, so that none is found in the L2 cache.
+behind it, ``pronghorn+low_rank`` the same with ``x A^T`` before it, as a decode step has it; ``pronghorn-held`` a table
+``[W | s B]`` with x and its low rank side by side. ``torch`` is the product with the weight alone at so many rows,
+whose sum has an order of its own, and ``torch-ordered`` the same at as many rows as cuBLAS sums in order. Cases
+``kernel/low_rank/<projection>/<rows>`` are ``x A^T``, with the floor of reading A. Calls on weights of their own, 512
+MiB at least, are captured in one CUDA graph, so that none is found in the L2 cache.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ TILES = [
 ]  # fmt: skip
 
 
+def with_low(x_MI: torch.Tensor, a_RI: torch.Tensor, members: list[DenseMember]) -> torch.Tensor:
+    """As a decode step has it: the product begins beside ``x A^T``."""
+    return ordered_matmul(x_MI, members, low_rank(x_MI, a_RI), overlap=True)
+
+
 def per_call(calls: list[Call], stream: torch.cuda.Stream) -> float:
     return graphed(partial(run_all, calls), stream) / len(calls)
 
@@ -76,6 +82,7 @@ def bench(results: Results, name: str, rows: int, bandwidth: float, stream: torc
         a_RI, spare = normal(R, K), [normal(R, K) for _ in range(-(-(1 << 28) // (R * K * 2)))]
         calls: dict[str, list[Call]] = {
             "pronghorn": [partial(ordered_matmul, x, members, low) for members in groups],
+            "pronghorn+low_rank": [partial(with_low, x, a, members) for a, members in zip(spare, groups)],
             "pronghorn-held": [partial(ordered_matmul, wide, [DenseMember(table)]) for table in tables],
             "torch": [partial(torch.mm, x, w.T) for w in weights],
             "torch-ordered": [partial(torch.mm, many, w.T) for w in weights],

@@ -22,7 +22,6 @@ are better left to cuBLAS.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 
@@ -41,15 +40,6 @@ MAX_RANK = 128
 """An adapter's largest rank."""
 
 _ALIGNED = 8  # elements of 16 bits in 16 bytes
-
-
-def _path(tensor: torch.Tensor) -> ModuleType:
-    """The module that does the work for ``tensor``; Triton is imported only where it is used."""
-    if not tensor.is_cuda:
-        return reference
-    from pronghorn.kernels import ordered_matmul_triton
-
-    return ordered_matmul_triton
 
 
 def why_not(members: Sequence[DenseMember], dtype: torch.dtype) -> str:
@@ -74,6 +64,7 @@ def ordered_matmul(
     members: Sequence[DenseMember],
     low_MR: torch.Tensor | None = None,
     out_MO: torch.Tensor | None = None,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """Outputs of all ``members`` side by side; no gradient.
 
@@ -82,6 +73,8 @@ def ordered_matmul(
         members: one to three projections of this input.
         low_MR: ``x A^T`` of all adapters side by side, in x's dtype; None without adapters.
         out_MO: ``[M, sum of O]``, x's dtype, rows contiguous, to write to.
+        overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: a GPU that can
+            begins before it has ended.
 
     Returns:
         ``y_MO`` in x's dtype, rounded where the module's docstring says.
@@ -98,7 +91,12 @@ def ordered_matmul(
             f"give {(x_MI.shape[0], outputs)}, {x_MI.dtype}, rows contiguous"
         )
     _check(x_MI, members, low_MR)
-    _path(x_MI).ordered_matmul(x_MI, members, low_MR, out_MO)
+    if not x_MI.is_cuda:
+        reference.ordered_matmul(x_MI, members, low_MR, out_MO)
+        return out_MO
+    from pronghorn.kernels import ordered_matmul_triton  # imported only where it is used
+
+    ordered_matmul_triton.ordered_matmul(x_MI, members, low_MR, out_MO, overlap=overlap)
     return out_MO
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from pronghorn.kernels.launch import Launcher
 from pronghorn.kernels.reference.ordered_matmul import DenseMember
@@ -64,9 +65,12 @@ def _ordered_matmul(
     M, K8, x_stride8, low_stride, y_stride, w0_stride8, w1_stride8, w2_stride8, outputs0, outputs1, outputs2,
     biased0, biased1, biased2, at0, at1, at2, rank0, rank1, rank2, scaling0, scaling1, scaling2,
     MEMBERS: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a member's outputs for a tile of rows. Strides and K come in eights: rows are aligned."""
+    """One tile of a member's outputs for a tile of rows. Strides and K come in eights: rows are aligned.
+
+    OVERLAP: it begins while the kernel before it runs, which makes low, and nothing else that is read here.
+    """
     tile, column = tl.program_id(0), 0
     w_ptr, stride8, outputs = w0_ptr, w0_stride8, outputs0
     b_ptr, at, rank, scaling, bias_ptr, biased = b0_ptr, at0, rank0, scaling0, bias0_ptr, biased0
@@ -94,7 +98,9 @@ def _ordered_matmul(
         width, column_r = (RANK, r) if WHOLE else (rank, tl.minimum(r, tl.maximum(rank - 1, 0)))
         b = tl.load(b_ptr + row[:, None] * width + column_r[None, :])
         low_row = tl.minimum(t, M - 1).to(tl.int64)
-        low = tl.load(low_ptr + low_row[:, None] * low_stride + at + column_r[None, :])
+        low_at = low_ptr + low_row[:, None] * low_stride + at + column_r[None, :]
+        if not OVERLAP:
+            low = tl.load(low_at)
     if BIASED:
         bias = tl.load(bias_ptr + o, mask=o < biased, other=0.0)
     k = tl.arange(0, BLOCK_K)
@@ -111,6 +117,9 @@ def _ordered_matmul(
             x = tl.load(x_at + start, mask=live[:, None] & inside, other=0.0)
         acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
     y = acc.to(dtype)
+    if OVERLAP:
+        gdc_wait()
+        low = tl.load(low_at, cache_modifier=".cg")
     if RANK > 0:
         ranked = (r < rank)[None, :]
         b = tl.where((o < outputs)[:, None] & ranked, b, 0.0)
@@ -134,21 +143,26 @@ def ordered_matmul(
     low_MR: torch.Tensor | None,
     out_MO: torch.Tensor,
     tile: Tile | None = None,
+    overlap: bool = False,
 ) -> None:
-    """As ``reference.ordered_matmul.ordered_matmul``; ``tile`` instead of :func:`tile_for`'s choice, for measurements.
+    """As ``reference.ordered_matmul.ordered_matmul``; x's rows and the weights' are aligned to 16 bytes.
 
-    x's rows and the weights' lie multiples of 8 elements apart, and are as long.
+    Args:
+        tile: instead of :func:`tile_for`'s choice, for measurements.
+        overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: run beside it
+            (on Hopper; elsewhere after it, as usual).
     """
     (M, K), count = x_MI.shape, len(members)
     if M == 0:
         return
-    block_o, block_t, block_k, num_warps, num_stages = tile or tile_for(
-        M, out_MO.shape[1], _capability(x_MI.get_device())
-    )
+    capability = _capability(x_MI.get_device())
+    block_o, block_t, block_k, num_warps, num_stages = tile or tile_for(M, out_MO.shape[1], capability)
     three = [*members, *[members[0]] * (3 - count)]
     counts = [m.weight_OI.shape[0] for m in members] + [0] * (3 - count)
     ranks = [m.rank if low_MR is not None else 0 for m in three]
     block_r = max(16, int(triton.next_power_of_2(max(ranks)))) if any(ranks) else 0
+    overlap = overlap and block_r > 0 and x_MI.is_cuda and capability >= (9, 0)
+    options = {"launch_pdl": True} if overlap else {}
     with torch.cuda.device_of(x_MI):
         _launch(
             (sum(-(-n // block_o) for n in counts), triton.cdiv(M, block_t)),
@@ -161,6 +175,6 @@ def ordered_matmul(
             *(0 if m.bias_O is None else n for m, n in zip(three, counts)),
             *(m.at for m in three), *ranks, *(m.scaling for m in three),
             count, block_r, all(r == block_r for r in ranks),
-            any(m.bias_O is not None for m in members), K % block_k == 0, block_o, block_t, block_k,
-            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
+            any(m.bias_O is not None for m in members), K % block_k == 0, overlap, block_o, block_t, block_k,
+            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False, **options,
         )  # fmt: skip

@@ -102,6 +102,19 @@ def test_tiles_change_no_bit(tile: Tile) -> None:
     assert torch.equal(found, ordered_matmul(x, members, low))
 
 
+def test_the_wait_for_x_a_is_kept() -> None:
+    """Beside a kernel that makes ``x A^T``, every time another one, the product reads the one that was made."""
+    group = make([256], 1024, 32, False, torch.bfloat16)  # a short product, a long sum before it
+    (member,) = dense_members(group, torch.bfloat16)
+    wide = torch.randn(32, 1 << 16, device="cuda").bfloat16()
+    low = torch.empty(8, 32, device="cuda", dtype=torch.bfloat16)
+    for _ in range(20):
+        x, other = torch.randn(8, 1024, device="cuda").bfloat16(), torch.randn(8, 1 << 16, device="cuda").bfloat16()
+        low_rank(other, wide, low)
+        found = ordered_matmul(x, [member], low, overlap=True)
+        assert torch.equal(found, ordered_matmul(x, [member], low))
+
+
 def test_error_is_a_few_roundings() -> None:
     group = make([4096], 4096, 32, True, torch.bfloat16)
     (member,) = dense_members(group, torch.bfloat16)

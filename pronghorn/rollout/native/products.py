@@ -103,7 +103,7 @@ class DenseProduct:
 
     def __call__(self, x_MI: torch.Tensor) -> torch.Tensor:
         low_MR = None if self.group.a_RI is None else low_rank(x_MI, self.group.a_RI)
-        return ordered_matmul(x_MI, self.members, low_MR)
+        return ordered_matmul(x_MI, self.members, low_MR, overlap=True)  # as above
 
 
 def dense_members(group: Group, dtype: torch.dtype) -> list[DenseMember]:
