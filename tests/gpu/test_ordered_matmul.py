@@ -12,7 +12,8 @@ from pronghorn.kernels.ordered_matmul_triton import Tile
 from pronghorn.kernels.ordered_matmul_triton import ordered_matmul as launch
 from pronghorn.lora.fused import ORDERED_ROWS, Input, project
 from pronghorn.lora.projection import Group, Projection
-from pronghorn.rollout.native.products import DenseProduct, dense_members
+from pronghorn.rollout.native.dense import DenseProduct, TrainerProduct, agrees, dense_members
+from pronghorn.rollout.native.products import product_of
 
 ROWS = (1, 3, 8, 9, 16, 17, 31, 33, 64, 65, 128)
 
@@ -35,6 +36,24 @@ def by_trainer(group: Group, x: torch.Tensor) -> torch.Tensor:
     given = Input(group, rows=len(x), like=x)
     given.x_TI.copy_(x)
     return project(given, group, given.lower(group, None, True), ordered=True)
+
+
+def test_the_decode_step_takes_it_where_its_bits_are_the_trainer_s() -> None:
+    """Shapes of which cuBLAS splits the sum are left to it: either way the step's product is the trainer's."""
+    for outputs, inputs in (
+        ([4096, 1024, 1024], 4096),
+        ([4096], 14336),
+        ([64, 32, 32], 256),
+        ([256], 512),
+        ([32], 4096),
+    ):
+        group = make(outputs, inputs, 16, True, torch.bfloat16)
+        product = product_of(group, torch.bfloat16, 8, 64, None)
+        assert isinstance(product, DenseProduct if agrees(group, torch.bfloat16) else TrainerProduct)
+        if inputs >= 4096 and min(outputs) >= 1024:
+            assert isinstance(product, DenseProduct)
+        x = torch.randn(ORDERED_ROWS, inputs, device="cuda").bfloat16()
+        assert torch.equal(product(x[:6].contiguous()), by_trainer(group, x)[:6])
 
 
 def check(group: Group, dtype: torch.dtype, rows: tuple[int, ...] = ROWS) -> None:

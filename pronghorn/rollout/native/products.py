@@ -16,9 +16,10 @@ from ...kernels import ordered_matmul as ordered
 from ...kernels.low_rank import low_rank
 from ...kernels.nf4_matmul import Member, nf4_matmul, why_not
 from ...kernels.ordered_matmul import DenseMember, ordered_matmul
-from ...lora.fused import ORDERED_ROWS, Input, project
+from ...lora.fused import ORDERED_ROWS
 from ...lora.held import HeldWeights
 from ...lora.projection import Group
+from .dense import DenseProduct, TrainerProduct, agrees, dense_members
 
 _STEP = 16  # columns of one matrix instruction: an adapter's ranks are multiplied in whole ones
 _LONG_SUM = 8192  # inputs from which on cuBLAS splits the sum of up to 256 rows
@@ -85,41 +86,6 @@ class NF4Product:
         return nf4_matmul(x_MI, self.members, low_MR, overlap=True)  # x was whole before x A^T began
 
 
-class DenseProduct:
-    """A group whose base is in 16 bits, for few rows.
-
-    Adapters are added to the base's rounded product, as the trainer adds them where it does not make the weight itself.
-    """
-
-    def __init__(self, group: Group, dtype: torch.dtype) -> None:
-        self.group = group
-        self.members = dense_members(group, dtype)
-
-    def place(self, rows: int) -> torch.Tensor | None:
-        return None
-
-    def refresh(self) -> None:
-        """Nothing: it reads the rounded adapters themselves."""
-
-    def __call__(self, x_MI: torch.Tensor) -> torch.Tensor:
-        low_MR = None if self.group.a_RI is None else low_rank(x_MI, self.group.a_RI)
-        return ordered_matmul(x_MI, self.members, low_MR, overlap=True)  # as above
-
-
-def dense_members(group: Group, dtype: torch.dtype) -> list[DenseMember]:
-    """A group's weights as they lie, with the rounded adapters and biases."""
-    return [
-        DenseMember(
-            p.base.weight.detach(),
-            b_Or,
-            span.start,
-            p.scaling,
-            None if p.base.bias is None else p.base.bias.detach().to(dtype),
-        )
-        for p, b_Or, span in zip(group.members, group.bs_Or, group.spans)
-    ]
-
-
 class Tables:
     """Inputs with room for ``x A^T`` beside them and zero rows below, shared by all products of one size."""
 
@@ -174,24 +140,6 @@ class HeldProduct:
         return torch.mm(self.table_TK[: max(M, self.least)], self.right)[:M]
 
 
-class TrainerProduct:
-    """The trainer's product, its sum in order whatever the number of rows."""
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-
-    def place(self, rows: int) -> torch.Tensor | None:
-        return None
-
-    def refresh(self) -> None:
-        """Nothing: it reads the rounded adapters themselves."""
-
-    def __call__(self, x_MI: torch.Tensor) -> torch.Tensor:
-        given = Input(self.group, rows=x_MI.shape[0], like=x_MI)
-        given.x_TI.copy_(x_MI)
-        return project(given, self.group, given.lower(self.group, None, x_MI.is_cuda), ordered=x_MI.is_cuda)
-
-
 def product_of(group: Group, dtype: torch.dtype, rows: int, most_in_nf4: int, held: Tables | None) -> Product:
     """How ``group`` multiplies up to ``rows`` rows.
 
@@ -200,10 +148,9 @@ def product_of(group: Group, dtype: torch.dtype, rows: int, most_in_nf4: int, he
         held: tables of inputs, where there is memory to keep weights in 16 bits; else None.
     """
     weights = [p.nf4 for p in group.members if p.nf4 is not None]
-    if not weights and rows <= ordered.MAX_ROWS and group.members[0].base.weight.is_cuda:
-        return (
-            TrainerProduct(group) if ordered.why_not(dense_members(group, dtype), dtype) else DenseProduct(group, dtype)
-        )
+    if not weights and group.members[0].base.weight.is_cuda:
+        fits = not ordered.why_not(dense_members(group, dtype), dtype) and agrees(group, dtype)
+        return DenseProduct(group, dtype) if fits else TrainerProduct(group)
     if len(weights) < len(group.members):
         return TrainerProduct(group)
     device = weights[0].codes.device
