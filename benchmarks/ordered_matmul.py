@@ -22,7 +22,7 @@ from benchmarks.elementwise import Call, graphed, normal
 from benchmarks.nf4 import copy_bytes_per_ms
 from benchmarks.ordered_attention import run_all
 from benchmarks.results import Results, arguments, start
-from pronghorn.kernels import ordered_matmul_triton
+from pronghorn.kernels import low_rank_triton, ordered_matmul_triton
 from pronghorn.kernels.low_rank import low_rank
 from pronghorn.kernels.ordered_matmul import DenseMember, ordered_matmul
 from pronghorn.kernels.ordered_matmul_triton import Tile
@@ -51,10 +51,17 @@ TILES = [
     Tile(outputs, rows, inputs, warps, stages)
     for rows in (8, 16, 32, 64)
     for outputs, inputs, warps, stages in (
-        (16, 256, 1, 5), (16, 128, 1, 9), (32, 256, 2, 5), (32, 128, 2, 9), (32, 128, 4, 5),
+        (16, 256, 1, 5), (16, 128, 1, 9), (32, 256, 2, 5), (32, 256, 4, 5), (32, 128, 4, 9), (32, 128, 4, 5),
         (64, 128, 4, 5), (64, 128, 4, 4), (64, 256, 4, 4), (128, 64, 4, 5), (128, 128, 8, 4),
     )
+    if stages * (outputs + rows) * inputs * 2 <= 225 * 1024
 ]  # fmt: skip
+LOW_TILES = [
+    low_rank_triton.Tile(16, 32, 128, 4, 4),
+    low_rank_triton.Tile(16, 128, 128, 4, 4),
+    *(low_rank_triton.Tile(rows, 16, 256, warps, stages) for rows in (8, 16) for warps in (1, 4) for stages in (3, 8)),
+    *(low_rank_triton.Tile(32, 32, 128, 4, stages) for stages in (4, 8)),
+]
 
 
 def with_low(x_MI: torch.Tensor, a_RI: torch.Tensor, members: list[DenseMember]) -> torch.Tensor:
@@ -94,6 +101,12 @@ def bench(results: Results, name: str, rows: int, bandwidth: float, stream: torc
     ms = per_call([partial(low_rank, x, a) for a in spare], stream)
     results.add(f"kernel/low_rank/{name}/{rows}", "pronghorn", ms=ms, floor_ms=a_RI.nbytes / bandwidth)
     if every:
+        low_calls = [partial(low_rank_triton.low_rank, x, a, low) for a in spare]
+        for kind in LOW_TILES:
+            if kind.rows >= min(rows, 16):
+                ms = per_call([partial(call, tile=kind) for call in low_calls], stream)
+                case_low, impl = f"kernel/low_rank/{name}/{rows}", f"tile {'/'.join(map(str, kind))}"
+                results.add(case_low, impl, ms=ms, floor_ms=a_RI.nbytes / bandwidth)
         out = torch.empty(rows, total, dtype=x.dtype, device="cuda")
         for tile in TILES:
             if tile.rows >= min(rows, 64) and tile.rows <= max(16, 2 * rows):
