@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,22 +20,46 @@ FEW_ROWS = 256
 """Up to so many rows, runs are programs of their own."""
 
 
+class Tile(NamedTuple):
+    """Rows, ranks and inputs of a program's step, warps, and stages of inputs on their way or in use."""
+
+    rows: int
+    ranks: int
+    inputs: int
+    num_warps: int
+    num_stages: int
+
+
+def few_rows_tile(T: int, step: int, capability: tuple[int, int] = (9, 0)) -> Tile:
+    """The tile for T rows and runs of ``step`` inputs.
+
+    There is little to read and less to multiply: what counts is to have all of it on its way at once, in many
+    programs. So a program takes 16 ranks, the rows of the tensor core's instruction, and as many stages as its run has
+    steps (Triton makes one less than it is told); four warps share the loads and repeat the few products. With more
+    rows the ranks are more, so that x is read less often.
+    """
+    rows, ranks, inputs = (32, 32, 128) if T > 16 else (8 if T <= 8 else 16, 16, 256)
+    room = (160 if capability[0] == 9 else 72) * 1024 // ((rows + ranks) * inputs * 2)
+    return Tile(rows, ranks, inputs, 4, 1 + min(room, -(-step // inputs)))
+
+
 @triton.jit
 def _run(
-    x_ptr, a_ptr, t, r, first, last, T, R, x_stride, width,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+    left_row, right_row, left_in, right_in, first, last,
+    BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """One run's sum for a tile of rows and ranks: products in order, 16 at a time, in one accumulator."""
+    """One run's sum for a tile of left and right rows: products in order, 16 at a time, in one accumulator.
+
+    Which of x and A is left changes no bit.
+    """
     i = tl.arange(0, BLOCK_I)
-    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    x_row = x_ptr + t.to(tl.int64)[:, None] * x_stride
-    a_row = a_ptr + r[:, None] * width
+    acc = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
     for start in range(first, last, BLOCK_I):
         at = start + i
         inside = (at < last)[None, :]
-        x = tl.load(x_row + at[None, :], mask=(t < T)[:, None] & inside, other=0.0)
-        a = tl.load(a_row + at[None, :], mask=(r < R)[:, None] & inside, other=0.0)
-        acc = tl.dot(x, tl.trans(a), acc, input_precision="ieee")
+        left = tl.load(left_row + at[None, :], mask=left_in[:, None] & inside, other=0.0)
+        right = tl.load(right_row + at[None, :], mask=right_in[:, None] & inside, other=0.0)
+        acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
     return acc
 
 
@@ -53,9 +78,11 @@ def _few_rows(
     tile = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    x_row = x_ptr + t.to(tl.int64)[:, None] * x_stride
+    a_row = a_ptr + r[:, None] * width
     last = tl.minimum((split + 1) * step, width)
-    acc = _run(x_ptr, a_ptr, t, r, split * step, last, T, R, x_stride, width, BLOCK_T, BLOCK_R, BLOCK_I)
-    place = tl.arange(0, BLOCK_T)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+    acc = _run(a_row, x_row, r < R, t < T, split * step, last, BLOCK_R, BLOCK_T, BLOCK_I)
+    place = tl.arange(0, BLOCK_R)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
     parts = part_ptr + tile * (SPLITS * BLOCK_T * BLOCK_R)
     tl.store(parts + split * (BLOCK_T * BLOCK_R) + place, acc, cache_modifier=".cg")
     tl.debug_barrier()  # all of this program's stores, before its arrival is seen
@@ -64,8 +91,8 @@ def _few_rows(
         total = tl.load(parts + place, cache_modifier=".cg")
         for s in tl.static_range(1, SPLITS):
             total += tl.load(parts + s * (BLOCK_T * BLOCK_R) + place, cache_modifier=".cg")
-        out = out_ptr + t.to(tl.int64)[:, None] * out_stride + r[None, :]
-        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(t < T)[:, None] & (r < R)[None, :])
+        out = out_ptr + t.to(tl.int64)[None, :] * out_stride + r[:, None]
+        tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(r < R)[:, None] & (t < T)[None, :])
         tl.store(arrived_ptr + tile, 0)
 
 
@@ -77,10 +104,12 @@ def _many_rows(
     """All runs of a tile."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    total = _run(x_ptr, a_ptr, t, r, 0, tl.minimum(step, width), T, R, x_stride, width, BLOCK_T, BLOCK_R, BLOCK_I)
+    x_row = x_ptr + t.to(tl.int64)[:, None] * x_stride
+    a_row = a_ptr + r[:, None] * width
+    total = _run(x_row, a_row, t < T, r < R, 0, tl.minimum(step, width), BLOCK_T, BLOCK_R, BLOCK_I)
     for s in range(1, SPLITS):
         last = tl.minimum((s + 1) * step, width)
-        total += _run(x_ptr, a_ptr, t, r, s * step, last, T, R, x_stride, width, BLOCK_T, BLOCK_R, BLOCK_I)
+        total += _run(x_row, a_row, t < T, r < R, s * step, last, BLOCK_T, BLOCK_R, BLOCK_I)
     out = out_ptr + t.to(tl.int64)[:, None] * out_stride + r[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(t < T)[:, None] & (r < R)[None, :])
 
@@ -88,7 +117,7 @@ def _many_rows(
 _launch_few, _launch_many = Launcher(_few_rows), Launcher(_many_rows)
 
 
-@lru_cache(maxsize=64)
+@cache
 def _workspace(device: torch.device, tiles: int, elements: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of the runs, and how many have arrived: made once, so that a CUDA graph may hold them."""
     return (
@@ -97,32 +126,38 @@ def _workspace(device: torch.device, tiles: int, elements: int) -> tuple[torch.T
     )
 
 
-@lru_cache(maxsize=32)
-def _overlaps(device: torch.device) -> bool:
-    """Whether a kernel can begin before the one before it has ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index) if index >= 0 else (9, 0)
 
 
-def low_rank(x_TI: torch.Tensor, a_RI: torch.Tensor, out_TR: torch.Tensor, few_rows: int = FEW_ROWS) -> None:
-    """See :func:`pronghorn.kernels.low_rank.low_rank`; ``few_rows`` is for tests."""
+def low_rank(
+    x_TI: torch.Tensor, a_RI: torch.Tensor, out_TR: torch.Tensor, few_rows: int = FEW_ROWS, tile: Tile | None = None
+) -> None:
+    """See :func:`pronghorn.kernels.low_rank.low_rank`; ``few_rows`` is for tests, and few rows' ``tile`` is for tests
+    and measurements.
+    """
     (T, width), R = x_TI.shape, a_RI.shape[0]
     if not T:
         return
-    block_r = min(max(16, triton.next_power_of_2(R)), 128)
-    tiles_r = triton.cdiv(R, block_r)
-    common = (T, R, x_TI.stride(0), out_TR.stride(0), width, run_length(width), SPLITS)
+    step = run_length(width)
+    common = (T, R, x_TI.stride(0), out_TR.stride(0), width, step, SPLITS)
     with torch.cuda.device_of(x_TI):
         if few_rows >= T:
-            tiles_t = triton.cdiv(T, 16)
-            part, arrived = _workspace(x_TI.device, tiles_t * tiles_r, 16 * block_r)
+            block_t, block_r, block_i, num_warps, num_stages = tile or few_rows_tile(
+                T, step, _capability(x_TI.get_device())
+            )
+            tiles_t, tiles_r = triton.cdiv(T, block_t), triton.cdiv(R, block_r)
+            part, arrived = _workspace(x_TI.device, tiles_t * tiles_r, block_t * block_r)
             _launch_few(
-                (SPLITS, tiles_t, tiles_r), x_TI, a_RI, out_TR, part, arrived, *common, 16, block_r, 128,
-                _overlaps(x_TI.device),
-                num_warps=4, num_stages=4, enable_fp_fusion=False,
+                (SPLITS, tiles_t, tiles_r), x_TI, a_RI, out_TR, part, arrived, *common, block_t, block_r, block_i,
+                x_TI.is_cuda and _capability(x_TI.get_device()) >= (9, 0),
+                num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
             )  # fmt: skip
         else:
             block_t = 32 if T <= 2048 else 64
+            block_r = min(max(16, int(triton.next_power_of_2(R))), 128)
             _launch_many(
-                (triton.cdiv(T, block_t), tiles_r), x_TI, a_RI, out_TR, *common, block_t, block_r, 64,
+                (triton.cdiv(T, block_t), triton.cdiv(R, block_r)), x_TI, a_RI, out_TR, *common, block_t, block_r, 64,
                 num_warps=4, num_stages=4, enable_fp_fusion=False,
             )  # fmt: skip

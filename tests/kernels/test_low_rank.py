@@ -8,6 +8,7 @@ import torch
 from pronghorn.kernels import low_rank as module
 from pronghorn.kernels import low_rank_triton
 from pronghorn.kernels.low_rank import SPLITS, low_rank, run_length
+from pronghorn.kernels.low_rank_triton import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -19,13 +20,14 @@ def test_runs_cover_the_inputs_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tile", [None, Tile(16, 32, 64, 2, 3)])
 @pytest.mark.parametrize(("T", "I", "R"), [(1, 64, 4), (17, 130, 16), (3, 700, 40), (33, 512, 96), (5, 1000, 130)])
-def test_both_launches_give_the_product(T: int, I: int, R: int, dtype: torch.dtype) -> None:  # noqa: E741
+def test_both_launches_give_the_product(T: int, I: int, R: int, tile: Tile | None, dtype: torch.dtype) -> None:  # noqa: E741
     x = torch.randn(T, I + 8, device=DEVICE).to(dtype)[:, :I]  # rows lie apart
     a = torch.randn(R, I, device=DEVICE).to(dtype)
     exact = x.double() @ a.double().T
     few, many, plain = (torch.full((T, R), float("nan"), dtype=dtype, device=DEVICE) for _ in range(3))
-    low_rank_triton.low_rank(x, a, few, few_rows=T)
+    low_rank_triton.low_rank(x, a, few, few_rows=T, tile=tile)
     low_rank_triton.low_rank(x, a, many, few_rows=0)
     module.reference.low_rank(x, a, plain)
     # The sum errs by about its length times float32's unit, and float16 rounds once.

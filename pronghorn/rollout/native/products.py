@@ -1,8 +1,9 @@
 """A layer's linear products as a decode step runs them, on the trainer's own weights and rounded adapters.
 
 Few rows of a 4-bit group go through one kernel that reads the codes once (``kernels/nf4_matmul.py``). More rows are
-multiplied by the weight in 16 bits: kept where there is memory for it, made for each product where not, and as it lies
-where the base is in 16 bits. Either way the sum has the trainer's order.
+multiplied by the weight in 16 bits: kept where there is memory for it, made for each product where not. A base in 16
+bits is read as it lies, few rows by a kernel of our own (``kernels/ordered_matmul.py``). Either way the sum has the
+trainer's order, and is rounded where the trainer's is.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from typing import Protocol
 
 import torch
 
+from ...kernels import ordered_matmul as ordered
 from ...kernels.low_rank import low_rank
 from ...kernels.nf4_matmul import Member, nf4_matmul, why_not
-from ...lora.fused import ORDERED_ROWS, Input, project
+from ...kernels.ordered_matmul import DenseMember, ordered_matmul
+from ...lora.fused import ORDERED_ROWS
 from ...lora.held import HeldWeights
 from ...lora.projection import Group
+from .dense import DenseProduct, TrainerProduct, agrees, dense_members
 
 _STEP = 16  # columns of one matrix instruction: an adapter's ranks are multiplied in whole ones
 _LONG_SUM = 8192  # inputs from which on cuBLAS splits the sum of up to 256 rows
@@ -102,7 +106,8 @@ class HeldProduct:
         group: the projections.
         dtype: of the products.
         tables: where inputs lie.
-        rows: most rows; fewer than cuBLAS sums in order are multiplied as many.
+        rows: most rows; fewer than cuBLAS sums in order are multiplied as many, or, where the sum is long, by our own
+            kernel.
     """
 
     def __init__(self, group: Group, dtype: torch.dtype, tables: Tables, rows: int) -> None:
@@ -113,6 +118,9 @@ class HeldProduct:
         self.least = least
         weight = table[: self.held.outputs]
         self.right = weight.T if group.rank else weight[:, : self.inputs].T
+        self.member = DenseMember(self.right.T)
+        long = self.inputs >= _LONG_SUM and table.is_cuda and not ordered.why_not([self.member], dtype)
+        self.few = ordered.MAX_ROWS if long else 0
 
     def place(self, rows: int) -> torch.Tensor | None:
         return self.table_TK[:rows, : self.inputs]
@@ -127,25 +135,9 @@ class HeldProduct:
             own.copy_(x_MI)
         if self.group.a_RI is not None:
             low_rank(own, self.group.a_RI, self.table_TK[:M, self.inputs :])
+        if self.few >= M:
+            return ordered_matmul(self.table_TK[:M], [self.member])
         return torch.mm(self.table_TK[: max(M, self.least)], self.right)[:M]
-
-
-class TrainerProduct:
-    """The trainer's product, its sum in order whatever the number of rows."""
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-
-    def place(self, rows: int) -> torch.Tensor | None:
-        return None
-
-    def refresh(self) -> None:
-        """Nothing: it reads the rounded adapters themselves."""
-
-    def __call__(self, x_MI: torch.Tensor) -> torch.Tensor:
-        given = Input(self.group, rows=x_MI.shape[0], like=x_MI)
-        given.x_TI.copy_(x_MI)
-        return project(given, self.group, given.lower(self.group, None, x_MI.is_cuda), ordered=x_MI.is_cuda)
 
 
 def product_of(group: Group, dtype: torch.dtype, rows: int, most_in_nf4: int, held: Tables | None) -> Product:
@@ -156,7 +148,10 @@ def product_of(group: Group, dtype: torch.dtype, rows: int, most_in_nf4: int, he
         held: tables of inputs, where there is memory to keep weights in 16 bits; else None.
     """
     weights = [p.nf4 for p in group.members if p.nf4 is not None]
-    if not weights or len(weights) < len(group.members):
+    if not weights and group.members[0].base.weight.is_cuda:
+        fits = not ordered.why_not(dense_members(group, dtype), dtype) and agrees(group, dtype)
+        return DenseProduct(group, dtype) if fits else TrainerProduct(group)
+    if len(weights) < len(group.members):
         return TrainerProduct(group)
     device = weights[0].codes.device
     if rows <= most_in_nf4 and device.type == "cuda" and not why_not(weights, dtype, device):

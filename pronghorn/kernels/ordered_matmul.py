@@ -1,0 +1,128 @@
+r"""A product with weights in 16 bits for few rows, in the order of cuBLAS's kernels that do not split the sum.
+
+.. math:: y_p = x W_p^T \;[+\; (s_p\, low_p B_p^T + bias_p)]
+
+for the projections p that share an input (q, k and v; gate and up), in one launch. Decoding reads every weight for a
+handful of rows. A matrix library splits the sum over the inputs then, differently for each number of rows, so that a
+sampler's 6 rows and a trainer's thousands would differ in their last bits.
+
+**Bits.** An output's sum is one float32 accumulator that takes the inputs in order, 16 products of the tensor core at a
+time. It is rounded to x's dtype; then what the brackets hold is added and the sum rounded again. The brackets are
+rounded likewise: the scaled product of the adapter, then its sum with the bias. That is what cuBLAS computes when the
+bias is written first, the adapter's product added by ``addmm_``, and then the base's: it rounds a product before it
+adds what lies in the output (measured on an H200). ``tests/gpu/test_ordered_matmul.py`` holds it equal to
+``lora/fused.py`` bit for bit. A table ``[W | s B]`` with x and low side by side is one weight like any other.
+
+**How** (``ordered_matmul_triton.py``). A program owns some outputs for all rows and walks over the inputs; as no two
+share a sum, only outputs spread over the GPU: 32 of them a program, so that 4,096 are 128 programs, several stages of
+weights on their way in each. Every program reads all of x, which costs no memory traffic but L2's, and is why many rows
+are better left to cuBLAS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pronghorn.kernels.reference import ordered_matmul as reference
+from pronghorn.kernels.reference.ordered_matmul import DenseMember
+
+__all__ = ["MAX_ROWS", "DenseMember", "ordered_matmul", "why_not"]
+
+MAX_ROWS = 64
+"""Rows up to which this is meant to be the faster way; above, let cuBLAS multiply as many rows as it sums in order."""
+
+MEMBERS = 3
+"""Projections of one group at most."""
+
+MAX_RANK = 128
+"""An adapter's largest rank."""
+
+_ALIGNED = 8  # elements of 16 bits in 16 bytes
+
+
+def why_not(members: Sequence[DenseMember], dtype: torch.dtype) -> str:
+    """In words, why a group cannot take this path on a GPU; empty where it can."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{dtype} in place of bfloat16 or float16"
+    if not 1 <= len(members) <= MEMBERS:
+        return f"{len(members)} projections in a group of up to {MEMBERS}"
+    for m in members:
+        w = m.weight_OI
+        if w.dtype != dtype:
+            return f"a weight in {w.dtype} for inputs in {dtype}"
+        if w.stride(1) != 1 or w.shape[1] % _ALIGNED or w.stride(0) % _ALIGNED or w.data_ptr() % 16:
+            return f"a weight of {tuple(w.shape)} with strides {w.stride()}: rows aligned to 16 bytes"
+        if m.rank > MAX_RANK:
+            return f"an adapter of rank {m.rank}, above {MAX_RANK}"
+    return ""
+
+
+def ordered_matmul(
+    x_MI: torch.Tensor,
+    members: Sequence[DenseMember],
+    low_MR: torch.Tensor | None = None,
+    out_MO: torch.Tensor | None = None,
+    overlap: bool = False,
+) -> torch.Tensor:
+    """Outputs of all ``members`` side by side; no gradient.
+
+    Args:
+        x_MI: ``[M, I]``, bfloat16 or float16 (on the CPU any float dtype), rows contiguous and 16-byte aligned.
+        members: one to three projections of this input.
+        low_MR: ``x A^T`` of all adapters side by side, in x's dtype; None without adapters.
+        out_MO: ``[M, sum of O]``, x's dtype, rows contiguous, to write to.
+        overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: a GPU that can
+            begins before it has ended.
+
+    Returns:
+        ``y_MO`` in x's dtype, rounded where the module's docstring says.
+
+    Raises:
+        ValueError: shapes, dtypes or layouts do not fit; the text says which.
+    """
+    outputs = sum(m.weight_OI.shape[0] for m in members)
+    if out_MO is None:
+        out_MO = torch.empty(x_MI.shape[0], outputs, dtype=x_MI.dtype, device=x_MI.device)
+    elif out_MO.shape != (x_MI.shape[0], outputs) or out_MO.dtype != x_MI.dtype or out_MO.stride(1) != 1:
+        raise ValueError(
+            f"out is {tuple(out_MO.shape)}, {out_MO.dtype}, strides {out_MO.stride()}; "
+            f"give {(x_MI.shape[0], outputs)}, {x_MI.dtype}, rows contiguous"
+        )
+    _check(x_MI, members, low_MR)
+    if not x_MI.is_cuda:
+        reference.ordered_matmul(x_MI, members, low_MR, out_MO)
+        return out_MO
+    from pronghorn.kernels import ordered_matmul_triton  # imported only where it is used
+
+    ordered_matmul_triton.ordered_matmul(x_MI, members, low_MR, out_MO, overlap=overlap)
+    return out_MO
+
+
+def _check(x_MI: torch.Tensor, members: Sequence[DenseMember], low_MR: torch.Tensor | None) -> None:
+    for m in members:
+        if x_MI.dim() != 2 or x_MI.stride(1) != 1 or x_MI.shape[1] != m.weight_OI.shape[1]:
+            raise ValueError(
+                f"x is {tuple(x_MI.shape)}, strides {x_MI.stride()}, for a weight of {tuple(m.weight_OI.shape)}; "
+                "give [M, I] with contiguous rows"
+            )
+        O = m.weight_OI.shape[0]  # noqa: E741 - a shape letter
+        if m.bias_O is not None and (m.bias_O.shape != (O,) or m.bias_O.dtype != x_MI.dtype):
+            raise ValueError(f"bias is {tuple(m.bias_O.shape)}, {m.bias_O.dtype}; give {(O,)}, {x_MI.dtype}")
+        if m.b_Or is None:
+            continue
+        if low_MR is None or low_MR.shape[0] != len(x_MI) or m.at + m.rank > low_MR.shape[1] or low_MR.stride(1) != 1:
+            found = None if low_MR is None else tuple(low_MR.shape)
+            raise ValueError(f"low is {found} for an adapter on columns {m.at} to {m.at + m.rank}; give x A^T, [M, R]")
+        if m.b_Or.shape[0] != O or not m.b_Or.is_contiguous() or not m.b_Or.dtype == low_MR.dtype == x_MI.dtype:
+            raise ValueError(
+                f"b is {tuple(m.b_Or.shape)}, {m.b_Or.dtype} and low {low_MR.dtype} for {O} outputs of {x_MI.dtype}; "
+                "give [O, r], contiguous, and one dtype"
+            )
+    if x_MI.is_cuda:
+        reason = why_not(members, x_MI.dtype)
+        if reason:
+            raise ValueError(f"{reason}; multiply with torch.mm instead")
+        if x_MI.data_ptr() % 16 or x_MI.stride(0) % _ALIGNED:
+            raise ValueError(f"x lies at {x_MI.data_ptr()}, rows {x_MI.stride(0)} apart; align rows to 16 bytes")

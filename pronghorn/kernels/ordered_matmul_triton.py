@@ -1,0 +1,180 @@
+"""The Triton side of the ordered product with 16-bit weights; ``ordered_matmul.py`` has the definition."""
+
+# mypy: allow-untyped-defs
+# (A kernel's parameters are pointers and scalars whose types Triton takes from the call.)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from pronghorn.kernels.launch import Launcher
+from pronghorn.kernels.reference.ordered_matmul import DenseMember
+
+
+class Tile(NamedTuple):
+    """Outputs, rows and inputs of a program's step, warps, and stages of inputs on their way or in use."""
+
+    outputs: int
+    rows: int
+    inputs: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_for(M: int, outputs: int, capability: tuple[int, int] = (9, 0)) -> Tile:
+    """The tile for M rows and so many outputs of a group.
+
+    Few outputs are all in work at once, and each waits for its own chain of sums: long steps spend the least beside it,
+    and where there are fewer than four warps' products (16 outputs and 8 rows each), warps share the loads and repeat
+    products. Where there are enough outputs for 64 a program, 16 rows or more take Hopper's wider instruction, which
+    reads shared memory itself.
+
+    Stages fill a half of a Hopper multiprocessor's shared memory, so that two programs fit; other GPUs have less. A
+    stage is in use while the others are on their way, and except with the wider instruction Triton makes one less than
+    it is told.
+    """
+    block_t = max(8, min(64, int(triton.next_power_of_2(M))))
+    many = outputs >= 16384
+    block_o, block_k = (64, 128) if many else (32, 256 if block_t <= 16 else 128)
+    stages = (104 if capability[0] == 9 else 72) * 1024 // ((block_o + block_t) * block_k * 2)
+    wider = many and block_t >= 16 and capability[0] == 9
+    return Tile(block_o, block_t, block_k, 4, stages if wider else stages + 1)
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index) if index >= 0 else (9, 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "M", "K8", "x_stride8", "w0_stride8", "w1_stride8", "w2_stride8", "low_stride", "y_stride",
+        "outputs0", "outputs1", "outputs2", "biased0", "biased1", "biased2", "at0", "at1", "at2",
+        "rank0", "rank1", "rank2",
+    ]
+)  # fmt: skip
+def _ordered_matmul(
+    x_ptr, low_ptr, y_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, bias0_ptr, bias1_ptr, bias2_ptr,
+    M, K8, x_stride8, low_stride, y_stride, w0_stride8, w1_stride8, w2_stride8, outputs0, outputs1, outputs2,
+    biased0, biased1, biased2, at0, at1, at2, rank0, rank1, rank2, scaling0, scaling1, scaling2,
+    MEMBERS: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr,
+    OVERLAP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of a member's outputs for a tile of rows. Strides and K come in eights: rows are aligned.
+
+    OVERLAP: it begins while the kernel before it runs, which makes low, and nothing else that is read here.
+    """
+    tile, column = tl.program_id(0), 0
+    w_ptr, stride8, outputs = w0_ptr, w0_stride8, outputs0
+    b_ptr, at, rank, scaling, bias_ptr, biased = b0_ptr, at0, rank0, scaling0, bias0_ptr, biased0
+    if MEMBERS > 1:
+        before = tl.cdiv(outputs0, BLOCK_O)
+        if tl.program_id(0) >= before:
+            tile, column = tl.program_id(0) - before, outputs0
+            w_ptr, stride8, outputs = w1_ptr, w1_stride8, outputs1
+            b_ptr, at, rank, scaling, bias_ptr, biased = b1_ptr, at1, rank1, scaling1, bias1_ptr, biased1
+    if MEMBERS > 2:
+        before = tl.cdiv(outputs0, BLOCK_O) + tl.cdiv(outputs1, BLOCK_O)
+        if tl.program_id(0) >= before:
+            tile, column = tl.program_id(0) - before, outputs0 + outputs1
+            w_ptr, stride8, outputs = w2_ptr, w2_stride8, outputs2
+            b_ptr, at, rank, scaling, bias_ptr, biased = b2_ptr, at2, rank2, scaling2, bias2_ptr, biased2
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    live = t < M
+    row = tl.minimum(o, outputs - 1).to(tl.int64)  # past the last output the last is made again, and not stored
+    # Read now, needed last: these reads wait beside the weights'. Masks come last too: what is masked here would be
+    # written to shared memory at once, and the weights' reads wait for it.
+    if RANK > 0:
+        r = tl.arange(0, RANK)
+        width, column_r = (RANK, r) if WHOLE else (rank, tl.minimum(r, tl.maximum(rank - 1, 0)))
+        b = tl.load(b_ptr + row[:, None] * width + column_r[None, :])
+        low_row = tl.minimum(t, M - 1).to(tl.int64)
+        low_at = low_ptr + low_row[:, None] * low_stride + at + column_r[None, :]
+        if not OVERLAP:
+            low = tl.load(low_at)
+    if BIASED:
+        bias = tl.load(bias_ptr + o, mask=o < biased, other=0.0)
+    k = tl.arange(0, BLOCK_K)
+    w_at = w_ptr + row[:, None] * (stride8 * 8) + k[None, :]
+    x_at = x_ptr + t.to(tl.int64)[:, None] * (x_stride8 * 8) + k[None, :]
+    acc = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
+    for start in range(0, K8 * 8, BLOCK_K):
+        if EVEN:
+            w = tl.load(w_at + start)
+            x = tl.load(x_at + start, mask=live[:, None], other=0.0)
+        else:
+            inside = (start + k < K8 * 8)[None, :]
+            w = tl.load(w_at + start, mask=inside, other=0.0)
+            x = tl.load(x_at + start, mask=live[:, None] & inside, other=0.0)
+        acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    y = acc.to(dtype)
+    if OVERLAP:
+        gdc_wait()
+        low = tl.load(low_at, cache_modifier=".cg")
+    if RANK > 0:
+        ranked = (r < rank)[None, :]
+        b = tl.where((o < outputs)[:, None] & ranked, b, 0.0)
+        low = tl.where(live[:, None] & ranked, low, 0.0)
+        added = (tl.dot(b, tl.trans(low), input_precision="ieee") * scaling).to(dtype)
+        if BIASED:
+            added = (added.to(tl.float32) + bias.to(tl.float32)[:, None]).to(dtype)
+        y = (y.to(tl.float32) + added.to(tl.float32)).to(dtype)
+    elif BIASED:
+        y = (y.to(tl.float32) + bias.to(tl.float32)[:, None]).to(dtype)
+    y_at = y_ptr + t.to(tl.int64)[None, :] * y_stride + column + o[:, None]
+    tl.store(y_at, y, mask=(o < outputs)[:, None] & live[None, :])
+
+
+_launch = Launcher(_ordered_matmul)
+
+
+def ordered_matmul(
+    x_MI: torch.Tensor,
+    members: Sequence[DenseMember],
+    low_MR: torch.Tensor | None,
+    out_MO: torch.Tensor,
+    tile: Tile | None = None,
+    overlap: bool = False,
+) -> None:
+    """As ``reference.ordered_matmul.ordered_matmul``; x's rows and the weights' are aligned to 16 bytes.
+
+    Args:
+        tile: instead of :func:`tile_for`'s choice, for measurements.
+        overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: run beside it
+            (on Hopper; elsewhere after it, as usual).
+    """
+    (M, K), count = x_MI.shape, len(members)
+    if M == 0:
+        return
+    capability = _capability(x_MI.get_device())
+    block_o, block_t, block_k, num_warps, num_stages = tile or tile_for(M, out_MO.shape[1], capability)
+    three = [*members, *[members[0]] * (3 - count)]
+    counts = [m.weight_OI.shape[0] for m in members] + [0] * (3 - count)
+    ranks = [m.rank if low_MR is not None else 0 for m in three]
+    block_r = max(16, int(triton.next_power_of_2(max(ranks)))) if any(ranks) else 0
+    overlap = overlap and block_r > 0 and x_MI.is_cuda and capability >= (9, 0)
+    options = {"launch_pdl": True} if overlap else {}
+    with torch.cuda.device_of(x_MI):
+        _launch(
+            (sum(-(-n // block_o) for n in counts), triton.cdiv(M, block_t)),
+            x_MI, x_MI if low_MR is None else low_MR, out_MO,
+            *(m.weight_OI for m in three),
+            *(m.weight_OI if m.b_Or is None else m.b_Or for m in three),
+            *(m.weight_OI if m.bias_O is None else m.bias_O for m in three),
+            M, K // 8, x_MI.stride(0) // 8, 0 if low_MR is None else low_MR.stride(0), out_MO.stride(0),
+            *(m.weight_OI.stride(0) // 8 for m in three), *counts,
+            *(0 if m.bias_O is None else n for m, n in zip(three, counts)),
+            *(m.at for m in three), *ranks, *(m.scaling for m in three),
+            count, block_r, all(r == block_r for r in ranks),
+            any(m.bias_O is not None for m in members), K % block_k == 0, overlap, block_o, block_t, block_k,
+            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False, **options,
+        )  # fmt: skip
