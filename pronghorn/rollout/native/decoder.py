@@ -8,8 +8,9 @@ what the new policy says.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -35,6 +36,22 @@ class Drawn(NamedTuple):
     token_logps: list[float]
     policy_logps: list[float]
     ended: bool
+
+
+class Replay(Protocol):
+    """A decode step that can be run again and again."""
+
+    def replay(self) -> None: ...
+
+
+class Launched(NamedTuple):
+    """A decode step whose kernels are launched anew each time: where there are no graphs."""
+
+    step: Callable[[int], None]
+    rows: int
+
+    def replay(self) -> None:
+        self.step(self.rows)
 
 
 class Sizes(NamedTuple):
@@ -86,7 +103,7 @@ class Decoder:
         self._written: dict[int, int] = {}  # entries of each slot's table that were written
         self.query_heads = base.config.num_attention_heads
         self._walks: dict[bool, DecodeWalk] = {}
-        self._graphs: dict[tuple[int, Variant], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, Variant], Replay] = {}
         self._pool: Any = None
         self.slots: list[Sequence | None] = [None] * rows
         self.slot_of: dict[int, int] = {}
@@ -235,8 +252,10 @@ class Decoder:
         )
         self._sample(walk(state.tokens_B[:rows], attention), None)
 
-    def _graph(self, rows: int) -> torch.cuda.CUDAGraph:
-        """The graph of one step of the first ``rows`` slots."""
+    def _graph(self, rows: int) -> Replay:
+        """One step of the first ``rows`` slots: a graph, or on the CPU its launches."""
+        if not self.table_BN.is_cuda:
+            return Launched(self._step, rows)
         graph = self._graphs.get((rows, self.variant))
         if graph is None:
             owners = [i for i, owner in enumerate(self.slots) if owner is not None]

@@ -44,6 +44,8 @@ class NativeEngine:
         max_prefill_tokens: most prompt tokens in one step.
         block_size: tokens of one KV block.
         num_kv_blocks: exactly so many blocks, whatever a run needs; None sizes the cache by the run.
+        ahead: decode several steps for every look of the host; None does so on a GPU in 16 bits, True also elsewhere
+            (slower on a CPU, for tests).
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class NativeEngine:
         max_prefill_tokens: int = 4096,
         block_size: int = 16,
         num_kv_blocks: int | None = None,
+        ahead: bool | None = None,
     ) -> None:
         for name, value in {
             "max_num_seqs": max_num_seqs, "max_prefill_tokens": max_prefill_tokens, "block_size": block_size
@@ -73,6 +76,7 @@ class NativeEngine:
         self.max_prefill_tokens = max_prefill_tokens
         self.block_size = block_size
         self.num_kv_blocks = num_kv_blocks
+        self.ahead = ahead
         self.cache: KVCache | None = None
         self.scheduler: Scheduler | None = None
         self._buffers = Buffers()
@@ -133,11 +137,12 @@ class NativeEngine:
 
     def _ready_decoder(self, sequences: list[Sequence], cache: KVCache) -> Decoder | None:
         """The graphs that decode on a GPU, made anew where these do not serve; None where steps go one by one."""
-        if cache.shape.device.type != "cuda" or any(s.params.logprobs is not None for s in sequences):
+        ahead = cache.shape.device.type == "cuda" if self.ahead is None else self.ahead
+        if not ahead or any(s.params.logprobs is not None for s in sequences):
             return None
         found = prepared_layers(self.model)
         reason = "layers that run by their own modules" if found is None else why_no_walk(self.model)
-        if cache.shape.dtype not in (torch.bfloat16, torch.float16):
+        if self.ahead is None and cache.shape.dtype not in (torch.bfloat16, torch.float16):
             reason = f"a model in {cache.shape.dtype}"
         if reason or found is None:
             if reason not in self._said:
