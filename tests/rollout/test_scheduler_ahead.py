@@ -1,0 +1,220 @@
+"""Properties of the scheduler under arrivals at any time, ends at any time, and steps that run ahead of the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pronghorn.config.sampling import SamplingParams
+from pronghorn.rollout.native.blocks import BlockManager, blocks_for
+from pronghorn.rollout.native.request import Prompt, Sequence
+from pronghorn.rollout.native.scheduler import Scheduler, Step
+from tests.rollout.test_scheduler import Model
+
+
+class Watched(Scheduler):
+    """Says whether looking ahead cost anybody its place."""
+
+    def _look_ahead(self, rows: list[Sequence], ahead: int) -> int:
+        before, running = self.preemptions, list(self.running)
+        more = super()._look_ahead(rows, ahead)
+        assert self.preemptions == before and self.running == running, "looking ahead preempts nobody"
+        assert 1 <= more <= max(ahead, 1)
+        return more
+
+
+@dataclass
+class Arrival:
+    """A sequence, when it comes, and how many tokens it says before it ends."""
+
+    sequence: Sequence
+    at: int
+    end: int
+
+
+@dataclass
+class Run:
+    """What happened to all of them."""
+
+    ended: list[Sequence] = field(default_factory=list)
+    first_drawn: list[Sequence] = field(default_factory=list)
+    ended_in: dict[Sequence, int] = field(default_factory=dict)
+    steps: int = 0
+
+
+def arrivals(shape: list[tuple[int, int, int, list[tuple[int, int]]]]) -> list[Arrival]:
+    """From ``(prompt tokens, which prompt, when, [(most tokens, tokens short of it)])``, as they come."""
+    prompts: dict[tuple[int, int], Prompt] = {}
+    out: list[Arrival] = []
+    for request, (length, which, at, samples) in enumerate(sorted(shape, key=lambda s: s[2])):
+        prompt = prompts.setdefault((length, which), Prompt(list(range(length))))
+        for index, (most, short) in enumerate(samples):
+            sequence = Sequence(len(out), request, index, prompt, SamplingParams(), max_new=most)
+            out.append(Arrival(sequence, at, max(most - short, 1)))
+    return out
+
+
+def check_step(scheduler: Scheduler, step: Step) -> None:
+    """What holds of every step before it runs."""
+    blocks = scheduler.blocks
+    assert bool(step.prefill) != bool(step.decode)
+    assert len(scheduler.running) <= scheduler.max_rows
+    assert sum(c.stop - c.start for c in step.prefill) <= scheduler.prefill_tokens
+    held = [b for s in scheduler.running for b in s.table]
+    assert [held.count(b) for b in range(blocks.num_blocks)] == blocks.holders, "blocks are held by tables alone"
+    assert all(not s.table for s in scheduler.waiting)
+    for s in scheduler.running:
+        assert len(s.table) <= blocks_for(s.longest, blocks.block_size), "no block past the longest that it can come to"
+        assert len(set(s.table)) == len(s.table)
+    for s in step.decode:
+        for position in range(len(s) - 1, min(len(s) - 1 + step.ahead, s.longest - 1)):
+            block = s.table[position // blocks.block_size]
+            assert blocks.holders[block] == 1, "a step writes to blocks of its own alone"
+    targets = [target for _, target in step.copies]
+    assert len(set(targets)) == len(targets)
+
+
+def decode(model: Model, step: Step, end: dict[Sequence, int]) -> None:
+    """A burst: ``ahead`` steps; a row that has drawn its last token writes no more, as on the GPU."""
+    for more in range(step.ahead):
+        going = [s for s in step.decode if len(s.output) < end[s]]
+        for s in going:
+            model.write(s, len(s) - 1, len(s))
+        for s in going:
+            model.check(s, len(s))
+            s.output.append(7)
+        if more == 0:
+            assert going == step.decode
+
+
+def play(scheduler: Scheduler, all_: list[Arrival], ahead: list[int]) -> Run:
+    """Run to the end; ``ahead`` are looks taken in turn."""
+    model, run = Model(scheduler.blocks), Run()
+    coming, end = list(all_), {a.sequence: a.end for a in all_}
+    favoured: dict[Sequence, int] = {}
+    while True:
+        while coming and coming[0].at <= run.steps:
+            scheduler.add(coming.pop(0).sequence)
+        step = scheduler.next_step(ahead[run.steps % len(ahead)])
+        run.steps += 1
+        assert run.steps < 20_000, "it does not end"
+        if step is None:
+            if not coming:
+                return run
+            run.steps = max(run.steps, coming[0].at)
+            continue
+        check_step(scheduler, step)
+        oldest = min((s for s in [*scheduler.running, *scheduler.waiting]), key=lambda s: s.order)
+        assert oldest in scheduler.running, "the oldest is never kept waiting"
+        favoured.setdefault(oldest, oldest.preemptions)
+        assert oldest.preemptions == favoured[oldest], "nor preempted, once it is the oldest"
+        if step.prefill:
+            drawing = model.run(step)
+            for s in drawing:
+                if s not in run.first_drawn:
+                    run.first_drawn.append(s)
+                s.output.append(7)
+        else:
+            assert step.ahead <= ahead[(run.steps - 1) % len(ahead)]
+            model.run(Step(copies=step.copies))
+            drawing = step.decode
+            decode(model, step, end)
+        for s in drawing:
+            if len(s.output) == end[s]:
+                scheduler.finish(s)
+                run.ended.append(s)
+                run.ended_in[s] = run.steps
+            else:
+                s.computed = len(s) - 1
+
+
+samples = st.lists(st.tuples(st.integers(1, 25), st.integers(0, 24)), min_size=1, max_size=5)
+shapes = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 2), st.integers(0, 30), samples), min_size=1, max_size=7)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=shapes,
+    spare=st.integers(0, 40),
+    size=st.integers(1, 5),
+    rows=st.integers(1, 9),
+    budget=st.integers(1, 40),
+    together=st.integers(1, 5),
+    ahead=st.lists(st.integers(1, 17), min_size=1, max_size=3),
+)
+def test_whoever_comes_ends_with_its_own_keys_and_no_block_leaks(shape, spare, size, rows, budget, together, ahead):
+    all_ = arrivals(shape)
+    blocks = BlockManager(max(blocks_for(a.sequence.longest, size) for a in all_) + spare, size)
+    run = play(Watched(blocks, rows, budget, together), all_, ahead)
+    assert sorted(s.order for s in run.ended) == list(range(len(all_)))
+    assert all(len(a.sequence.output) == a.end and not a.sequence.table for a in all_)
+    orders = [s.order for s in run.first_drawn]
+    assert orders == sorted(orders), "first come, first served"
+    assert blocks.available == blocks.num_blocks and not any(blocks.holders)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes, seed=st.randoms(use_true_random=False), ahead=st.integers(1, 9))
+def test_who_ends_when_does_not_depend_on_the_order_of_coming(shape, seed, ahead):
+    """With room for all, the number of steps that a sequence takes is its own affair."""
+    shape = [(length, which, 0, samples_) for length, which, _, samples_ in shape]
+    shuffled = list(shape)
+    seed.shuffle(shuffled)
+    ends = []
+    for one in (shape, shuffled):
+        all_ = arrivals(one)
+        scheduler = Watched(BlockManager(2000, 4), 100, 10_000)
+        run = play(scheduler, all_, [ahead])
+        assert scheduler.preemptions == 0
+        ends.append(sorted((len(s.prompt), s.max_new, a.end, run.ended_in[s]) for a in all_ for s in (a.sequence,)))
+    assert ends[0] == ends[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes, spare=st.integers(0, 12), size=st.integers(1, 5))
+def test_looking_ahead_says_what_single_steps_say(shape, spare, size):
+    """The same sequences end with the same lengths, and with room for all in the same order of first tokens."""
+    runs = []
+    for ahead in (1, 16):
+        all_ = arrivals(shape)
+        blocks = BlockManager(max(blocks_for(a.sequence.longest, size) for a in all_) + spare, size)
+        run = play(Watched(blocks, 6, 30), all_, [ahead])
+        runs.append(sorted((s.order, len(s.output)) for s in run.ended))
+    assert runs[0] == runs[1]
+
+
+def test_a_burst_ends_where_the_blocks_do():
+    prompt = Prompt([1, 2, 3])
+    first, second = (Sequence(i, i, 0, prompt, SamplingParams(), max_new=40) for i in range(2))
+    blocks = BlockManager(12, 4)  # one request's 43 tokens take 11
+    scheduler = Watched(blocks, 4, 100)
+    scheduler.add(first)
+    scheduler.add(second)
+    model = Model(blocks)
+    for s in model.run(scheduler.next_step()):
+        s.output.append(7)
+    step = scheduler.next_step(16)
+    assert step.decode == [first, second] and step.ahead == 16
+    assert blocks.available == 12 - 2 * 5, "19 positions each, in 5 blocks"
+    for s in step.decode:
+        s.output += [7] * 16
+        s.computed = len(s) - 1
+    step = scheduler.next_step(16)
+    assert step.decode == [first, second]
+    assert step.ahead == 5, "positions 19 of both are the last that the 12 blocks hold: 24 tokens each"
+    assert scheduler.preemptions == 0 and blocks.available == 0
+
+
+def test_a_burst_is_no_longer_than_the_longest_row_has_left():
+    sequences = [Sequence(i, i, 0, Prompt([i]), SamplingParams(), max_new=n) for i, n in enumerate((2, 7))]
+    scheduler = Watched(BlockManager(100, 4), 4, 100)
+    for s in sequences:
+        scheduler.add(s)
+    scheduler.next_step()
+    for s in sequences:
+        s.output.append(7)
+        s.computed = len(s) - 1
+    assert scheduler.next_step(16).ahead == 6
+    assert [len(s.table) for s in sequences] == [1, 2]
