@@ -14,6 +14,7 @@ from .advantages import AGGREGATIONS, SCALES
 from .combinations import advice, check_combinations
 from .correction import MODES
 from .losses import LEVELS, LOSSES
+from .rollout_config import RolloutFields, check_rollouts
 from .sampling_config import SamplingFields
 from .translate import batch_line, before_checks, plain
 
@@ -45,9 +46,10 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass
-class GRPOConfig(SamplingFields, TRLGRPOConfig):
+class GRPOConfig(RolloutFields, SamplingFields, TRLGRPOConfig):
     """Settings of :class:`pronghorn.grpo.trainer.GRPOTrainer`: every field of TRL's ``GRPOConfig``, those of
-    :class:`~pronghorn.grpo.sampling_config.SamplingFields`, and those below.
+    :class:`~pronghorn.grpo.sampling_config.SamplingFields` and :class:`~pronghorn.grpo.rollout_config.RolloutFields`,
+    and those below.
 
     Defaults are TRL's. One differs in effect: the correction for the mismatch of sampler and trainer
     (``vllm_importance_sampling_*``), which TRL applies under ``use_vllm`` only, always applies here.
@@ -125,6 +127,7 @@ class GRPOConfig(SamplingFields, TRLGRPOConfig):
         super().__post_init__()
         self._refuse_what_has_no_effect()
         WatchConfig.of(self.watch)
+        check_rollouts(self)
         check_combinations(self)
         self.check_sampling()
         said = list(self.translations or [])

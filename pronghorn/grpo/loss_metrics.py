@@ -54,12 +54,17 @@ def _clip_metrics(tokens: Tokens, ratio_N: torch.Tensor, settings: LossSettings,
     _share("clip_ratio/region_mean", low_N + high_N, tokens, settings, metrics)
 
 
+TRLS_GAP = ("sampling_logp_difference/mean", "sampling_logp_difference/max")
+"""TRL's names of the difference between sampler and trainer, mean and largest, in nats a token."""
+
+
 def correction_metrics(correction: Correction, applied: bool, metrics: Metrics) -> None:
     """``sampling/*``: how far sampler and trainer are apart, and the weights where they are ``applied``."""
     known = correction.gap_M.numel()
     if known:
-        metrics.mean("sampling/sampling_logp_difference/mean", correction.gap_M.mean(), known)
-        metrics.high("sampling/sampling_logp_difference/max", correction.gap_M.max())
+        for mean, most in (("logp_diff_mean", "logp_diff_max"), TRLS_GAP):
+            metrics.mean(f"sampling/{mean}", correction.gap_M.mean(), known)
+            metrics.high(f"sampling/{most}", correction.gap_M.max())
         metrics.mean("sampling/kl", correction.kl, known)
     ratios = correction.ratios
     if applied and ratios.numel():

@@ -14,6 +14,7 @@ from .batch import PackedRollouts, pack
 from .config import GRPOConfig
 from .correction import Correction, correct
 from .entropy import EntropyBonus, mean_entropy
+from .exact import check_device, require_equal
 from .logprobs import score
 from .loss_metrics import correction_metrics, loss_metrics
 from .losses import LossSettings, Tokens, Window, policy_loss
@@ -56,7 +57,9 @@ class LossStep:
         # A generation that is used up within one optimizer step is on policy: the training forward's own
         # log-probabilities are the old ones. Dropout would make them differ from the sampler's by noise.
         self.on_policy = args.gradient_accumulation_steps % reuse == 0
-        corrects = args.vllm_importance_sampling_correction
+        self.exact = args.rollout_precision == "exact"
+        check_device(args, self.device)
+        corrects = args.vllm_importance_sampling_correction or self.exact
         self.needs_old = not self.on_policy or (corrects and has_dropout(model))
         self.bonus = EntropyBonus.of(args)
         self.reference = Reference(model, moves=args.sync_ref_model) if args.beta != 0.0 else None
@@ -171,6 +174,8 @@ class LossStep:
     def _correction(self, batch: PackedRollouts, logps_N: torch.Tensor, metrics: Metrics) -> Correction | None:
         args = self.args
         trainer_N = comparable(batch, logps_N.detach() if batch.old_logps_N is None else batch.old_logps_N)
+        if self.exact:
+            require_equal(trainer_N, batch)
         correction = correct(
             trainer_N,
             batch.sampler_logps_N,

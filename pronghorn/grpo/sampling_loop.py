@@ -67,9 +67,11 @@ class SamplingLoop:
         """The engine, made when first needed."""
         if self._engine is None:
             if self.args.rollout_engine == "native":
-                self._engine = rollout.engine_of(self.model, self.tokenizer)
+                self._engine = rollout.engine_of(self.model, self.tokenizer, oom_retry=self.args.rollout_oom_retry)
             else:
                 self._engine = rollout.create(self.args.rollout_engine, self.model, self.tokenizer)
+            if self.args.rollout_precision == "exact":
+                self._engine.check_exact()
         return self._engine
 
     def make(
@@ -115,6 +117,7 @@ class SamplingLoop:
         """The engine's completions of all prompts, one prompt's behind the other's; no dropout, no gradients."""
         with inference(self.model):
             requests = self.engine.generate(prompts, params)
+        self.engine.rest(self.args.rollout_keep_share)
         outputs = [output for request in requests for output in request.outputs]
         if len(outputs) != sum(p.n for p in params):
             raise RuntimeError(

@@ -93,6 +93,20 @@ class Engine(Protocol):
         """Give the KV cache's memory back; the next ``generate`` takes it again."""
         ...
 
+    def rest(self, keep_share: float) -> bool:
+        """Generation is over for now: :meth:`release` if more than this share of the device's memory is held by what
+        the next ``generate`` can make again. Whether it was released.
+        """
+        ...
+
+    def check_exact(self) -> None:
+        """Make sure that log-probs will be the trainer's, bit for bit.
+
+        Raises:
+            ConfigError: they will not, or that cannot be known; it says why.
+        """
+        ...
+
     def policy_changed(self) -> None:
         """The weights changed: forget keys and values computed under the old ones."""
         ...
@@ -130,10 +144,11 @@ def create(name: str, model: Any, tokenizer: Any, **options: Any) -> Engine:
     return engine
 
 
-def engine_of(model: Any, tokenizer: Any) -> Engine:
+def engine_of(model: Any, tokenizer: Any, oom_retry: bool | None = None) -> Engine:
     """The native engine that serves ``model``: made at the first call, then kept with the model's state.
 
-    ``model`` may since have been wrapped by PEFT; the engine goes on with the wrapper given here.
+    ``model`` may since have been wrapped by PEFT; the engine goes on with the wrapper given here. ``oom_retry`` says
+    whether a rollout that runs out of memory is run again with fewer rows; None leaves that as it is.
     """
     from ..models import is_classifier, state_of  # torch: the results above are also read where there is none
 
@@ -145,5 +160,7 @@ def engine_of(model: Any, tokenizer: Any) -> Engine:
     if state.engine is None:
         state.engine = create("native", model, tokenizer)
     state.engine.model = model
+    if oom_retry is not None:
+        state.engine.oom_retry = oom_retry
     engine: Engine = state.engine
     return engine

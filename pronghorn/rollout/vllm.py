@@ -66,11 +66,12 @@ class VLLMEngine:
         self.tokenizer = tokenizer
         self._vllm, self._lora_request = vllm, LoRARequest
         self.max_seq_length = max_seq_length or state.max_seq_length
+        self.utilization = gpu_memory_utilization or state.gpu_memory_utilization
         options: dict[str, Any] = {
             "model": state.source.folder,
             "dtype": str(state.compute_dtype).removeprefix("torch."),
             "max_model_len": self.max_seq_length,
-            "gpu_memory_utilization": gpu_memory_utilization or state.gpu_memory_utilization,
+            "gpu_memory_utilization": self.utilization,
             "enable_lora": True,
             "max_lora_rank": _vllm_rank(state.max_lora_rank),
             "logprobs_mode": "processed_logprobs",
@@ -123,6 +124,17 @@ class VLLMEngine:
         if not self._asleep:
             self._llm.sleep(level=1)
             self._asleep = True
+
+    def rest(self, keep_share: float) -> bool:
+        """vLLM holds ``gpu_memory_utilization`` of the device from its start: it sleeps where that is more."""
+        if self._asleep or self.utilization <= keep_share:
+            return False
+        self.release()
+        return True
+
+    def check_exact(self) -> None:
+        """Raises: other kernels than the trainer's sum in another order."""
+        raise ConfigError("rollout engine 'vllm' cannot be exact: its kernels are not the trainer's; use 'native'")
 
     def policy_changed(self) -> None:
         """The adapter is saved anew before the next live request; vLLM's prefix cache is dropped."""

@@ -103,6 +103,13 @@ class FakeEngine:
     def policy_changed(self) -> None:
         """Nothing is kept."""
 
+    def rest(self, keep_share: float) -> bool:
+        """Nothing is kept."""
+        return False
+
+    def check_exact(self) -> None:
+        """It asks the trainer's own forward."""
+
 
 def letters(completions: list[Any], **kwargs: Any) -> list[float]:
     """A reward with spread: the share of vowels."""

@@ -114,6 +114,11 @@ class Decoder:
         same = len(found) == len(self.groups) and all(own is its for own, (_, its) in zip(self.groups, found))
         return same and cache is self.cache and self.sizes.holds(sizes)
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the weights that it keeps in 16 bits."""
+        return held_bytes_of(self._found, self.cache.shape.dtype) if self.hold and True in self._walks else 0
+
     def begin(self, sequences: Seq[Sequence]) -> None:
         """A rollout of these sequences begins: adapters were rounded anew, all slots are free."""
         for walk in self._walks.values():

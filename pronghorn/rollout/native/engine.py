@@ -22,8 +22,9 @@ from .blocks import BlockManager
 from .decode_walk import why_no_walk
 from .decoder import Decoder, sizes_of
 from .ending import Ending
+from .exact import check_exact
 from .held import Buffers
-from .kv_cache import KVCache, KVShape, capacity, memory_budget
+from .kv_cache import KVCache, KVShape, capacity, memory_budget, total_memory
 from .outputs import request_outputs
 from .plan import blocks_needed, make_sequences
 from .request import Sequence
@@ -46,6 +47,7 @@ class NativeEngine:
         num_kv_blocks: exactly so many blocks, whatever a run needs; None sizes the cache by the run.
         ahead: decode several steps for every look of the host; None does so on a GPU in 16 bits, True also elsewhere
             (slower on a CPU, for tests).
+        oom_retry: run a rollout that runs out of memory again with half as many rows at once, and say so.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class NativeEngine:
         block_size: int = 16,
         num_kv_blocks: int | None = None,
         ahead: bool | None = None,
+        oom_retry: bool = False,
     ) -> None:
         for name, value in {
             "max_num_seqs": max_num_seqs, "max_prefill_tokens": max_prefill_tokens, "block_size": block_size
@@ -77,6 +80,7 @@ class NativeEngine:
         self.block_size = block_size
         self.num_kv_blocks = num_kv_blocks
         self.ahead = ahead
+        self.oom_retry = oom_retry
         self.cache: KVCache | None = None
         self.scheduler: Scheduler | None = None
         self._buffers = Buffers()
@@ -103,8 +107,24 @@ class NativeEngine:
         sequences = make_sequences(prompts, params, self.max_seq_length, vocab, eos_ids(base, self.tokenizer))
         if sequences:
             with _adapter(self.model, adapter), rollout_mode(self.model), prepared(self.model):
-                self._run(sequences, vocab, progress)
+                sequences = self._run_or_retry(sequences, vocab, progress)
         return request_outputs(sequences, len(prompts), self._requests, self.tokenizer)
+
+    def _run_or_retry(self, sequences: list[Sequence], vocab: int, progress: Progress | None) -> list[Sequence]:
+        """Run them to their end; with ``oom_retry`` again from their start with half the rows, until it fits."""
+        while True:
+            rows = min(self.max_num_seqs, len(sequences))
+            try:
+                self._run(sequences, vocab, progress)
+                return sequences
+            except torch.OutOfMemoryError as error:
+                if not self.oom_retry or rows == 1:
+                    raise
+                line = str(error).splitlines()[0]
+            # The exception is gone by now, and with it the frames that hold tensors.
+            self.max_num_seqs = rows // 2
+            print(f"Pronghorn: {line}; running it again with max_num_seqs={self.max_num_seqs}", flush=True)
+            sequences = [s.anew() for s in sequences]
 
     def _run(self, sequences: list[Sequence], vocab: int, progress: Progress | None) -> None:
         cache = self._ready_cache(sequences)
@@ -182,6 +202,26 @@ class NativeEngine:
         self.cache = None
         if on_gpu:
             torch.cuda.empty_cache()
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that :meth:`release` gives back: the KV cache, and weights that decoding keeps in 16 bits."""
+        weights = 0 if self._decoder is None else self._decoder.held_bytes
+        return weights + (0 if self.cache is None else self.cache.bytes)
+
+    def rest(self, keep_share: float) -> bool:
+        """See :class:`pronghorn.rollout.base.Engine`. Keeping costs training memory; giving back costs the next rollout
+        the time to make cache and graphs again.
+        """
+        if self.cache is None or self.held_bytes <= keep_share * total_memory(self.cache.shape.device):
+            return False
+        self.release()
+        return True
+
+    def check_exact(self) -> None:
+        """See :class:`pronghorn.rollout.base.Engine`."""
+        with rollout_mode(self.model), prepared(self.model):
+            check_exact(self.model, prepared_layers(self.model), self.max_num_seqs)
 
     def policy_changed(self) -> None:
         """Forget keys and values of the old weights. None outlive a call of ``generate`` in this version."""

@@ -45,6 +45,13 @@ def memory_budget(device: torch.device, utilization: float) -> int:
     return int(page * os.sysconf("SC_AVPHYS_PAGES") * utilization)
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of the device's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 class KVCache:
     """Per layer, keys and values ``[num_blocks, block_size, K, E]``.
 

@@ -79,3 +79,9 @@ class Sequence:
         if stop <= edge:
             return self.prompt.tokens[start:stop]
         return self.prompt.tokens[start:] + self.output[max(start - edge, 0) : stop - edge]
+
+    def anew(self) -> Sequence:
+        """The same request's sample before anything was generated; with its seed it says the same again."""
+        return Sequence(
+            self.order, self.request, self.index, self.prompt, self.params, self.max_new, self.seed, self.stop_ids
+        )
