@@ -40,7 +40,7 @@ TRL_NAMES = {
     "sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/mean",
     "sampling/importance_sampling_ratio/max",
 }  # fmt: skip
-OURS = {"sampling/kl", "prompts/truncated_ratio"}
+OURS = {"sampling/logp_diff_mean", "sampling/logp_diff_max", "sampling/kl", "prompts/truncated_ratio"}
 
 
 def test_metrics_have_trls_names_and_reach_the_files(tmp_path: Path) -> None:
