@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from benchmarks.results import Results, arguments, peer_results, start
+from benchmarks.results import Results, arguments, distributions, peer_results, start
 
 PROMPT, NEW = 256, 256
 
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
     peers = peer_results(args.peer)
-    results = start("decode", tuple(dict.fromkeys(name.split("-")[0] for name in peers)), args)
+    results = start("decode", distributions(peers), args)
     add_peers(results, peers)
     for base in args.bases.split(","):
         measure(results, args.model, base, [int(rows) for rows in args.batches.split(",")], args.repeats)

@@ -14,7 +14,7 @@ import statistics
 import time
 from typing import Any
 
-from benchmarks.results import arguments, peer_results, start
+from benchmarks.results import arguments, distributions, peer_results, start
 
 CASE = "grpo/blog"
 
@@ -50,7 +50,7 @@ def main() -> None:
     from pronghorn.data.gsm8k import get_gsm8k_questions
 
     peers = peer_results(args.peer)
-    results = start("grpo", tuple(peers), args)
+    results = start("grpo", distributions(peers), args)
     for name, runs in peers.items():
         for run in runs:
             steps = run["step_s"]

@@ -36,6 +36,10 @@ def encoded(model: Any) -> list[list[int]]:
     return [torch.randint(5, min(vocab, 16000), (n,), generator=generator).tolist() for n in LENGTHS]
 
 
+def device_of(model: Any) -> Any:
+    return next(model.parameters()).device
+
+
 def trainers(model: Any, rollouts: list[Any], temperature: float) -> Any:
     """Log-probs of the trainer's scoring forward, float32 on the host."""
     import torch
@@ -45,7 +49,7 @@ def trainers(model: Any, rollouts: list[Any], temperature: float) -> Any:
 
     model.eval()
     with torch.no_grad():
-        return score(model, pack(rollouts, "cuda"), temperature)[0].float().cpu()
+        return score(model, pack(rollouts, device_of(model)), temperature)[0].float().cpu()
 
 
 def drawn_logps(model: Any, rollouts: list[Any], settings: dict[str, Any]) -> Iterator[Any]:
@@ -56,8 +60,8 @@ def drawn_logps(model: Any, rollouts: list[Any], settings: dict[str, Any]) -> It
     from pronghorn.models.forward import hidden_states, logits
 
     for r in rollouts:
-        ids = torch.tensor([*r.prompt_ids, *r.completion_ids], device="cuda")
-        positions = torch.arange(len(ids), device="cuda")
+        ids = torch.tensor([*r.prompt_ids, *r.completion_ids], device=device_of(model))
+        positions = torch.arange(len(ids), device=ids.device)
         with torch.no_grad():
             attention = PackedAttention([len(ids)], ids.device, ordered=True)
             hidden = hidden_states(model, ids, positions, attention)[len(r.prompt_ids) - 1 : -1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,13 @@ TABLES = [
         "The flow above at its own settings: 8B in 4 bits, rank 32, 6 completions of 200 tokens a step",
         "grpo",
         "grpo/blog",
-        [("s_per_step", "s a step"), ("load_s", "load, s"), ("first_step_s", "first step, s"), ("used_gb", "GPU GB")],
+        [
+            ("s_per_step", "s a step"),
+            ("load_s", "load, s"),
+            ("first_step_s", "first step, s"),
+            ("cold_s", "load + first step, s"),
+            ("used_gb", "GPU GB"),
+        ],  # fmt: skip
     ),
 ]
 # (case, heading): training steps, every implementation of the run a column.
@@ -34,11 +41,18 @@ STEPS = [
     ("sft/bf16/2x2048/same-memory", "bf16, 2 x 2,048, `memory`"),
     ("sft/bf16/2x2048/free-memory", "bf16, 2 x 2,048, `off`"),
 ]
+# (base of `benchmarks/decode.py`, heading)
+DECODE_BASES = [("nf4-lora", "NF4 under a live adapter of rank 32"), ("bf16", "bf16")]
 # How the peers' short names read.
 NAMES = {
     "trl": "TRL + PEFT + bitsandbytes",
     "hf": "transformers + PEFT + bitsandbytes",
     "unsloth": "Unsloth",
+    "unsloth-vllm": "Unsloth + vLLM",
+    "vllm-bf16": "vLLM, bf16",
+    "vllm-nf4": "vLLM, NF4",
+    "vllm": "vLLM",
+    "transformers": "transformers' continuous batching",
     "pronghorn": "**Pronghorn**",
 }
 # (results file, case prefix, heading): one line a case, ours against each peer.
@@ -63,13 +77,17 @@ def values(record: dict[str, Any], case: str) -> dict[str, dict[str, float]]:
     for row in record["rows"]:
         if row["case"] == case:
             rows.setdefault(row["impl"], {})[row["metric"]] = row["value"]
+    for found in rows.values():
+        if "load_s" in found and "first_step_s" in found:
+            found["cold_s"] = found["load_s"] + found["first_step_s"]
     return rows
 
 
 def _cell(metric: str, found: dict[str, float]) -> str:
     if metric not in found:
         return ""
-    return f"{found[metric]:,.0f}" if metric == "tokens_per_s" else f"{found[metric]:.1f}"
+    digits = {"tokens_per_s": 0, "s_per_step": 2}.get(metric, 1)
+    return f"{found[metric]:,.{digits}f}"
 
 
 def flow_table(title: str, name: str, case: str, metrics: list[tuple[str, str]]) -> list[str]:
@@ -111,6 +129,70 @@ def steps_table() -> list[str]:
     return [*lines, ""]
 
 
+def _source(record: dict[str, Any]) -> str:
+    peers = ", ".join(f"{peer} {version}" for peer, version in record["peers"].items())
+    return f"({record['gpu']}, commit {record['commit']}, {record['date']}{'; ' + peers if peers else ''})"
+
+
+def decode_table() -> list[str]:
+    """Milliseconds of a decode step: the base that each row ran, a column a batch size."""
+    record = load("decode")
+    if record is None:
+        return []
+    cases = [re.fullmatch(r"decode/[^/]+/b(\d+)", row["case"]) for row in record["rows"]]
+    sizes = sorted({int(case[1]) for case in cases if case})
+    lines = [
+        f"**Decoding, 8B, prompt 256 + 256 new: ms a step (tokens/s)** {_source(record)}",
+        "",
+        "| | " + " | ".join(f"batch {size}" for size in sizes) + " |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    for base, heading in DECODE_BASES:
+        found = {size: values(record, f"decode/{base}/b{size}") for size in sizes}
+        for impl in [name for name in NAMES if any(name in rows for rows in found.values())]:
+            cells = [
+                f"{rows[impl]['ms_per_step']:.2f} ({rows[impl]['tokens_per_s']:,.0f})" if impl in rows else ""
+                for rows in found.values()
+            ]
+            shown = f"{NAMES[impl]}, {heading}" if impl == "pronghorn" else NAMES[impl]
+            lines.append(f"| {shown} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def throughput_table() -> list[str]:
+    """Tokens/s of the mixed workload."""
+    record = load("throughput")
+    if record is None:
+        return []
+    lines = [f"**Completions of 16 to 2,048 tokens, ends mixed** {_source(record)}", ""]
+    lines += ["| prompts x samples | | base | tokens/s |", "|---|---|---|---|"]
+    for case in dict.fromkeys(row["case"] for row in record["rows"]):
+        for impl, found in values(record, case).items():
+            base = f"{found['bits']:.0f} bits" + (f", LoRA rank {found['lora_rank']:.0f}" if found["lora_rank"] else "")
+            cells = (case.rsplit("/", 1)[1], NAMES.get(impl, impl), base, f"{found['tokens_per_s']:,.0f}")
+            lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def parity_table() -> list[str]:
+    """How far sampler and trainer are apart."""
+    record = load("parity")
+    if record is None:
+        return []
+    lines = [
+        f"**Log-probs of the sampler against the trainer's, NF4 + LoRA, nats a token** {_source(record)}",
+        "",
+        "| model, sampling | mean difference | largest | KL | tokens that differ in any bit |",
+        "|---|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(row["case"] for row in record["rows"]):
+        found = values(record, case)["pronghorn"]
+        numbers = [f"{found[name]:.2g}" for name in ("mean_abs_logp", "max", "kl")]
+        share = f"{found['unequal']:.2%} of {found['tokens']:,.0f}"
+        lines.append(f"| {case.removeprefix('parity/nf4-lora/')} | " + " | ".join([*numbers, share]) + " |")
+    return [*lines, ""]
+
+
 def kernel_table() -> list[str]:
     lines = ["| kernel (median ms) | Pronghorn | peer in the same run | floor |", "|---|---|---|---|"]
     heads = []
@@ -134,7 +216,8 @@ def render() -> str:
     lines: list[str] = []
     for table in TABLES:
         lines += flow_table(*table)
-    lines += steps_table()
+    for part in (decode_table, throughput_table, parity_table, steps_table):
+        lines += part()
     return "\n".join([*lines, *kernel_table()]).strip()
 
 

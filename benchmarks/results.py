@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,11 @@ def peer_results(given: list[str]) -> dict[str, list[dict[str, Any]]]:
             raise SystemExit(f"--peer {option}: {log} holds no RESULT line; see what the peer's script said there")
         found.setdefault(name, []).extend(json.loads(line.removeprefix("RESULT ")) for line in lines)
     return found
+
+
+def distributions(peers: Iterable[str]) -> tuple[str, ...]:
+    """What was installed for peers such as ``vllm-bf16`` and ``vllm-nf4``: the name up to the first dash, once."""
+    return tuple(dict.fromkeys(name.partition("-")[0] for name in peers))
 
 
 def start(name: str, peers: tuple[str, ...], args: argparse.Namespace) -> Results:

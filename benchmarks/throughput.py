@@ -7,8 +7,8 @@
 The same prompts (64 to 256 random tokens) and the same length of each completion (log-uniform) for every engine, which
 is made to reach it: 4,096 completions. ``--impl vllm`` and ``--impl hf-cb`` (transformers' continuous batching: paged
 cache, CUDA graphs, prefix sharing, one manager kept for all runs) print a ``RESULT`` line, in bf16 as they are fastest;
-ours reads them by ``--peer``. Case ``throughput/mixed``: ``tokens_per_s`` of generated tokens, ``s``, ``load_s``, and
-``lora_rank`` and ``bits`` of the base, as what is compared differs in them.
+ours reads them by ``--peer``. Case ``throughput/mixed/512x8``: ``tokens_per_s`` of generated tokens, ``s``, ``load_s``,
+and ``lora_rank`` and ``bits`` of the base, as what is compared differs in them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.decode import load, timed
-from benchmarks.results import arguments, peer_results, start
+from benchmarks.results import arguments, distributions, peer_results, start
 
-CASE = "throughput/mixed"
 SHORTEST, LONGEST = 16, 2048
 
 
@@ -137,12 +136,13 @@ def main() -> None:
         print("RESULT", json.dumps(measured(args)), flush=True)
         return
     peers = peer_results(args.peer)
-    results = start("throughput", tuple(peers), args)
+    results = start("throughput", distributions(peers), args)
+    case = f"throughput/mixed/{args.prompts}x{args.samples}"
     for name, runs in peers.items():
         for run in runs:
-            results.add(CASE, name, **{k: v for k, v in run.items() if k != "impl"})
+            results.add(case, name, **{k: v for k, v in run.items() if k != "impl"})
     own = measured(args)
-    results.add(CASE, "pronghorn", **{k: v for k, v in own.items() if k != "impl"})
+    results.add(case, "pronghorn", **{k: v for k, v in own.items() if k != "impl"})
     results.write(args.out)
 
 
