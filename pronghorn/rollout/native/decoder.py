@@ -22,6 +22,7 @@ from ...models.tree import unwrap
 from .decode_walk import DecodeWalk, few_rows
 from .kv_cache import KVCache
 from .paged import PagedDecode
+from .products import HeldProduct
 from .random import stream_key
 from .request import Sequence
 
@@ -117,7 +118,8 @@ class Decoder:
     @property
     def held_bytes(self) -> int:
         """Memory of the weights that it keeps in 16 bits."""
-        return held_bytes_of(self._found, self.cache.shape.dtype) if self.hold and True in self._walks else 0
+        products = [p for walk in self._walks.values() for layer in walk.layers for p in layer[1:]]
+        return sum(p.held.table.nbytes for p in products if isinstance(p, HeldProduct))
 
     def begin(self, sequences: Seq[Sequence]) -> None:
         """A rollout of these sequences begins: adapters were rounded anew, all slots are free."""
