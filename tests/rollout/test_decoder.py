@@ -319,6 +319,6 @@ def test_four_bit_layers(tmp_path, monkeypatch, hold):
     # The groups of two layers in float32 with room for their adapters' ranks; without a GPU's kernel for 4 bits, steps
     # of few rows hold their own.
     sizes = [(128, 64, 24), (64, 64, 8), (256, 64, 16), (64, 128, 8)]
-    assert weights == hold * 2 * 2 * 4 * sum((O + R) * (I + R) for O, I, R in sizes)
+    assert weights == hold * 2 * 2 * 4 * sum((out + rank) * (inputs + rank) for out, inputs, rank in sizes)
     fill(model, 4)
     assert_same(ahead, stepwise, SETTINGS["drawn"])
