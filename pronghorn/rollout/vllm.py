@@ -66,12 +66,11 @@ class VLLMEngine:
         self.tokenizer = tokenizer
         self._vllm, self._lora_request = vllm, LoRARequest
         self.max_seq_length = max_seq_length or state.max_seq_length
-        self.utilization = gpu_memory_utilization or state.gpu_memory_utilization
         options: dict[str, Any] = {
             "model": state.source.folder,
             "dtype": str(state.compute_dtype).removeprefix("torch."),
             "max_model_len": self.max_seq_length,
-            "gpu_memory_utilization": self.utilization,
+            "gpu_memory_utilization": gpu_memory_utilization or state.gpu_memory_utilization,
             "enable_lora": True,
             "max_lora_rank": _vllm_rank(state.max_lora_rank),
             "logprobs_mode": "processed_logprobs",
@@ -126,11 +125,10 @@ class VLLMEngine:
             self._asleep = True
 
     def rest(self, keep_share: float) -> bool:
-        """vLLM holds ``gpu_memory_utilization`` of the device from its start: it sleeps where that is more."""
-        if self._asleep or self.utilization <= keep_share:
-            return False
-        self.release()
-        return True
+        """False: vLLM stays awake, as under TRL's defaults. To sleep, it moves its weights to the host's memory: seconds
+        of every step.
+        """
+        return False
 
     def check_exact(self) -> None:
         """Raises: other kernels than the trainer's sum in another order."""

@@ -131,6 +131,12 @@ def test_sleep_and_wake(model_and_tokenizer, fake):
     engine.release()
     engine.generate([[1]], SamplingParams())
     assert fake[0].log == ["sleep 1", "wake"]
+    assert engine.rest(0.0) is False and fake[0].log == ["sleep 1", "wake"]
+
+
+def test_it_cannot_be_exact(model_and_tokenizer, fake):
+    with pytest.raises(ConfigError, match="cannot be exact: its kernels are not the trainer's; use 'native'"):
+        base.create("vllm", *model_and_tokenizer).check_exact()
 
 
 def test_what_it_cannot_do_is_refused(model_and_tokenizer, fake):
