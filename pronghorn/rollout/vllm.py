@@ -125,9 +125,7 @@ class VLLMEngine:
             self._asleep = True
 
     def rest(self, keep_share: float) -> bool:
-        """False: vLLM stays awake, as under TRL's defaults. To sleep, it moves its weights to the host's memory: seconds
-        of every step.
-        """
+        """False: vLLM stays awake, as under TRL's defaults: to sleep, it moves its weights to the host's memory."""
         return False
 
     def check_exact(self) -> None:
