@@ -20,7 +20,7 @@ class RolloutFields:
             checked for every shape of product before training, and for every token in every loss.
         rollout_oom_retry: where a rollout runs out of GPU memory, run it again with half as many completions at once,
             and say so. By default it raises.
-        rollout_keep_share: share of the GPU's memory up to which the native engine keeps its KV cache, graphs and weights
+        rollout_keep_share: share of the GPU's memory up to which the native engine keeps KV cache, graphs and weights
             in 16 bits while the policy trains; more is given back after each generation and taken again for the next.
     """
 
