@@ -17,6 +17,7 @@ from pronghorn.lora.io import load_lora, save_lora
 from pronghorn.models.attention import PackedAttention
 from pronghorn.models.forward import hidden_states, logits
 from pronghorn.rollout import base
+from pronghorn.rollout.native import decode_walk
 from pronghorn.rollout.native.decoder import Decoder, Launched, bucket_of
 from pronghorn.rollout.native.plan import make_sequences
 from tests.helpers import tiny_llama
@@ -322,3 +323,21 @@ def test_four_bit_layers(tmp_path, monkeypatch, hold):
     assert weights == hold * 2 * 2 * 4 * sum((out + rank) * (inputs + rank) for out, inputs, rank in sizes)
     fill(model, 4)
     assert_same(ahead, stepwise, SETTINGS["drawn"])
+
+
+@pytest.mark.parametrize("kernel", ["glu_forward", "add_norm_forward", "norm_forward", "head_logits"])
+def test_a_perturbed_kernel_of_the_decode_step_shows(loaded, monkeypatch, kernel):
+    """One part in a thousand of one kernel's output is more than the tolerance of the comparisons above."""
+    model, tokenizer = loaded
+    ahead, stepwise = both(model, tokenizer)
+    honest = getattr(decode_walk, kernel)
+
+    def perturbed(*args: Any) -> Any:
+        out = honest(*args)
+        first = out[0] if isinstance(out, tuple) else out
+        first[:, ::2].mul_(1.001)
+        return out
+
+    monkeypatch.setattr(decode_walk, kernel, perturbed)
+    with pytest.raises(AssertionError):
+        assert_same(ahead, stepwise, SETTINGS["drawn"])
