@@ -12,6 +12,7 @@ A peer's log holds the ``RESULT`` line of ``gen_bench.py``; GB are 2^30 bytes.
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
@@ -94,8 +95,10 @@ def measure(results: Results, folder: str, base: str, batches: list[int], repeat
     from pronghorn.config.sampling import SamplingParams
     from pronghorn.rollout import base as rollout
 
+    gc.collect()  # the model before
+    before_load = torch.cuda.memory_allocated()
     model, tokenizer = load(folder, base)
-    weights_gb = torch.cuda.memory_allocated() / 2**30
+    weights_gb = (torch.cuda.memory_allocated() - before_load) / 2**30
     engine: Any = rollout.engine_of(model, tokenizer)
     torch.manual_seed(0)
     prompts = torch.randint(5, 16000, (max(batches), PROMPT)).tolist()
