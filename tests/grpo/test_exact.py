@@ -55,6 +55,15 @@ def test_the_first_token_that_differs_is_named():
         exact.require_equal(torch.tensor([torch.nan, -2.0, -3.0, -4.0, -5.0]), given)
 
 
+def test_rollouts_of_an_earlier_policy_are_left_out():
+    old = Rollout([0, 7], [8, 9], [-1.0, -2.0])
+    old.age = 1
+    given = pack([old, Rollout([0, 7], [10], [-3.0])], "cpu")
+    exact.require_equal(torch.tensor([-1.5, torch.nan, -3.0]), given)
+    with pytest.raises(ArithmeticError, match="token 0 of completion 1"):
+        exact.require_equal(torch.tensor([-1.5, torch.nan, -3.5]), given)
+
+
 class Exact(FakeEngine):
     """Log-probs of the very batches that the trainer scores: one forward over all completions of a step."""
 
