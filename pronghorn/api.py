@@ -19,6 +19,7 @@ from .config.sampling import SamplingParams
 from .models import state_of
 from .models.plan import TrainingPlan
 from .rollout import base as rollout
+from .rollout.warmup import warm_up
 from .sft.trl_head import install as answer_trl_sft
 
 
@@ -66,6 +67,7 @@ class FastLanguageModel:
         LoraDefaults.of(r=r, **options)
         peft_model = loader.get_peft_model(model, r=r, **options)
         add_methods(peft_model)
+        warm_up(peft_model)
         return peft_model
 
     @staticmethod

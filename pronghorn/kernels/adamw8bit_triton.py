@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pronghorn.kernels.launch import Launcher
 from pronghorn.kernels.reference.adamw8bit import BLOCK, Rule, Slot
 
 ROWS = 4
@@ -131,6 +132,9 @@ def _step_kernel(
             tl.store(absmax2_ptr + row, absmax2, mask=whole)
 
 
+_step = Launcher(_step_kernel)
+
+
 def _upload(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Numbers to the device behind what its stream already holds, without waiting.
 
@@ -176,7 +180,7 @@ class Table:
         like = self.slots[0].param.detach()
         with torch.cuda.device(self.device) if like.is_cuda else nullcontext():
             for even, tiles in self.launches:
-                _step_kernel[(tiles.numel(),)](
-                    like, tiles, self.columns, moving, constants, self.levels1, self.levels2, len(self.slots),
-                    BLOCK=BLOCK, ROWS=ROWS, EVEN=even, num_warps=WARPS,
+                _step(
+                    (tiles.numel(),), like, tiles, self.columns, moving, constants, self.levels1, self.levels2, len(self.slots),
+                    BLOCK, ROWS, even, num_warps=WARPS,
                 )  # fmt: skip

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pronghorn.kernels.launch import Launcher
+
 TILE = 4096
 """Elements of one program's tile: a few rows of one head."""
 
@@ -53,6 +55,9 @@ def _add_rows(x_ptr, part_ptr, index_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr
     tl.store(at, (x + p).to(x_ptr.dtype.element_ty), mask=mask)
 
 
+_launch_merge, _launch_add = Launcher(_merge), Launcher(_add_rows)
+
+
 def merge_(
     o_THE: torch.Tensor, lse_HT: torch.Tensor, part_NHE: torch.Tensor, lse_HN: torch.Tensor, index_N: torch.Tensor
 ) -> None:
@@ -62,7 +67,7 @@ def merge_(
     block_n = max(1, TILE // block_e)
     grid = (triton.cdiv(N, block_n), H)
     with torch.cuda.device_of(o_THE):
-        _merge[grid](o_THE, lse_HT, part_NHE, lse_HN, index_N, N, T, H, E, block_n, block_e, num_warps=4)
+        _launch_merge(grid, o_THE, lse_HT, part_NHE, lse_HN, index_N, N, T, H, E, block_n, block_e, num_warps=4)
 
 
 def add_rows_(x_THE: torch.Tensor, part_NHE: torch.Tensor, index_N: torch.Tensor) -> None:
@@ -70,4 +75,4 @@ def add_rows_(x_THE: torch.Tensor, part_NHE: torch.Tensor, index_N: torch.Tensor
     N, D = index_N.shape[0], x_THE.shape[1] * x_THE.shape[2]
     block = min(TILE, triton.next_power_of_2(D))
     with torch.cuda.device_of(x_THE):
-        _add_rows[(N, triton.cdiv(D, block))](x_THE, part_NHE, index_N, D, block, num_warps=4)
+        _launch_add((N, triton.cdiv(D, block)), x_THE, part_NHE, index_N, D, block, num_warps=4)

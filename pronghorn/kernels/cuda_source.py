@@ -104,7 +104,8 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pronghorn"
 
 
-def _cached_cubin(source: str, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
+def cached_cubin(source: str, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
+    """As :func:`compile_cubin`, from the cache where it is there, and into it where it is not."""
     made_of = repr((source, sorted(defines.items()), capability, torch.version.cuda))
     path = _cache_folder() / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.cubin"
     if path.is_file():
@@ -132,7 +133,7 @@ class CudaKernel:
         self, source: str, name: str, defines: Mapping[str, int], device: torch.device, shared_bytes: int
     ) -> None:
         self.device, self.shared_bytes = device, shared_bytes
-        cubin = _cached_cubin(source, defines, torch.cuda.get_device_capability(device))
+        cubin = cached_cubin(source, defines, torch.cuda.get_device_capability(device))
         driver = _driver()
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):

@@ -43,7 +43,7 @@ def _length(lengths_ptr, b, N, PAGE: tl.constexpr):
     return tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), N * PAGE)
 
 
-@triton.jit(do_not_specialize=["N"])  # tables grow: one compilation serves all widths
+@triton.jit(do_not_specialize=["N", "table_stride"])  # tables grow: one compilation serves all widths
 def _attend(
     q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, o_ptr, part_ptr, stats_ptr, q_stride, table_stride, N, scale,
     K: tl.constexpr, R: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -117,7 +117,7 @@ def _merge(
         tl.store(o_at, o.to(o_ptr.dtype.element_ty), mask=(e < E)[None, :])
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "table_stride"])
 def _write(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, table_ptr, positions_ptr, k_stride, v_stride, table_stride, N,
     WIDTH: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,

@@ -1,16 +1,96 @@
-"""Calling a Triton kernel again without binding its arguments anew.
+"""Calling a Triton kernel again without binding its arguments anew, and noting launches down instead of making them.
 
 Triton's own call takes 40 to 50 microseconds of Python to bind arguments and look the compiled kernel up; a training
 step launches a thousand kernels, and where those 50 ms are not hidden, the GPU waits for them. A compiled kernel can be
 called by itself, for what its launch alone costs, if it is the one that Triton would pick: the key below holds what
 Triton specializes on (https://triton-lang.org: dtype, divisibility by 16, the value 1, constants).
+
+While :func:`recording` holds, launches are noted down and nothing runs: a walk through a model then says which kernels
+a step of it needs, and ``warm.py`` compiles them side by side, where a first step would compile them one by one.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorLike:
+    """What Triton's specialization looks at in a tensor, without its memory."""
+
+    dtype: torch.dtype
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class Launch(NamedTuple):
+    """A launch that was not made: the ``@triton.jit`` function, its arguments (tensors as stand-ins) and options."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class Source(NamedTuple):
+    """CUDA C++ that was not compiled: its text, macros, and the compute capability it is for."""
+
+    text: str
+    defines: Mapping[str, int]
+    capability: tuple[int, int]
+
+
+@dataclasses.dataclass
+class Recorded:
+    """What a walk would have launched, in its order, each specialization once."""
+
+    launches: list[Launch] = dataclasses.field(default_factory=list)
+    sources: list[Source] = dataclasses.field(default_factory=list)
+    _keys: set[tuple[Any, ...]] = dataclasses.field(default_factory=set, repr=False)
+
+    def launch(self, kernel: Any, key: tuple[Any, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Note a launch, unless one of the same kernel and key was."""
+        if (kernel, key) not in self._keys:
+            self._keys.add((kernel, key))
+            stand_ins = tuple(TensorLike(a.dtype, a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in args)
+            self.launches.append(Launch(kernel, stand_ins, options))
+
+    def source(self, text: str, defines: Mapping[str, int], capability: tuple[int, int]) -> None:
+        """Note a source, unless the same was."""
+        found = Source(text, dict(defines), capability)
+        if found not in self.sources:
+            self.sources.append(found)
+
+
+_recorded: Recorded | None = None
+
+
+@contextmanager
+def recording() -> Iterator[Recorded]:
+    """Kernels of all threads (autograd's, too) are noted down, not run: what they would have written is not written.
+
+    Raises:
+        RuntimeError: inside another recording.
+    """
+    global _recorded
+    if _recorded is not None:
+        raise RuntimeError("launches are being recorded already")
+    _recorded = Recorded()
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+def current_recording() -> Recorded | None:
+    """Where launches go instead of the GPU, or None: they are made."""
+    return _recorded
 
 
 class Launcher:
@@ -28,6 +108,9 @@ class Launcher:
     def __call__(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """Launch; ``args`` are all of the kernel's parameters in order, its constants included."""
         key = self._key(args, options)
+        if _recorded is not None:
+            _recorded.launch(self.kernel, key, args, options)
+            return
         compiled = self.compiled.get(key)
         if compiled is None:
             compiled = self.kernel[grid](*args, **options)

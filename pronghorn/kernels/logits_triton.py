@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pronghorn.kernels.launch import Launcher
 from pronghorn.kernels.row_stats_triton import LOWEST, follow, join_groups, join_lanes, logit, partition
 
 
@@ -102,6 +103,9 @@ def _stats_kernel(
             tl.store(out_row + column, d.to(gradient_ptr.dtype.element_ty), mask=column < V)
 
 
+_stats = Launcher(_stats_kernel)
+
+
 def logit_stats_(
     x_CV: torch.Tensor,
     targets_C: torch.Tensor,
@@ -128,14 +132,13 @@ def logit_stats_(
     if C:
         block, num_warps = launch_config(V)
         with torch.cuda.device_of(x_CV):
-            _stats_kernel[(C,)](
-                x_CV, written, targets_C.contiguous(), bias_V, weights_C, entropy_weights_C, logps_C, entropy_C,
+            _stats(
+                (C,), x_CV, written, targets_C.contiguous(), bias_V, weights_C, entropy_weights_C, logps_C, entropy_C,
                 0 if weights_C is None else weights_C.stride(0),
                 0 if entropy_weights_C is None else entropy_weights_C.stride(0),
                 float(scale), float(softcap or 1), 1 / temperature, -1 if ignore_index is None else ignore_index,
-                V=V, BIAS=bias_V is not None, CAP=softcap is not None, IGNORE=ignore_index is not None,
-                WEIGHTS=weights_C is not None, ENTROPY=with_entropy, ENTROPY_WEIGHTS=entropy_weights_C is not None,
-                GRADIENT=gradient is not None, NARROW=narrow, BLOCK=block, GROUP=partition(V).group,
+                V, bias_V is not None, softcap is not None, ignore_index is not None, weights_C is not None,
+                with_entropy, entropy_weights_C is not None, gradient is not None, narrow, block, partition(V).group,
                 num_warps=num_warps, num_stages=1, enable_fp_fusion=False,
             )  # fmt: skip
     gradient_CV = None if gradient is None else written[:, V:] if narrow else x_CV

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from pronghorn.kernels.cuda_source import CudaKernel, pointer
+from pronghorn.kernels.launch import current_recording
 from pronghorn.kernels.nf4_code import dynamic_code, nf4_code
 from pronghorn.kernels.reference.nf4_matmul import Member
 
@@ -83,15 +84,19 @@ def _source() -> str:
     return files("pronghorn.kernels").joinpath("nf4_matmul.cu").read_text()
 
 
-@lru_cache(maxsize=256)
-def _kernel(
-    tile: Tile, K: int, nested: bool, rank16: int, half: bool, overlap: bool, device: torch.device
-) -> CudaKernel:
-    defines = {
+def _defines(tile: Tile, nested: bool, rank16: int, half: bool, overlap: bool) -> dict[str, int]:
+    return {
         "WARPS": tile.warps, "RING": int(tile.ring), "TILES": tile.tiles, "CHUNK": tile.chunk, "STAGES": tile.stages,
         "BLOCKS_PER_SM": tile.blocks_per_sm, "NESTED": int(nested), "RANK16": rank16, "F16": int(half),
         "OVERLAP": int(overlap),
     }  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _kernel(
+    tile: Tile, K: int, nested: bool, rank16: int, half: bool, overlap: bool, device: torch.device
+) -> CudaKernel:
+    defines = _defines(tile, nested, rank16, half, overlap)
     return CudaKernel(_source(), "nf4_matmul", defines, device, tile.shared_bytes(K, nested))
 
 
@@ -132,6 +137,12 @@ def nf4_matmul(
         rank16 = max(rank16, args.member[i].rank // 16)
         column += w.shape[0]
         blocks += -(-w.shape[0] // tile.outputs)
+    half = x_MI.dtype == torch.float16
     overlap = overlap and rank16 > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
-    kernel = _kernel(tile, K, nested, rank16, x_MI.dtype == torch.float16, overlap, device)
+    recorded = current_recording()
+    if recorded is not None:
+        defines = _defines(tile, nested, rank16, half, overlap)
+        recorded.source(_source(), defines, torch.cuda.get_device_capability(device))
+        return
+    kernel = _kernel(tile, K, nested, rank16, half, overlap, device)
     kernel((blocks, -(-M // (tile.tiles * 8)), 1), tile.warps * 32, args, overlap)

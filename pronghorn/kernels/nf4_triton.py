@@ -146,7 +146,8 @@ def _dequantize_half_kernel(
     tl.store(out_ptr + (second * 4 + skip)[:, None] + pair, b, mask=(second < words)[:, None])
 
 
-_dequantize_half = Launcher(_dequantize_half_kernel)
+_quantize, _unit = Launcher(_quantize_kernel), Launcher(_unit_kernel)
+_dequantize, _dequantize_half = Launcher(_dequantize_kernel), Launcher(_dequantize_half_kernel)
 
 
 def _has_asm(t: torch.Tensor) -> bool:
@@ -165,9 +166,9 @@ def quantize_nf4(weight: torch.Tensor, blocksize: int = NF4_BLOCKSIZE) -> tuple[
     rows = max(1024 // blocksize, 1)
     grid = (triton.cdiv(absmax.numel(), rows),)
     with torch.cuda.device_of(flat):
-        _quantize_kernel[grid](
-            flat, nf4_cuda_boundaries(device), codes, absmax, numel,
-            ROWS=rows, BLOCK=blocksize, ASM=_has_asm(flat), num_warps=4, enable_fp_fusion=False,
+        _quantize(
+            grid, flat, nf4_cuda_boundaries(device), codes, absmax, numel, rows, blocksize, _has_asm(flat),
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, absmax
 
@@ -181,9 +182,8 @@ def quantize_scales(
     nested_absmax = torch.empty(-(-absmax.numel() // blocksize), dtype=torch.float32, device=absmax.device)
     unit = torch.empty_like(centred)
     with torch.cuda.device_of(absmax):
-        _unit_kernel[(nested_absmax.numel(),)](
-            centred, unit, nested_absmax, centred.numel(),
-            BLOCK=blocksize, ASM=_has_asm(absmax),
+        _unit(
+            (nested_absmax.numel(),), centred, unit, nested_absmax, centred.numel(), blocksize, _has_asm(absmax),
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return dynamic_codes(unit), nested_absmax, offset
@@ -241,9 +241,10 @@ def dequantize_nf4(
             )  # fmt: skip
         else:
             size = 1024
-            _dequantize_kernel[(triton.cdiv((numel + 1) // 2, size),)](
-                codes, *scale_args, nf4_code(codes.device), result, numel, columns, pad,
-                BYTES=size, BLOCKSIZE=blocksize, NESTED=nested, num_warps=4, enable_fp_fusion=False,
+            _dequantize(
+                (triton.cdiv((numel + 1) // 2, size),),
+                codes, *scale_args, nf4_code(codes.device), result, numel, columns, pad, size, blocksize, nested,
+                num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     return result
 

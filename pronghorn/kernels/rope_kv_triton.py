@@ -13,7 +13,7 @@ from pronghorn.kernels.launch import Launcher
 from pronghorn.kernels.rope_triton import rotate_heads, rotated
 
 
-@triton.jit(do_not_specialize=["N", "P"])
+@triton.jit(do_not_specialize=["N", "P", "table_stride"])
 def _rope_kv(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, table_ptr, positions_ptr,
     q_stride, k_stride, v_stride, cos_stride, sin_stride, table_stride, N, P,

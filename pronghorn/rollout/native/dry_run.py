@@ -1,0 +1,91 @@
+"""Rollouts and the scoring of them, walked for the kernels that they would launch: see ``kernels/warm.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...kernels.nf4_matmul import MAX_ROWS
+from ...kernels.sample import sample_step
+from ...kernels.sample_state import SampleState, Variant
+from ...models.attention import PackedAttention
+from ...models.dry_run import layer_step
+from ...models.fused_block import layer_forward
+from ...models.packed_layer import prepared_layers
+from ...models.parts import Groups, Parts
+from ...models.tree import unwrap
+from .decode_walk import DecodeWalk, why_no_walk
+from .decoder import BUCKETS
+from .kv_cache import KVCache, KVShape
+from .paged import PagedDecode
+
+_TOKENS = (16, 272, 2064)
+"""One number of rows for each way that the adapters' narrow products are taken (``kernels/low_rank_triton.py``)."""
+
+_POSITIONS = 512
+"""Tokens of the longest row: two segments, so that their merging is walked too."""
+
+_BLOCK = 16
+
+
+def rollout_steps(model: nn.Module) -> None:
+    """Inside :func:`pronghorn.kernels.launch.recording` and :func:`pronghorn.models.packed_layer.prepared`: what
+    prefill, decode, sampling and GRPO's scoring of ``model`` launch. Nothing where layers do not run fused.
+
+    Sampling is walked as plain and as truncated (top-k, top-p, min-p); penalties and minimum lengths compile when they
+    are first asked for.
+    """
+    found = prepared_layers(model)
+    if found is None or why_no_walk(model):
+        return
+    with torch.no_grad():
+        for tokens in _TOKENS:
+            _prefill(model, found[0], tokens)
+        cache = _cache(model)
+        for rows in sorted({min(b for b in BUCKETS if b >= n) for n in (1, 16, 32, MAX_ROWS)}):
+            _decode(model, found, cache, rows)
+        _sample(model)
+    layer_step(model, found[0], [8, 4, 4], [None, 0, 0], ordered=True)
+
+
+def _prefill(model: nn.Module, layer: tuple[Parts, Groups], tokens: int) -> None:
+    stack = unwrap(model).model
+    weight_VD = stack.embed_tokens.weight
+    hidden_TD = weight_VD.new_zeros(tokens, weight_VD.shape[1])
+    cos_1TE, sin_1TE = stack.rotary_emb(hidden_TD, position_ids=torch.arange(tokens, device=weight_VD.device)[None])
+    attention = PackedAttention([tokens], weight_VD.device, ordered=True)
+    layer_forward(*layer, hidden_TD, (cos_1TE[0], sin_1TE[0]), attention)
+
+
+def _cache(model: nn.Module) -> KVCache:
+    return KVCache(dataclasses.replace(KVShape.of(unwrap(model)), layers=1), 2, _BLOCK)
+
+
+def _decode(model: nn.Module, found: list[tuple[Parts, Groups]], cache: KVCache, rows: int) -> None:
+    device = cache.shape.device
+    table_BN = torch.zeros(rows, _POSITIONS // _BLOCK, dtype=torch.int32, device=device)
+    counts_B = torch.zeros(rows, dtype=torch.int32, device=device)
+    heads = unwrap(model).config.num_attention_heads
+    walk = DecodeWalk(model, found[:1], rows, _POSITIONS)
+    walk(torch.zeros(rows, dtype=torch.int64, device=device), PagedDecode(cache, table_BN, counts_B, counts_B, heads))
+
+
+def _sample(model: nn.Module) -> None:
+    """After a prefill rows are named, in a decode step they are the first ones."""
+    base = unwrap(model)
+    device, vocab = base.model.embed_tokens.weight.device, base.config.vocab_size
+    state = SampleState(1, vocab, _BLOCK, device=device, penalties=False)
+    x_1V = torch.zeros(1, vocab, device=device)
+    head: Any = _head(model)
+    for variant in (Variant(), Variant(truncated=True)):
+        for rows_1 in (None, torch.zeros(1, dtype=torch.int32, device=device)):
+            sample_step(x_1V, state, variant, rows_1, head.bias_V, head.scale, head.softcap)
+
+
+def _head(model: nn.Module) -> Any:
+    from ...models.forward import head
+
+    return head(model)

@@ -1,0 +1,52 @@
+"""Compiling what a model will launch, as soon as it is known: when its adapters are added, or a first rollout begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels.launch import recording
+from ..kernels.warm import Warming, warm
+from ..models.dry_run import training_step
+from ..models.packed_layer import prepared
+from ..models.state import state_of
+from ..models.tree import decoder
+
+Walk = Callable[[nn.Module], None]
+
+
+def warm_up(model: Any) -> list[Warming]:
+    """Begin to compile the kernels of a training step, and of rollouts where there is a native engine.
+
+    On a GPU in 16 bits only: the CPU has no kernels to compile. One line says how long it took, unless they were in the
+    cache. A step that begins earlier waits for the kernels that it needs and no longer.
+    """
+    begun = [warm_up_once(model, "a training step", training_step)]
+    if state_of(model).engine is not None:
+        from .native.dry_run import rollout_steps
+
+        begun.append(warm_up_once(model, "rollouts", rollout_steps))
+    return [one for one in begun if one is not None]
+
+
+def warm_up_once(model: Any, what: str, walk: Walk) -> Warming | None:
+    """Record ``walk`` over ``model`` and compile what it would launch, once for each ``what``; None where not begun."""
+    state = state_of(model)
+    device = decoder(model).embed_tokens.weight.device
+    if device.type != "cuda" or state.compute_dtype not in (torch.bfloat16, torch.float16) or what in state.warmed:
+        return None
+    state.warmed.add(what)
+    try:
+        with torch.cuda.device(device), recording() as recorded, prepared(model):
+            walk(model)
+    except Exception as error:  # noqa: BLE001 - a walk only for the compiler's sake must not stop a run; it is said
+        print(
+            f"Pronghorn: the kernels of {what} are compiled one by one at their first launch, because walking through "
+            f"them raised {type(error).__name__}: {error}",
+            flush=True,
+        )
+        return None
+    return warm(recorded, device, what)
