@@ -181,6 +181,6 @@ class Table:
         with torch.cuda.device(self.device) if like.is_cuda else nullcontext():
             for even, tiles in self.launches:
                 _step(
-                    (tiles.numel(),), like, tiles, self.columns, moving, constants, self.levels1, self.levels2, len(self.slots),
-                    BLOCK, ROWS, even, num_warps=WARPS,
+                    (tiles.numel(),), like, tiles, self.columns, moving, constants, self.levels1, self.levels2,
+                    len(self.slots), BLOCK, ROWS, even, num_warps=WARPS,
                 )  # fmt: skip

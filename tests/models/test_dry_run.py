@@ -1,0 +1,27 @@
+"""The dry run foresees every kernel that real steps ask for, under Triton's own keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import tiny_llama
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_kernel_of_real_steps_was_foreseen(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    folder = tiny_llama(tmp_path, hidden_size=256, num_hidden_layers=2, vocab_size=16384)
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.models.recorded_walk", str(folder)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert len(found["asked"]) > 20
+    assert sorted(set(found["asked"]) - set(found["foreseen"])) == []
