@@ -1,4 +1,4 @@
-"""Compiling what a model will launch as soon as it is known: when adapters are added, or when a first rollout begins."""
+"""Compiling what a model will launch as soon as it is known: when adapters are added, or a first rollout begins."""
 
 from __future__ import annotations
 
