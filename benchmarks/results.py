@@ -1,8 +1,8 @@
 """What a benchmark writes: ``benchmarks/results/<gpu>/<name>.json``, the source of every number in the README.
 
 ``{"gpu", "torch", "triton", "commit", "date", "peers": {name: version}, "rows": [{"case", "impl", "metric",
-"value"}]}``. ``impl`` is ``pronghorn`` or the peer measured in the same run; times are in ms or s as the metric's
-name says.
+"value"}]}``, and ``"absent": {name: why}`` where a peer was to be measured and was not. ``impl`` is ``pronghorn`` or
+the peer measured in the same run; times are in ms or s as the metric's name says.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ class Results:
         name: name of the file, and of the benchmark.
         peers: distributions measured beside ours in this run; their versions are looked up when written.
         commit: the commit that was measured.
+        absent: peers that were to be measured in this run and were not, and why.
     """
 
     name: str
     peers: tuple[str, ...]
     commit: str
     rows: list[Row] = dataclasses.field(default_factory=list)
+    absent: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def add(self, case: str, impl: str, **metrics: float) -> None:
         """Record the metrics of one implementation in one case, and print them."""
@@ -66,6 +68,7 @@ class Results:
             "commit": self.commit,
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "peers": {name: importlib.metadata.version(name) for name in self.peers},
+            **({"absent": self.absent} if self.absent else {}),
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
         path.write_text(json.dumps(record, indent=1) + "\n")
@@ -102,6 +105,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder that gets <gpu>/<name>.json")
     parser.add_argument("--commit", default=None, help="what is measured; git is asked where this is left out")
     parser.add_argument("--peer", action="append", default=[], help="name=LOG of a peer measured in the same run")
+    parser.add_argument("--absent", action="append", default=[], help="name=WHY of a peer that could not be measured")
     return parser
 
 
@@ -136,4 +140,5 @@ def start(name: str, peers: tuple[str, ...], args: argparse.Namespace) -> Result
 
     if not torch.cuda.is_available():
         raise SystemExit(f"benchmarks/{name}.py needs a CUDA GPU; torch {torch.__version__} sees none")
-    return Results(name, peers, args.commit or current_commit())
+    absent = dict(option.partition("=")[::2] for option in args.absent)
+    return Results(name, peers, args.commit or current_commit(), absent=absent)
