@@ -64,9 +64,9 @@ KERNELS = [
 ]
 
 
-def load(name: str) -> dict[str, Any] | None:
+def load(name: str, results: Path = RESULTS) -> dict[str, Any] | None:
     """The newest record of that name, whatever the GPU."""
-    found = sorted(RESULTS.glob(f"*/{name}.json"), key=lambda path: json.loads(path.read_text())["date"])
+    found = sorted(results.glob(f"*/{name}.json"), key=lambda path: json.loads(path.read_text())["date"])
     record: dict[str, Any] | None = json.loads(found[-1].read_text()) if found else None
     return record
 
@@ -212,8 +212,16 @@ def kernel_table() -> list[str]:
     return [f"**Kernels** ({'; '.join(heads)})", "", *lines, ""] if heads else []
 
 
+def plot(name: str, words: str) -> list[str]:
+    """The plot, where ``benchmarks/plots.py`` drew it."""
+    path = f"docs/plots/{name}.svg"
+    return [f"![{words}]({path})", ""] if (README.parent / path).exists() else []
+
+
 def render() -> str:
-    lines: list[str] = []
+    lines = plot("grpo", "The GRPO flow: seconds a step, seconds to the end of the first step, memory")
+    lines += plot("decode", "Decoding: milliseconds a step")
+    lines += plot("training", "Training: tokens a second and peak memory")
     for table in TABLES:
         lines += flow_table(*table)
     for part in (decode_table, throughput_table, parity_table, steps_table):
