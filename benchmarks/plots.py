@@ -52,7 +52,8 @@ def style() -> Any:
     matplotlib.rcParams.update({
         "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
         "axes.edgecolor": "#7a7f87", "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
-        "xtick.major.size": 0, "ytick.major.size": 0, "ytick.color": "#555a62", "svg.hashsalt": "pronghorn", "savefig.facecolor": "white",
+        "xtick.major.size": 0, "ytick.major.size": 0, "ytick.color": "#555a62", "svg.hashsalt": "pronghorn",
+        "savefig.facecolor": "white",
     })  # fmt: skip
     import matplotlib.pyplot as plt
 
