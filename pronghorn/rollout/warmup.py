@@ -18,30 +18,37 @@ from ..models.tree import decoder
 Walk = Callable[[nn.Module], None]
 
 
-def warm_up(model: Any) -> list[Warming]:
+def warm_up(model: Any) -> Warming | None:
     """Begin to compile the kernels of a training step, and of rollouts where there is a native engine.
 
     On a GPU in 16 bits only: the CPU has no kernels to compile. One line says how long it took, unless they were in the
     cache. A step that begins earlier waits for the kernels that it needs and no longer.
     """
-    begun = [warm_up_once(model, "a training step", training_step)]
+    walks: dict[str, Walk] = {}
     if state_of(model).engine is not None:
         from .native.dry_run import rollout_steps
 
-        begun.append(warm_up_once(model, "rollouts", rollout_steps))
-    return [one for one in begun if one is not None]
+        walks["rollouts"] = rollout_steps  # first: a run begins with them
+    walks["a training step"] = training_step
+    return compile_ahead(model, walks)
 
 
-def warm_up_once(model: Any, what: str, walk: Walk) -> Warming | None:
-    """Record ``walk`` over ``model`` and compile what it would launch, once for each ``what``; None where not begun."""
+def compile_ahead(model: Any, walks: dict[str, Walk]) -> Warming | None:
+    """Record ``walks`` over ``model`` and compile what they would launch, each by its name once; None where not begun.
+
+    The walks' own work (torch's operations on one layer) takes a moment and leaves no memory taken.
+    """
     state = state_of(model)
     device = decoder(model).embed_tokens.weight.device
-    if device.type != "cuda" or state.compute_dtype not in (torch.bfloat16, torch.float16) or what in state.warmed:
+    new = {name: walk for name, walk in walks.items() if name not in state.warmed}
+    if device.type != "cuda" or state.compute_dtype not in (torch.bfloat16, torch.float16) or not new:
         return None
-    state.warmed.add(what)
+    state.warmed.update(new)
+    what = " and ".join(new)
     try:
         with torch.cuda.device(device), recording() as recorded, prepared(model):
-            walk(model)
+            for walk in new.values():
+                walk(model)
     except Exception as error:  # noqa: BLE001 - a walk only for the compiler's sake must not stop a run; it is said
         print(
             f"Pronghorn: the kernels of {what} are compiled one by one at their first launch, because walking through "
@@ -49,4 +56,6 @@ def warm_up_once(model: Any, what: str, walk: Walk) -> Warming | None:
             flush=True,
         )
         return None
+    finally:
+        torch.cuda.empty_cache()
     return warm(recorded, device, what)

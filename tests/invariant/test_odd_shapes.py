@@ -77,7 +77,7 @@ def plain(row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["16bit", "nf4"])
 def test_a_row_of_one_token_teaches_nothing_and_harms_nothing(nf4: bool) -> None:
-    """Batch 1, sequence 1: no label. A loss of 0 or of no number is what transformers gives; gradients are 0 or none."""
+    """Batch 1, sequence 1: there is no label, and no gradient but 0 or none."""
     models = odd("head-80", nf4)
     batch = packed_rows([1], models.truth.config.vocab_size, "cpu")
     (found,) = gradients(models.ours, [batch])

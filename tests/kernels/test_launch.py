@@ -5,9 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
-from pronghorn.kernels.launch import Launcher
+from pronghorn.kernels.launch import Launcher, TensorLike, current_recording, recording
 
 
 class Compiled:
@@ -58,3 +59,33 @@ def test_one_binding_for_each_specialization() -> None:
         assert kernel.bound == number, other
     launch((4,), *same[0], num_warps=8)
     assert kernel.bound == len(others) + 2
+
+
+def test_recorded_launches_are_not_made_and_each_specialization_is_noted_once() -> None:
+    kernel = Kernel()
+    launch = Launcher(kernel)
+    x = torch.empty(64)
+    with recording() as recorded:
+        launch((4,), x, 32, 0.5, 7, num_warps=4)
+        launch((9,), torch.empty(8), 64, 0.25, 7, num_warps=4)  # the same to the compiler
+        launch((4,), x[1:], 32, 0.5, 7, num_warps=4)
+        launch((4,), x, 32, 0.5, 7, num_warps=8)
+        with pytest.raises(RuntimeError, match="recorded already"), recording():
+            pass
+    assert kernel.bound == 0 and kernel.calls == []
+    first, second, third = recorded.launches
+    assert first.args == (TensorLike(torch.float32, x.data_ptr()), 32, 0.5, 7) and first.options == {"num_warps": 4}
+    assert second.args[0].data_ptr() == x.data_ptr() + 4
+    assert third.options == {"num_warps": 8}
+    launch((4,), x, 32, 0.5, 7, num_warps=4)
+    assert kernel.bound == 1
+
+
+def test_recorded_sources_are_noted_once() -> None:
+    with recording() as recorded:
+        found = current_recording()
+        assert found is recorded
+        for rank in (1, 2, 1):
+            found.source("text", {"RANK": rank}, (9, 0))
+    assert current_recording() is None
+    assert [source.defines for source in recorded.sources] == [{"RANK": 1}, {"RANK": 2}]

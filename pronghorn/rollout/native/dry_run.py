@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from ...kernels.sample import sample_step
 from ...kernels.sample_state import SampleState, Variant
 from ...models.attention import PackedAttention
 from ...models.dry_run import layer_step
+from ...models.forward import head
 from ...models.fused_block import layer_forward
 from ...models.packed_layer import prepared_layers
 from ...models.parts import Groups, Parts
@@ -42,12 +42,12 @@ def rollout_steps(model: nn.Module) -> None:
     if found is None or why_no_walk(model):
         return
     with torch.no_grad():
+        _sample(model)  # first, as its kernels take the longest to compile
         for tokens in _TOKENS:
             _prefill(model, found[0], tokens)
         cache = _cache(model)
         for rows in sorted({min(b for b in BUCKETS if b >= n) for n in (1, 16, 32, MAX_ROWS)}):
             _decode(model, found, cache, rows)
-        _sample(model)
     layer_step(model, found[0], [8, 4, 4], [None, 0, 0], ordered=True)
 
 
@@ -79,13 +79,7 @@ def _sample(model: nn.Module) -> None:
     device, vocab = base.model.embed_tokens.weight.device, base.config.vocab_size
     state = SampleState(1, vocab, _BLOCK, device=device, penalties=False)
     x_1V = torch.zeros(1, vocab, device=device)
-    head: Any = _head(model)
+    out = head(model)
     for variant in (Variant(), Variant(truncated=True)):
         for rows_1 in (None, torch.zeros(1, dtype=torch.int32, device=device)):
-            sample_step(x_1V, state, variant, rows_1, head.bias_V, head.scale, head.softcap)
-
-
-def _head(model: nn.Module) -> Any:
-    from ...models.forward import head
-
-    return head(model)
+            sample_step(x_1V, state, variant, rows_1, out.bias_V, out.scale, out.softcap)

@@ -17,7 +17,7 @@ from ...models.parts import release_held
 from ...models.state import state_of
 from ...models.tree import layers, unwrap
 from ..base import Progress, RequestOutput, eos_ids
-from ..warmup import warm_up_once
+from ..warmup import compile_ahead
 from .ahead import run_ahead
 from .blocks import BlockManager
 from .decode_walk import why_no_walk
@@ -109,7 +109,7 @@ class NativeEngine:
         sequences = make_sequences(prompts, params, self.max_seq_length, vocab, eos_ids(base, self.tokenizer))
         if sequences:
             with _adapter(self.model, adapter), rollout_mode(self.model), prepared(self.model):
-                warm_up_once(self.model, "rollouts", rollout_steps)
+                compile_ahead(self.model, {"rollouts": rollout_steps})
                 sequences = self._run_or_retry(sequences, vocab, progress)
         return request_outputs(sequences, len(prompts), self._requests, self.tokenizer)
 
