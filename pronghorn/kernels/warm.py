@@ -31,7 +31,11 @@ def threads() -> int:
 
 
 class _Compilers:
-    """The executor that Triton's mode is given: a compiled kernel is made ready to launch in the same thread."""
+    """The executor that Triton's mode is given: the function that launches a kernel is built in the same thread.
+
+    Both end in Triton's cache. The GPU is not touched: a kernel's code is loaded at its first launch, by the thread that
+    launches, since loading it from another while a CUDA graph is being captured would break the capture.
+    """
 
     def __init__(self, pool: ThreadPoolExecutor, device: torch.device) -> None:
         self.pool, self.device = pool, device
@@ -40,10 +44,11 @@ class _Compilers:
         return self.pool.submit(self._ready, compile_kernel)
 
     def _ready(self, compile_kernel: Callable[[], Any]) -> Any:
+        from triton.runtime import driver
+
         kernel = compile_kernel()
         if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                _ = kernel.run  # builds the launching function and loads the code
+            driver.active.launcher_cls(kernel.src, kernel.metadata)
         return kernel
 
 
@@ -52,7 +57,7 @@ class Warming:
 
     Args:
         recorded: what to compile.
-        device: the GPU that will run it. On any other device the kernels are compiled and not loaded.
+        device: the GPU that will run it. For any other device no launching functions are built.
         what: how the printed line names it.
     """
 
