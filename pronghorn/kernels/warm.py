@@ -33,8 +33,8 @@ def threads() -> int:
 class _Compilers:
     """The executor that Triton's mode is given: the function that launches a kernel is built in the same thread.
 
-    Both end in Triton's cache. The GPU is not touched: a kernel's code is loaded at its first launch, by the thread that
-    launches, since loading it from another while a CUDA graph is being captured would break the capture.
+    Both end in Triton's cache. The GPU is not touched: a kernel's code is loaded at its first launch, by the thread
+    that launches, since loading it from another while a CUDA graph is being captured would break the capture.
     """
 
     def __init__(self, pool: ThreadPoolExecutor, device: torch.device) -> None:
