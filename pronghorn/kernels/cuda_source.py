@@ -11,6 +11,8 @@ import hashlib
 import os
 import sys
 import tempfile
+import threading
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -100,22 +102,30 @@ def compile_cubin(source: str, defines: Mapping[str, int], capability: tuple[int
     return cubin.raw
 
 
+_compiling: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+"""A lock for each file of the cache."""
+
+
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pronghorn"
 
 
 def cached_cubin(source: str, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
-    """As :func:`compile_cubin`, from the cache where it is there, and into it where it is not."""
+    """As :func:`compile_cubin`, from the cache where it is there, and into it where it is not.
+
+    Two threads that ask for the same compile it once.
+    """
     made_of = repr((source, sorted(defines.items()), capability, torch.version.cuda))
     path = _cache_folder() / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.cubin"
-    if path.is_file():
-        return path.read_bytes()
-    cubin = compile_cubin(source, defines, capability)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(cubin)
-    os.replace(file.name, path)  # whole, or not there: another process may be writing the same
-    return cubin
+    with _compiling[path.name]:
+        if path.is_file():
+            return path.read_bytes()
+        cubin = compile_cubin(source, defines, capability)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)  # whole, or not there: another process may be writing the same
+        return cubin
 
 
 class CudaKernel:
