@@ -38,7 +38,8 @@ class Compared(NamedTuple):
 
 def compare(record: dict[str, Any], model: Any) -> Iterator[Compared]:
     """Every case of a results record of ``sft`` against its plan (rank 32, paged 8-bit AdamW, as it measures)."""
-    for case in dict.fromkeys(row["case"] for row in record["rows"]):
+    steps = (row["case"] for row in record["rows"] if row["case"].startswith("sft/"))  # and not the times of loading
+    for case in dict.fromkeys(steps):
         found = values(record, case).get("pronghorn")
         _, quant, size, memory = case.split("/")
         if found is None or memory not in MODES:
