@@ -64,9 +64,9 @@ KERNELS = [
 ]
 
 
-def load(name: str, results: Path = RESULTS) -> dict[str, Any] | None:
-    """The newest record of that name, whatever the GPU."""
-    found = sorted(results.glob(f"*/{name}.json"), key=lambda path: json.loads(path.read_text())["date"])
+def load(name: str, results: Path | None = None) -> dict[str, Any] | None:
+    """The newest record of that name under ``results`` (ours by default), whatever the GPU."""
+    found = sorted((results or RESULTS).glob(f"*/{name}.json"), key=lambda path: json.loads(path.read_text())["date"])
     record: dict[str, Any] | None = json.loads(found[-1].read_text()) if found else None
     return record
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from pronghorn.kernels.launch import recording
 from pronghorn.lora.projection import Group, Projection
 from pronghorn.rollout.native import dense
 from pronghorn.rollout.native.dense import DenseProduct, TrainerProduct, agrees
@@ -63,3 +64,14 @@ def test_one_bit_of_difference_is_seen_and_said(group: Group, monkeypatch: pytes
 
 def test_a_cpu_multiplies_as_the_trainer(group: Group) -> None:
     assert isinstance(product_of(group, torch.float32, 4, 64, None), TrainerProduct)
+
+
+def test_a_walk_for_the_compiler_decides_nothing(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where launches are recorded, nothing runs that could be compared."""
+    monkeypatch.setattr(DenseProduct, "__call__", lambda self, x_MI: x_MI.new_zeros(1))
+    with recording():
+        assert agrees(group, torch.float32)
+    assert dense._TRIED == {}
+    assert not agrees(group, torch.float32)
+    with recording():
+        assert not agrees(group, torch.float32)  # what was found out stands

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from ...kernels.launch import current_recording
 from ...kernels.low_rank import low_rank
 from ...kernels.ordered_matmul import MAX_ROWS, DenseMember, ordered_matmul
 from ...lora.fused import Input, project
@@ -80,6 +81,8 @@ def agrees(group: Group, dtype: torch.dtype) -> bool:
     members, device = group.members, group.members[0].base.weight.device
     shapes = tuple((*p.base.weight.shape, p.rank, p.scaling, p.base.bias is None) for p in members)
     key = shapes, dtype, device
+    if current_recording() is not None:  # nothing runs: walked as if they agreed, and tried when they first run
+        return _TRIED.get(key, True)
     if key not in _TRIED:
         generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are
 

@@ -18,11 +18,10 @@ from ...models.packed_layer import prepared_layers
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
 from .decode_walk import DecodeWalk, why_no_walk
-from .decoder import BUCKETS
 from .kv_cache import KVCache, KVShape
 from .paged import PagedDecode
 
-_TOKENS = (16, 272, 2064)
+_TOKENS = (8, 16, 32, 272, 2064)
 """One number of rows for each way that the adapters' narrow products are taken (``kernels/low_rank_triton.py``)."""
 
 _POSITIONS = 512
@@ -46,8 +45,10 @@ def rollout_steps(model: nn.Module) -> None:
         for tokens in _TOKENS:
             _prefill(model, found[0], tokens)
         cache = _cache(model)
-        for rows in sorted({min(b for b in BUCKETS if b >= n) for n in (1, 16, 32, MAX_ROWS)}):
-            _decode(model, found, cache, rows)
+        for rows in (1, 16, 32, MAX_ROWS):  # a tile of the products each
+            _decode(model, found, cache, rows, hold=False)
+        for rows in (32, MAX_ROWS):  # where there is memory for weights in 16 bits, many rows read those
+            _decode(model, found, cache, rows, hold=True)
     layer_step(model, found[0], [8, 4, 4], [None, 0, 0], ordered=True)
 
 
@@ -64,12 +65,12 @@ def _cache(model: nn.Module) -> KVCache:
     return KVCache(dataclasses.replace(KVShape.of(unwrap(model)), layers=1), 2, _BLOCK)
 
 
-def _decode(model: nn.Module, found: list[tuple[Parts, Groups]], cache: KVCache, rows: int) -> None:
+def _decode(model: nn.Module, found: list[tuple[Parts, Groups]], cache: KVCache, rows: int, hold: bool) -> None:
     device = cache.shape.device
     table_BN = torch.zeros(rows, _POSITIONS // _BLOCK, dtype=torch.int32, device=device)
     counts_B = torch.zeros(rows, dtype=torch.int32, device=device)
     heads = unwrap(model).config.num_attention_heads
-    walk = DecodeWalk(model, found[:1], rows, _POSITIONS)
+    walk = DecodeWalk(model, found[:1], rows, _POSITIONS, hold)
     walk(torch.zeros(rows, dtype=torch.int64, device=device), PagedDecode(cache, table_BN, counts_B, counts_B, heads))
 
 
