@@ -21,7 +21,7 @@ from .fused_block import Saving, fused_block
 from .keep import Keep
 from .modules import norm
 from .packed_layer import prepared_layers
-from .parts import Groups, Parts
+from .parts import Groups, Held, Parts, held_weights
 from .state import ATTRIBUTE
 from .tree import unwrap
 
@@ -37,6 +37,9 @@ def training_step(model: nn.Module) -> None:
     if found is None:
         return
     layer_step(model, found[0], [_TOKENS])
+    if all(p.nf4 is not None for p in found[0][0].projections):  # which a plan may have in 16 bits too
+        dtype = unwrap(model).__dict__[ATTRIBUTE].compute_dtype
+        layer_step(model, found[0], [_TOKENS], held=held_weights(found[0][1], dtype))
     head_step(model)
     _optimizer_step([p for p in model.parameters() if p.requires_grad])
 
@@ -47,6 +50,7 @@ def layer_step(
     lengths: Sequence[int],
     prefix: Sequence[int | None] | None = None,
     ordered: bool = False,
+    held: Held = Held(),  # noqa: B008 - immutable
 ) -> None:
     """Forward and backward of one layer that keeps nothing but its input, over rows of these lengths."""
     stack = unwrap(model).model
@@ -55,7 +59,7 @@ def layer_step(
     cos_1TE, sin_1TE = stack.rotary_emb(hidden_TD, position_ids=positions_1T)
     attention = PackedAttention(lengths, hidden_TD.device, prefix, ordered=ordered)
     with torch.enable_grad():
-        out_TD = fused_block(*layer, hidden_TD, (cos_1TE[0], sin_1TE[0]), attention, Saving(Keep.INPUT))
+        out_TD = fused_block(*layer, hidden_TD, (cos_1TE[0], sin_1TE[0]), attention, Saving(Keep.INPUT, held=held))
         torch.autograd.grad(out_TD, hidden_TD, torch.zeros_like(out_TD))
 
 
