@@ -24,8 +24,6 @@ from typing import Any
 from benchmarks.results import arguments, start
 
 CASES = {"sft": "cold/sft/2x2048", "grpo": "cold/grpo/blog"}
-WALKS = ("a training step", "rollouts")
-"""What ``pronghorn.rollout.warmup`` warms, by its names."""
 
 
 class Compilations:
@@ -74,8 +72,7 @@ def measure(what: str, folder: str, dataset: str | None, one_by_one: bool) -> di
         model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=2048, dtype=torch.bfloat16)
     torch.cuda.synchronize()
     lap("load_s")
-    if one_by_one:
-        state_of(model).warmed.update(WALKS)
+    state_of(model).compile_ahead = not one_by_one
     model = grpo.adapt(model)
     lap("adapt_s")
     if what == "grpo":

@@ -83,6 +83,7 @@ def from_pretrained(config: LoadConfig) -> tuple[Any, Any]:
             max_lora_rank=config.max_lora_rank,
             gpu_memory_utilization=config.gpu_memory_utilization,
             use_gradient_checkpointing=config.use_gradient_checkpointing,
+            compile_ahead=config.compile_ahead,
             tokenizer=tokenizer,
         ),
     )

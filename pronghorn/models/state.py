@@ -47,6 +47,7 @@ class ModelState:
     max_lora_rank: int = 64
     gpu_memory_utilization: float = 0.6
     use_gradient_checkpointing: bool | str = "auto"
+    compile_ahead: bool = False
     tokenizer: Any = None
     engine: Any = None
     engine_name: str = ""

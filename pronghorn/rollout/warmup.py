@@ -19,7 +19,8 @@ Walk = Callable[[nn.Module], None]
 
 
 def warm_up(model: Any) -> Warming | None:
-    """Begin to compile the kernels of a training step, and of rollouts where there is a native engine.
+    """Begin to compile the kernels of a training step, and of rollouts where there is a native engine, if the model was
+    loaded with ``compile_ahead=True``.
 
     On a GPU in 16 bits only: the CPU has no kernels to compile. One line says how long it took, unless they were in the
     cache. A step that begins earlier waits for the kernels that it needs and no longer.
@@ -41,7 +42,8 @@ def compile_ahead(model: Any, walks: dict[str, Walk]) -> Warming | None:
     state = state_of(model)
     device = decoder(model).embed_tokens.weight.device
     new = {name: walk for name, walk in walks.items() if name not in state.warmed}
-    if device.type != "cuda" or state.compute_dtype not in (torch.bfloat16, torch.float16) or not new:
+    asked = state.compile_ahead and bool(new)
+    if not asked or device.type != "cuda" or state.compute_dtype not in (torch.bfloat16, torch.float16):
         return None
     state.warmed.update(new)
     what = " and ".join(new)

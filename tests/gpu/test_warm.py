@@ -42,7 +42,12 @@ def warmed(tmp_path_factory: pytest.TempPathFactory) -> Any:
         tmp_path_factory.mktemp("warm"), hidden_size=512, intermediate_size=1280, num_hidden_layers=2, vocab_size=16384
     )
     model, _ = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=2048, dtype=torch.bfloat16, fast_inference=True, max_lora_rank=16
+        str(folder),
+        max_seq_length=2048,
+        dtype=torch.bfloat16,
+        fast_inference=True,
+        max_lora_rank=16,
+        compile_ahead=True,
     )
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16)
     assert warm_up(model) is None  # get_peft_model began it, and nothing is begun twice
