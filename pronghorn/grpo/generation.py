@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,14 @@ class Generation:
     rewards_BF: torch.Tensor | None = None
     extra: dict[str, list[Any]] = field(default_factory=dict)
     logged: list[tuple[str, float, float]] = field(default_factory=list)
+
+    def copy(self) -> Generation:
+        """Lists of its own, of the same rollouts: what is drawn in addition leaves this one as it is."""
+        return replace(
+            self, rows=[*self.rows], rollouts=[*self.rollouts], completions=[*self.completions],
+            columns={name: [*values] for name, values in self.columns.items()},
+            extra={name: [*values] for name, values in self.extra.items()}, logged=[*self.logged],
+        )  # fmt: skip
 
     @property
     def groups(self) -> int:

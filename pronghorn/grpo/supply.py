@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .background import Background
@@ -65,20 +65,24 @@ class Supply:
         self.outcome = Outcome(args.outcome_reward, sampling.runner.names, sampling.runner.weights_F)
         self.group = args.num_generations
         self.prompts = args.generation_batch_size // self.group
+        self.pending: list[Pending] = []
+        self._left: list[Pending] = []  # begun in a step that was stopped
         self.reset()
 
     def reset(self) -> None:
-        """As at the start of a run."""
+        """As at the start of a run. Scoring that is under way goes on, and :meth:`settle` waits for it."""
+        self._left += [pending for pending in self.pending if pending.scoring is not None]
         rows, seed = len(self.dataset), self.args.seed
         self.stream = PromptStream(rows, bool(self.args.shuffle_dataset), seed)
         self.curriculum = Curriculum(rows, seed, self.args.curriculum_floor) if self.args.curriculum else None
         self.replay = ReplayBuffer(self.args.replay_buffer_size, self.args.replay_max_age)
-        self.pending: list[Pending] = []
+        self.pending = []
         self._said = False
 
     def settle(self) -> None:
         """A run is over: wait until no reward function runs any more for generations that were sampled ahead."""
-        for pending in self.pending:
+        left, self._left = [*self._left, *self.pending], []
+        for pending in left:
             error = None if pending.scoring is None else pending.scoring.end()
             if error is not None:
                 logger.warning("rewards of generation %d, sampled ahead and not used: %s", pending.index, error)
@@ -102,7 +106,9 @@ class Supply:
         for r in generation.rollouts:
             r.age = index - current.opened
         spread = self.outcome.spread(generation.rewards, self.group)
-        if self.args.dynamic_sampling:
+        if self.args.dynamic_sampling:  # on a copy: a stop within this step goes back to what was noted at its start
+            generation = generation.copy()
+            current = replace(current, picks=[*current.picks], generation=generation)
             spread = self._refill(current, spread, metrics, state, annotate)
         self._measure(current, metrics)
         rollouts = self._choose(generation, spread, index, metrics, state)

@@ -60,6 +60,12 @@ def why_not(weights: Sequence[NF4Weight], dtype: torch.dtype, device: torch.devi
             return "single and double quantization in one group"
     if any(rank % 16 for rank in ranks):
         return f"adapters of rank {max(rank for rank in ranks if rank % 16)}, no multiple of 16"
+    if device.type == "cuda":
+        from pronghorn.kernels.nf4_matmul_cuda import shared_memory, tile_for
+
+        outputs, K, nested = sum(w.shape[0] for w in weights), weights[0].shape[1], weights[0].nested_absmax is not None
+        if any(tile_for(M, outputs, K, nested, shared_memory(device)) is None for M in (8, 16, 32, MAX_ROWS)):
+            return f"{K} inputs in {shared_memory(device)} bytes of shared memory"
     return ""
 
 

@@ -37,6 +37,12 @@ STATIC_SHARED = 32768
 """Bytes of the table of levels, beside the dynamic shared memory of a block."""
 
 
+SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+"""KiB of shared memory that a block can have, by compute capability; 99 on the others from 8.0 on."""
+
+HOPPER_SHARED = SHARED[9, 0] * 1024
+
+
 class Tile(NamedTuple):
     """A launch configuration: the macros of ``nf4_matmul.cu`` of the same names."""
 
@@ -61,12 +67,30 @@ class Tile(NamedTuple):
         return 1024 + self.outputs * (K // 64) * (1 if nested else 4) + stages + handed
 
 
-def tile_for(M: int, outputs: int) -> Tile:
-    """The tile for M rows and so many outputs.
+def tile_for(M: int, outputs: int, K: int = 0, nested: bool = True, shared: int = HOPPER_SHARED) -> Tile | None:
+    """The tile for M rows of K columns and so many outputs in blocks of ``shared`` bytes; None where none fits.
 
     Many outputs keep every multiprocessor busy with a warp for each 16 of them, and blocks of 8 warps read x once. Few
-    outputs do not: there, the warps of a block share the work on the same 16.
+    outputs do not: there, the warps of a block share the work on the same 16. Where a GPU's blocks have less memory
+    than Hopper's, first the stages get fewer, then smaller, then the warps fewer, then the rows.
     """
+    tile = _wanted(M, outputs)
+    while STATIC_SHARED + tile.shared_bytes(K, nested) > shared:
+        if tile.stages > (1 if tile.ring else 2):
+            tile = tile._replace(stages=tile.stages - 1)
+        elif tile.chunk > 128 and (tile.ring or tile.tiles * 128 % (tile.warps * 32) == 0):
+            tile = tile._replace(chunk=128)
+        elif tile.warps > 1:
+            tile = tile._replace(warps=tile.warps // 2)
+        elif tile.tiles > 1:
+            tile = tile._replace(tiles=tile.tiles // 2)
+        else:
+            return None
+    return tile
+
+
+def _wanted(M: int, outputs: int) -> Tile:
+    """The tile on Hopper."""
     many = outputs >= 8192
     if M <= 8:
         return Tile(8, False, 1, 256, 3, 2) if many else Tile(4, True, 1, 256, 2, 3)
@@ -77,6 +101,12 @@ def tile_for(M: int, outputs: int) -> Tile:
             return Tile(8, False, 4, 128, 3, 2) if many else Tile(4, False, 4, 256, 3, 1)
         return Tile(4, True, 4, 128, 2, 2)
     return Tile(4, False, 8, 128, 3, 2) if many else Tile(4, False, 8, 256, 3, 1)
+
+
+@lru_cache(maxsize=8)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block can have on ``device``, by the CUDA programming guide's table."""
+    return SHARED.get(torch.cuda.get_device_capability(device), 99) * 1024
 
 
 @lru_cache(maxsize=1)
@@ -118,8 +148,10 @@ def nf4_matmul(
     (M, K), device = x_MI.shape, x_MI.device
     if M == 0:
         return
-    tile = tile or tile_for(M, out_MO.shape[1])
     nested = members[0].weight.nested_absmax is not None
+    tile = tile or tile_for(M, out_MO.shape[1], K, nested, shared_memory(device))
+    if tile is None:
+        raise ValueError(f"no tile for {K} inputs fits into {shared_memory(device)} bytes of shared memory")
     args = _Args(
         x=pointer(x_MI), low=pointer(low_MR), y=pointer(out_MO), nf4=pointer(nf4_code(device)),
         members=len(members), rows=M, K=K,

@@ -341,3 +341,32 @@ def test_while_a_worker_scores(tmp_path: Path) -> None:
     assert not [
         child for child in psutil.Process().children(recursive=True) if "forkserver" not in str(child.cmdline())
     ]
+
+
+def some_spread(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
+    """Two prompts of three are flat, so that groups are drawn in addition."""
+    numbers = [int(prompt.split()[2]) for prompt in prompts]
+    return [0.0 if n % 3 else score for n, score in zip(numbers, letters(completions))]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_groups_drawn_in_addition_within_the_stopped_step_are_drawn_again(tmp_path: Path, staleness: int) -> None:
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 4, "num_generations": 4, "gradient_accumulation_steps": 2,
+        "generation_batch_size": 8, "max_steps": 6, "dynamic_sampling": True, "rollout_staleness": staleness,
+    }  # fmt: skip
+
+    def run(folder: str, **more: Any) -> Any:
+        return trainer(tmp_path / folder, pronghorn_model(), some_spread, prompts(24), **settings, **more)
+
+    whole = run("whole")
+    whole.train()
+    cut = run("cut", callbacks=[At("on_substep_end", 2)])
+    with pytest.raises(SystemExit):
+        cut.train()
+    assert not [t for t in threading.enumerate() if t.name.startswith("pronghorn-scoring")]
+    resumed = run("cut")
+    resumed.train(resume_from_checkpoint=True)
+    expected = adapter_weights(whole.model)
+    assert all(torch.equal(weight, expected[name]) for name, weight in adapter_weights(resumed.model).items())
+    assert resumed.supply.stream.cursor == whole.supply.stream.cursor

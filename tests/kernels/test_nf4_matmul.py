@@ -65,9 +65,12 @@ def test_the_gpu_s_path_says_why_it_is_not_taken() -> None:
 
 @pytest.mark.parametrize("M", [1, 6, 8, 16, 17, 32, 33, 64])
 @pytest.mark.parametrize(("outputs", "K"), [(6144, 4096), (4096, 14336), (28672, 4096), (1024, 28672)])
-def test_every_tile_fits_into_shared_memory(M: int, outputs: int, K: int) -> None:
-    """227 KB a block on Hopper; every thread copies whole 16-byte pieces."""
-    tile = tile_for(M, outputs)
-    assert STATIC_SHARED + tile.shared_bytes(K, nested=True) <= 227 * 1024
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("limit", [99, 163, 227])
+def test_every_tile_fits_into_shared_memory(M: int, outputs: int, K: int, nested: bool, limit: int) -> None:
+    """What a block has on an L4 or RTX 4090, on an A100, on Hopper; every thread copies whole 16-byte pieces."""
+    tile = tile_for(M, outputs, K, nested, limit * 1024)
+    assert tile is not None
+    assert STATIC_SHARED + tile.shared_bytes(K, nested) <= limit * 1024
     assert tile.ring or tile.tiles * tile.chunk % (tile.warps * 32) == 0
     assert tile.stages >= 2 and isinstance(tile, Tile)

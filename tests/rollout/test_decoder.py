@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from pronghorn.config.errors import ConfigError
 from pronghorn.config.load import LoadConfig
 from pronghorn.config.sampling import SamplingParams
 from pronghorn.loader import from_pretrained
@@ -317,10 +318,9 @@ def test_four_bit_layers(tmp_path, monkeypatch, hold):
     ahead, stepwise = both(model, tokenizer)
     assert_same(ahead, stepwise, SETTINGS["drawn"])
     weights = ahead.held_bytes - ahead.cache.bytes
-    # The groups of two layers in float32 with room for their adapters' ranks; without a GPU's kernel for 4 bits, steps
-    # of few rows hold their own.
+    # The groups of two layers in float32, once, with room for their adapters' ranks.
     sizes = [(128, 64, 24), (64, 64, 8), (256, 64, 16), (64, 128, 8)]
-    assert weights == hold * 2 * 2 * 4 * sum((out + rank) * (inputs + rank) for out, inputs, rank in sizes)
+    assert weights == hold * 2 * 4 * sum((out + rank) * (inputs + rank) for out, inputs, rank in sizes)
     fill(model, 4)
     assert_same(ahead, stepwise, SETTINGS["drawn"])
 
@@ -341,3 +341,37 @@ def test_a_perturbed_kernel_of_the_decode_step_shows(loaded, monkeypatch, kernel
     monkeypatch.setattr(decode_walk, kernel, perturbed)
     with pytest.raises(AssertionError):
         assert_same(ahead, stepwise, SETTINGS["drawn"])
+
+
+def test_weights_that_were_replaced_are_read(tmp_path):
+    """Graphs hold addresses: a head, norm or embedding that is another tensor takes another decoder."""
+    model, tokenizer = load(tiny_llama(tmp_path))
+    model.requires_grad_(False)
+    ahead, stepwise = both(model, tokenizer)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    first = said(assert_same(ahead, stepwise, params))
+    generator = torch.Generator().manual_seed(5)
+    for owner in (model.lm_head, model.model.norm, model.model.embed_tokens):
+        drawn = torch.randn(owner.weight.shape, generator=generator) * 0.05
+        owner.weight = torch.nn.Parameter(drawn + (owner is model.model.norm), requires_grad=False)
+        assert said(assert_same(ahead, stepwise, params)) != first
+
+
+def test_held_weights_follow_codes_that_were_written_in_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode_walk, "few_rows", lambda hold: 0)
+    settings = LoadConfig.of(model_name=str(tiny_llama(tmp_path)), max_seq_length=256, load_in_4bit=True)
+    model, tokenizer = from_pretrained(settings)
+    ahead, stepwise = both(model, tokenizer)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    assert_same(ahead, stepwise, params)
+    before = ahead._decoder
+    for layer in model.model.layers:
+        projection = layer.mlp.down_proj
+        projection.load_weight(torch.randn(projection.out_features, projection.in_features) * 0.2)
+    assert_same(ahead, stepwise, params)
+    assert before.hold and ahead._decoder is not before
+
+
+def test_more_rows_than_any_graph_holds_are_refused(loaded):
+    with pytest.raises(ConfigError, match="max_num_seqs=2048 is out of range; give 1024 or less"):
+        base.create("native", *loaded, max_num_seqs=2048)

@@ -22,7 +22,7 @@ from ...models.tree import unwrap
 from .decode_walk import DecodeWalk, few_rows
 from .kv_cache import KVCache
 from .paged import PagedDecode
-from .products import HeldProduct
+from .products import HeldProduct, takes_nf4
 from .random import stream_key
 from .request import Sequence
 
@@ -68,8 +68,11 @@ class Sizes(NamedTuple):
         return all(own >= its for own, its in zip(self, other))
 
 
+MOST_ROWS = BUCKETS[-1]
+
+
 def bucket_of(rows: int) -> int:
-    """The least batch size with a graph that holds so many rows."""
+    """The least batch size with a graph that holds so many rows, :data:`MOST_ROWS` at most."""
     return next(size for size in BUCKETS if size >= rows)
 
 
@@ -91,6 +94,7 @@ class Decoder:
         self.hold = held_bytes_of(found, cache.shape.dtype) <= spare_bytes
         self.groups = [groups for _, groups in found]
         self._found = found
+        self._made_of, self._kept = self._key(found)
         device, base = cache.shape.device, unwrap(model)
         rows = bucket_of(sizes.rows)
         self.state = SampleState(
@@ -104,6 +108,10 @@ class Decoder:
         self._written: dict[int, int] = {}  # entries of each slot's table that were written
         self.query_heads = base.config.num_attention_heads
         self._walks: dict[bool, DecodeWalk] = {}
+        # Where no group takes the 4-bit kernel, one walk serves any number of rows: two would hold weights twice.
+        self._few_in_nf4 = not self.hold or any(
+            takes_nf4(group, cache.shape.dtype) for _, groups in found for group in groups
+        )
         self._graphs: dict[tuple[int, Variant], Replay] = {}
         self._pool: Any = None
         self.slots: list[Sequence | None] = [None] * rows
@@ -113,7 +121,17 @@ class Decoder:
     def serves(self, found: list[tuple[Parts, Groups]], cache: KVCache, sizes: Sizes) -> bool:
         """Whether graphs and slots can be used again."""
         same = len(found) == len(self.groups) and all(own is its for own, (_, its) in zip(self.groups, found))
-        return same and cache is self.cache and self.sizes.holds(sizes)
+        return same and cache is self.cache and self.sizes.holds(sizes) and self._key(found)[0] == self._made_of
+
+    def _key(self, found: list[tuple[Parts, Groups]]) -> tuple[object, list[torch.Tensor | None]]:
+        """What graphs hold by address beside the layers, and the versions of what is kept in 16 bits; and the tensors
+        themselves, so that no other takes their identity."""
+        base = unwrap(self.model)
+        stack, head = base.model, base.lm_head
+        tensors = [stack.embed_tokens.weight, stack.norm.weight, head.weight, head.bias]
+        places = [None if t is None else (id(t), t.data_ptr()) for t in tensors]
+        versions = [p.base.weight._version for parts, _ in found for p in parts.projections] if self.hold else []
+        return (places, versions, base.config.vocab_size), tensors
 
     @property
     def held_bytes(self) -> int:
@@ -246,7 +264,7 @@ class Decoder:
 
     def _walk(self, rows: int) -> DecodeWalk:
         """Few rows and many multiply in different ways."""
-        many = rows > few_rows(self.hold)
+        many = rows > few_rows(self.hold) or not self._few_in_nf4
         if many not in self._walks:
             most = bucket_of(self.sizes.rows) if many else few_rows(self.hold)
             self._walks[many] = DecodeWalk(self.model, self._found, most, self.sizes.positions, self.hold)
@@ -280,7 +298,7 @@ class Decoder:
             self._step(rows)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # rewards may use the GPU
             self._step(rows)
         self._pool = graph.pool()
         for t, was in zip((state.slots_B, state.lengths_B, state.finished_B), kept):

@@ -21,7 +21,7 @@ from ..warmup import compile_ahead
 from .ahead import run_ahead
 from .blocks import BlockManager
 from .decode_walk import why_no_walk
-from .decoder import Decoder, sizes_of
+from .decoder import MOST_ROWS, Decoder, sizes_of
 from .dry_run import rollout_steps
 from .ending import Ending
 from .exact import check_exact
@@ -71,6 +71,8 @@ class NativeEngine:
         }.items():  # fmt: skip
             if value < 1:
                 raise ConfigError(f"rollout engine: {name}={value} is out of range; give 1 or more")
+        if max_num_seqs > MOST_ROWS:
+            raise ConfigError(f"rollout engine: max_num_seqs={max_num_seqs} is out of range; give {MOST_ROWS} or less")
         self.model = model
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length or state_of(model).max_seq_length

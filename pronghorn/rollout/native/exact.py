@@ -23,12 +23,13 @@ from ...lora.projection import Group
 from ...models.forward import head
 from ...models.parts import Groups, Parts
 from .decode_walk import few_rows, why_no_walk
+from .decoder import BUCKETS
 from .products import Tables, product_of
 
 TRAINED = (384, 512, 1024, 2048, 4096)
 """Rows of the trainer's products that are tried; it multiplies fewer as 384."""
 
-DECODED = (1, 2, 3, 4, 5, 6, 7, 8, 16, 24, 64, 96, 256)
+DECODED = tuple(sorted({*range(1, 9), *BUCKETS}))
 """Rows of the decode step's products that are tried, up to as many as run at once."""
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]

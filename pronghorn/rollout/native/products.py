@@ -140,6 +140,14 @@ class HeldProduct:
         return torch.mm(self.table_TK[: max(M, self.least)], self.right)[:M]
 
 
+def takes_nf4(group: Group, dtype: torch.dtype) -> bool:
+    """Whether the 4-bit kernel multiplies few rows of ``group``."""
+    weights = [p.nf4 for p in group.members if p.nf4 is not None]
+    if not weights or len(weights) < len(group.members):
+        return False
+    return weights[0].codes.is_cuda and not why_not(weights, dtype, weights[0].codes.device)
+
+
 def product_of(group: Group, dtype: torch.dtype, rows: int, most_in_nf4: int, held: Tables | None) -> Product:
     """How ``group`` multiplies up to ``rows`` rows.
 
@@ -153,8 +161,7 @@ def product_of(group: Group, dtype: torch.dtype, rows: int, most_in_nf4: int, he
         return DenseProduct(group, dtype) if fits else TrainerProduct(group)
     if len(weights) < len(group.members):
         return TrainerProduct(group)
-    device = weights[0].codes.device
-    if rows <= most_in_nf4 and device.type == "cuda" and not why_not(weights, dtype, device):
+    if rows <= most_in_nf4 and takes_nf4(group, dtype):
         return NF4Product(group, dtype)
     biased = any(p.base.bias is not None for p in group.members)
     if held is None or biased:
