@@ -194,7 +194,8 @@ def write_kv(
     if not k_BKE.numel():
         return
     block = min(1024, int(triton.next_power_of_2(K * E)))
-    _launch_write(
-        (B, triton.cdiv(K * E, block)), k_BKE, v_BKE, k_cache, v_cache, block_table_BN, positions_B,
-        k_BKE.stride(0), v_BKE.stride(0), block_table_BN.stride(0), N, K * E, page, block, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(k_BKE):
+        _launch_write(
+            (B, triton.cdiv(K * E, block)), k_BKE, v_BKE, k_cache, v_cache, block_table_BN, positions_B,
+            k_BKE.stride(0), v_BKE.stride(0), block_table_BN.stride(0), N, K * E, page, block, num_warps=4,
+        )  # fmt: skip

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pronghorn.kernels.few_rows import MEMBERS, check_aligned, check_member, output
 from pronghorn.kernels.reference import nf4_matmul as reference
 from pronghorn.kernels.reference.nf4_matmul import Member, NF4Weight
 
@@ -35,9 +36,6 @@ __all__ = ["MAX_ROWS", "Member", "NF4Weight", "nf4_matmul", "why_not"]
 
 MAX_ROWS = 64
 """Rows of x up to which this is the faster way; above, make the weight and call cuBLAS."""
-
-MEMBERS = 3
-"""Projections of one group at most."""
 
 _COLUMNS = 256  # inputs of one stage
 
@@ -92,14 +90,7 @@ def nf4_matmul(
     Raises:
         ValueError: shapes, dtypes or layouts do not fit; the text says which.
     """
-    outputs = sum(member.weight.shape[0] for member in members)
-    if out_MO is None:
-        out_MO = torch.empty(x_MI.shape[0], outputs, dtype=x_MI.dtype, device=x_MI.device)
-    elif out_MO.shape != (x_MI.shape[0], outputs) or out_MO.dtype != x_MI.dtype or out_MO.stride(1) != 1:
-        raise ValueError(
-            f"out is {tuple(out_MO.shape)}, {out_MO.dtype}, strides {out_MO.stride()}; "
-            f"give {(x_MI.shape[0], outputs)}, {x_MI.dtype}, rows contiguous"
-        )
+    out_MO = output(x_MI, sum(member.weight.shape[0] for member in members), out_MO)
     _check(x_MI, members, low_MR)
     if x_MI.is_cuda:
         from pronghorn.kernels import nf4_matmul_cuda
@@ -112,26 +103,10 @@ def nf4_matmul(
 
 def _check(x_MI: torch.Tensor, members: Sequence[Member], low_MR: torch.Tensor | None) -> None:
     for m in members:
-        if x_MI.dim() != 2 or x_MI.stride(1) != 1 or x_MI.shape[1] != m.weight.shape[1]:
-            raise ValueError(
-                f"x is {tuple(x_MI.shape)}, strides {x_MI.stride()}, for a weight of {tuple(m.weight.shape)}; "
-                "give [M, I] with contiguous rows"
-            )
-        if m.b_Or is None:
-            continue
-        O, r = m.weight.shape[0], m.b_Or.shape[1]  # noqa: E741 - shape letters
-        if low_MR is None or low_MR.shape[0] != x_MI.shape[0] or m.at + r > low_MR.shape[1] or low_MR.stride(1) != 1:
-            found = None if low_MR is None else tuple(low_MR.shape)
-            raise ValueError(f"low is {found} for an adapter on columns {m.at} to {m.at + r}; give x A^T, [M, R]")
-        if m.b_Or.shape[0] != O or not m.b_Or.is_contiguous() or not m.b_Or.dtype == low_MR.dtype == x_MI.dtype:
-            raise ValueError(
-                f"b is {tuple(m.b_Or.shape)}, {m.b_Or.dtype} and low {low_MR.dtype} for {O} outputs of {x_MI.dtype}; "
-                "give [O, r], contiguous, and one dtype"
-            )
+        check_member(x_MI, m.weight.shape, m, low_MR)
     if x_MI.is_cuda:
         ranks = [0 if m.b_Or is None else m.b_Or.shape[1] for m in members]
         reason = why_not([m.weight for m in members], x_MI.dtype, x_MI.device, ranks)
         if reason:
             raise ValueError(f"{reason}; dequantize and multiply instead")
-        if x_MI.data_ptr() % 16 or x_MI.stride(0) % 8:
-            raise ValueError(f"x lies at {x_MI.data_ptr()}, rows {x_MI.stride(0)} apart; align rows to 16 bytes")
+        check_aligned(x_MI)

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pronghorn.kernels.few_rows import MEMBERS, check_aligned, check_member, output
 from pronghorn.kernels.reference import ordered_matmul as reference
 from pronghorn.kernels.reference.ordered_matmul import DenseMember
 
@@ -32,9 +33,6 @@ __all__ = ["MAX_ROWS", "DenseMember", "ordered_matmul", "why_not"]
 
 MAX_ROWS = 64
 """Rows up to which this is meant to be the faster way; above, let cuBLAS multiply as many rows as it sums in order."""
-
-MEMBERS = 3
-"""Projections of one group at most."""
 
 MAX_RANK = 128
 """An adapter's largest rank."""
@@ -82,14 +80,7 @@ def ordered_matmul(
     Raises:
         ValueError: shapes, dtypes or layouts do not fit; the text says which.
     """
-    outputs = sum(m.weight_OI.shape[0] for m in members)
-    if out_MO is None:
-        out_MO = torch.empty(x_MI.shape[0], outputs, dtype=x_MI.dtype, device=x_MI.device)
-    elif out_MO.shape != (x_MI.shape[0], outputs) or out_MO.dtype != x_MI.dtype or out_MO.stride(1) != 1:
-        raise ValueError(
-            f"out is {tuple(out_MO.shape)}, {out_MO.dtype}, strides {out_MO.stride()}; "
-            f"give {(x_MI.shape[0], outputs)}, {x_MI.dtype}, rows contiguous"
-        )
+    out_MO = output(x_MI, sum(m.weight_OI.shape[0] for m in members), out_MO)
     _check(x_MI, members, low_MR)
     if not x_MI.is_cuda:
         reference.ordered_matmul(x_MI, members, low_MR, out_MO)
@@ -102,27 +93,12 @@ def ordered_matmul(
 
 def _check(x_MI: torch.Tensor, members: Sequence[DenseMember], low_MR: torch.Tensor | None) -> None:
     for m in members:
-        if x_MI.dim() != 2 or x_MI.stride(1) != 1 or x_MI.shape[1] != m.weight_OI.shape[1]:
-            raise ValueError(
-                f"x is {tuple(x_MI.shape)}, strides {x_MI.stride()}, for a weight of {tuple(m.weight_OI.shape)}; "
-                "give [M, I] with contiguous rows"
-            )
+        check_member(x_MI, m.weight_OI.shape, m, low_MR)
         O = m.weight_OI.shape[0]  # noqa: E741 - a shape letter
         if m.bias_O is not None and (m.bias_O.shape != (O,) or m.bias_O.dtype != x_MI.dtype):
             raise ValueError(f"bias is {tuple(m.bias_O.shape)}, {m.bias_O.dtype}; give {(O,)}, {x_MI.dtype}")
-        if m.b_Or is None:
-            continue
-        if low_MR is None or low_MR.shape[0] != len(x_MI) or m.at + m.rank > low_MR.shape[1] or low_MR.stride(1) != 1:
-            found = None if low_MR is None else tuple(low_MR.shape)
-            raise ValueError(f"low is {found} for an adapter on columns {m.at} to {m.at + m.rank}; give x A^T, [M, R]")
-        if m.b_Or.shape[0] != O or not m.b_Or.is_contiguous() or not m.b_Or.dtype == low_MR.dtype == x_MI.dtype:
-            raise ValueError(
-                f"b is {tuple(m.b_Or.shape)}, {m.b_Or.dtype} and low {low_MR.dtype} for {O} outputs of {x_MI.dtype}; "
-                "give [O, r], contiguous, and one dtype"
-            )
     if x_MI.is_cuda:
         reason = why_not(members, x_MI.dtype)
         if reason:
             raise ValueError(f"{reason}; multiply with torch.mm instead")
-        if x_MI.data_ptr() % 16 or x_MI.stride(0) % _ALIGNED:
-            raise ValueError(f"x lies at {x_MI.data_ptr()}, rows {x_MI.stride(0)} apart; align rows to 16 bytes")
+        check_aligned(x_MI)

@@ -140,18 +140,19 @@ def sample_step(
     stops = S if variant.held else 0
     maps = float(scale), float(softcap or 1)
     flags = bias_V is not None, softcap is not None, rows_N is not None, variant.truncated, variant.penalised, stops
-    _launch_sweep(
-        (block // group, N), x_NV, bias_V, rows_N, state.finished_B, state.inverse_temperature_B, state.counts_B,
-        state.min_tokens_B, state.stop_ids_BS, state.seen_BW, state.penalty_B, s.tops, s.totals, s.chunk_tops,
-        s.chunk_peaks, s.chunk_masses, s.above, *maps, V, block, group, blocks_p2, *flags, S, words,
-        num_warps=8 if variant.penalised else 4, enable_fp_fusion=False,
-    )  # fmt: skip
-    _launch_draw(
-        (N,), x_NV, bias_V, rows_N, state.finished_B, state.inverse_temperature_B, state.greedy_B, state.counts_B,
-        state.min_tokens_B, state.max_tokens_B, state.stop_ids_BS, state.seen_BW, state.penalty_B, state.top_k_B,
-        state.top_p_B, state.log_min_p_B, state.keys_B, s.tops, s.totals, s.chunk_tops, s.chunk_peaks, s.chunk_masses,
-        s.above, s.listed, s.values, s.ids, s.cuts, state.tokens_B, state.token_logps_B, state.policy_logps_B,
-        state.out_tokens_BT, state.out_token_logps_BT, state.out_policy_logps_BT, state.positions_B, state.slots_B,
-        state.lengths_B, *maps, state.max_tokens, V, block, group, chunks_p2, *flags, S, words, blocks_p2, _ROOM,
-        num_warps=8 if variant.truncated else 4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x_NV):
+        _launch_sweep(
+            (block // group, N), x_NV, bias_V, rows_N, state.finished_B, state.inverse_temperature_B, state.counts_B,
+            state.min_tokens_B, state.stop_ids_BS, state.seen_BW, state.penalty_B, s.tops, s.totals, s.chunk_tops,
+            s.chunk_peaks, s.chunk_masses, s.above, *maps, V, block, group, blocks_p2, *flags, S, words,
+            num_warps=8 if variant.penalised else 4, enable_fp_fusion=False,
+        )  # fmt: skip
+        _launch_draw(
+            (N,), x_NV, bias_V, rows_N, state.finished_B, state.inverse_temperature_B, state.greedy_B, state.counts_B,
+            state.min_tokens_B, state.max_tokens_B, state.stop_ids_BS, state.seen_BW, state.penalty_B, state.top_k_B,
+            state.top_p_B, state.log_min_p_B, state.keys_B, s.tops, s.totals, s.chunk_tops, s.chunk_peaks,
+            s.chunk_masses, s.above, s.listed, s.values, s.ids, s.cuts, state.tokens_B, state.token_logps_B,
+            state.policy_logps_B, state.out_tokens_BT, state.out_token_logps_BT, state.out_policy_logps_BT,
+            state.positions_B, state.slots_B, state.lengths_B, *maps, state.max_tokens, V, block, group, chunks_p2,
+            *flags, S, words, blocks_p2, _ROOM, num_warps=8 if variant.truncated else 4, enable_fp_fusion=False,
+        )  # fmt: skip

@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 import pronghorn
 from pronghorn import FastLanguageModel
 from pronghorn.models import unwrap
-from tests.helpers import perturb
+from tests.trl.support import fast
 
 TINY = Path(pronghorn.__file__).parent / "assets" / "tiny-arithmetic"
 VOCABULARY, HIDDEN = 850, 192
@@ -33,13 +33,6 @@ def chats(count: int = 24) -> Dataset:
             for i in range(count)
         ]
     )
-
-
-def fast(load_in_4bit: bool = False, **options: Any) -> tuple[Any, Any]:
-    model, tokenizer = FastLanguageModel.from_pretrained(str(TINY), max_seq_length=256, load_in_4bit=load_in_4bit)
-    model = FastLanguageModel.get_peft_model(model, r=4, **options)
-    perturb(model)
-    return model, tokenizer
 
 
 def plain(model: Any, folder: Path) -> Any:

@@ -110,7 +110,8 @@ class NativeEngine:
         vocab = base.config.vocab_size
         sequences = make_sequences(prompts, params, self.max_seq_length, vocab, eos_ids(base, self.tokenizer))
         if sequences:
-            with _adapter(self.model, adapter), rollout_mode(self.model), prepared(self.model):
+            on_gpu = torch.cuda.device_of(base.get_input_embeddings().weight)  # graphs are captured on the current one
+            with on_gpu, _adapter(self.model, adapter), rollout_mode(self.model), prepared(self.model):
                 compile_ahead(self.model, {"rollouts": rollout_steps})
                 sequences = self._run_or_retry(sequences, vocab, progress)
         return request_outputs(sequences, len(prompts), self._requests, self.tokenizer)
