@@ -17,6 +17,24 @@ from .sampling_loop import inference
 from .skipped import SkippedBatch
 
 
+class Trained:
+    """The parameters that may have gradients, found once: walking all modules of a large model takes milliseconds in
+    which the GPU has nothing to do, and a step would do it three times. It stands in for the model where transformers
+    asks one for its parameters.
+    """
+
+    def __init__(self, model: nn.Module, optimized: list[nn.Parameter]) -> None:
+        own = {id(p) for p in optimized}
+        self.optimized = tuple(id(p) for p in optimized)
+        self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad or id(p) in own]
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return self.named
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for _, p in self.named]
+
+
 class GuardMixin:
     """Overrides of transformers' Trainer; ``GRPOTrainer`` brings the attributes.
 
@@ -31,17 +49,27 @@ class GuardMixin:
     metrics: dict[str, Metrics]
     loss_step: LossStep
     guard: GradientGuard
+    optimizer: Any
+    _trained: Trained | None = None
     _step_parts: list[list[Rollout]]
     _step_losses: list[torch.Tensor]
 
+    def _trained_of(self, model: nn.Module) -> Trained:
+        """What may have gradients; looked for again when the optimizer has other parameters."""
+        optimized = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self._trained is None or self._trained.optimized != tuple(id(p) for p in optimized):
+            self._trained = Trained(model, optimized)
+        return self._trained
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self.guard.look(model.named_parameters())
-        return super()._clip_grad_norm(model)  # type: ignore[misc]
+        trained = self._trained_of(model)
+        self.guard.look(trained.named_parameters())
+        return super()._clip_grad_norm(trained)  # type: ignore[misc]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None:  # max_grad_norm=0: nothing was clipped
-            self.guard.look(model.named_parameters())
-        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
+            self.guard.look(self._trained_of(model).named_parameters())
+        norm = super()._get_grad_norm(self._trained_of(model), grad_norm)  # type: ignore[misc]
         if self._scaler_overflowed(float(norm)):
             return norm
         if not self.guard.passes(float(norm)):

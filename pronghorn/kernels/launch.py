@@ -119,6 +119,10 @@ class Launcher:
             return
         compiled[(*grid, 1, 1)[:3]](*args)
 
+    def bind(self, grid: tuple[int, ...], args: list[Any], free: tuple[int, ...], **options: Any) -> Bound:
+        """This launch, to be made again and again with other tensors at the places ``free`` among ``args``."""
+        return Bound(self, grid, args, free, options)
+
     def _key(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
         key: list[Any] = [next(a.get_device() for a in args if isinstance(a, torch.Tensor)), *options.items()]
         for value, constant in zip(args, self.constants):
@@ -129,3 +133,32 @@ class Launcher:
             else:
                 key.append((value % 16 == 0, value == 1, -(1 << 31) <= value < 1 << 31))
         return tuple(key)
+
+
+class Bound:
+    """A launch that was decided on but for a few tensors: ``bound(*tensors)`` puts them in their places and launches.
+
+    What Triton would specialize on is the same each time, if these tensors' dtype is and they are aligned to 16 bytes:
+    then the compiled kernel is called without another look at the arguments.
+    """
+
+    def __init__(
+        self, launcher: Launcher, grid: tuple[int, ...], args: list[Any], free: tuple[int, ...], options: dict[str, Any]
+    ) -> None:
+        self.launcher, self.grid, self.args, self.free, self.options = launcher, grid, args, free, options
+        self._run: Any = None
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        args = self.args.copy()
+        aligned = True
+        for place, tensor in zip(self.free, tensors):
+            args[place] = tensor
+            aligned = aligned and tensor.data_ptr() % 16 == 0
+        if aligned and self._run is not None and _recorded is None:
+            self._run(*args)
+            return
+        self.launcher(self.grid, *args, **self.options)
+        if aligned and _recorded is None:
+            compiled = self.launcher.compiled.get(self.launcher._key(tuple(args), self.options))
+            if compiled is not None:
+                self._run = compiled[(*self.grid, 1, 1)[:3]]

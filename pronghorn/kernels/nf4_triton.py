@@ -115,15 +115,35 @@ def _dequantize_kernel(
 
 
 @triton.jit
+def write_beside(
+    tail_ptr, b_ptr, first, rows, row_stride, start, rank, width, scaling, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """ROWS rows from ``first`` on of what stands beside a weight: ``scaling * b`` in ``rank`` of ``width`` columns from
+    ``start`` on, zeros in the others; ``b`` is ``[rows, rank]``, contiguous.
+    """
+    row = first + tl.arange(0, ROWS).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    own = (column - start)[None, :]
+    real = (row < rows)[:, None]
+    b = tl.load(b_ptr + row[:, None] * rank + own, mask=real & (own >= 0) & (own < rank), other=0.0)
+    place = tail_ptr + row[:, None] * row_stride + column[None, :]
+    tl.store(place, (b.to(tl.float32) * scaling).to(tail_ptr.dtype.element_ty), mask=real & (column < width)[None, :])
+
+
+@triton.jit
 def _dequantize_half_kernel(
     words_ptr, scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, words, row_groups, pad,
-    GROUPS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BF16: tl.constexpr,
+    tail_ptr, b_ptr, blocks, rows, row_stride, start, rank, width, scaling,
+    GROUPS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BF16: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """GROUPS runs of 64 weights to 16 bits. Codes come as 32-bit words of 8, weights leave as 32-bit pairs.
 
     Four threads share a run: each takes a word of its first half and one of its second, so that it can use its table
     of 16 values twice while every 16-byte store of a warp still fills whole 32-byte sectors. A row is ``row_groups``
     runs long, and ``pad`` pairs lie between it and the next.
+
+    With COLUMNS (a power of two, ``width`` at least) what stands beside the weight is written as well: by the programs
+    from ``blocks`` on, GROUPS rows each, which find no words left.
     """
     lane = tl.arange(0, GROUPS * 4)
     group = tl.program_id(0).to(tl.int64) * GROUPS + lane // 4
@@ -144,10 +164,19 @@ def _dequantize_half_kernel(
     skip = (group // row_groups) * pad
     tl.store(out_ptr + (first * 4 + skip)[:, None] + pair, a, mask=(first < words)[:, None])
     tl.store(out_ptr + (second * 4 + skip)[:, None] + pair, b, mask=(second < words)[:, None])
+    if COLUMNS > 0:
+        block = tl.program_id(0) - blocks
+        if block >= 0:
+            write_beside(
+                tail_ptr, b_ptr, block * GROUPS, rows, row_stride, start, rank, width, scaling, GROUPS, COLUMNS
+            )
 
 
 _quantize, _unit = Launcher(_quantize_kernel), Launcher(_unit_kernel)
-_dequantize, _dequantize_half = Launcher(_dequantize_kernel), Launcher(_dequantize_half_kernel)
+_dequantize, dequantize_half = Launcher(_dequantize_kernel), Launcher(_dequantize_half_kernel)
+
+HALF_GROUPS = 64
+"""Runs of 64 weights that a program of the 16-bit kernel takes."""
 
 
 def _has_asm(t: torch.Tensor) -> bool:
@@ -220,24 +249,18 @@ def dequantize_nf4(
     result = output(out, shape, dtype, codes.device)
     codes = codes.reshape(-1)
     nested = nested_blocksize if nested_absmax is not None and offset is not None else 0
-    # Without nesting the three pointers are not read: any tensor will do.
-    scale_args = (
-        scales,
-        nested_absmax if nested else scales,
-        (dynamic_code(codes.device) if nested_code is None else nested_code) if nested else scales,
-        offset if nested else scales,
-    )
+    scale_args = scales_of(scales, nested_absmax, offset, nested_code)
     columns = max(result.shape[-1], 1) if result.dim() else 1
     pad = 0 if result.is_contiguous() else result.stride(0) - columns
     with torch.cuda.device_of(codes):
-        if _takes_half_kernel(codes, result, numel, blocksize, columns, pad):
+        if takes_half_kernel(codes, dtype, numel, blocksize, columns, pad) and result.data_ptr() % 16 == 0:
             words = numel // 8
-            groups = 64
+            blocks = triton.cdiv(words, HALF_GROUPS * 8)
             pairs = (result if pad else result.view(-1)).view(torch.int32)
-            _dequantize_half(
-                (triton.cdiv(words, groups * 8),),
-                codes.view(torch.int32), *scale_args, pairs, words, columns // 64 if pad else words, pad // 2,
-                groups, blocksize, nested, dtype == torch.bfloat16, num_warps=8, enable_fp_fusion=False,
+            dequantize_half(
+                (blocks,), codes.view(torch.int32), *scale_args, pairs, words, columns // 64 if pad else words,
+                pad // 2, pairs, pairs, blocks, 0, 0, 0, 0, 0, 1.0, HALF_GROUPS, blocksize, nested,
+                dtype == torch.bfloat16, 0, num_warps=8, enable_fp_fusion=False,
             )  # fmt: skip
         else:
             size = 1024
@@ -249,19 +272,30 @@ def dequantize_nf4(
     return result
 
 
-def _takes_half_kernel(
-    codes: torch.Tensor, out: torch.Tensor, numel: int, blocksize: int, columns: int, pad: int
+def scales_of(
+    scales: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    nested_code: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scales, nested scales, their levels and the offset as a kernel takes them."""
+    if nested_absmax is None or offset is None:  # the last three are not read then: any tensor will do
+        return scales, scales, scales, scales
+    return scales, nested_absmax, dynamic_code(scales.device) if nested_code is None else nested_code, offset
+
+
+def takes_half_kernel(
+    codes: torch.Tensor, dtype: torch.dtype, numel: int, blocksize: int, columns: int, pad: int
 ) -> bool:
     """Whether the 16-bit kernel can run: whole words, blocks of whole runs of 64, aligned, Ampere or newer; where rows
-    lie apart, whole runs in a row and aligned rows.
+    lie apart, whole runs in a row and aligned rows. What it writes to must be aligned to 16 bytes as well.
     """
     return (
         _has_asm(codes)
-        and out.dtype in (torch.bfloat16, torch.float16)
+        and dtype in (torch.bfloat16, torch.float16)
         and numel % 8 == 0
         and blocksize % 64 == 0
         and codes.data_ptr() % 4 == 0
-        and out.data_ptr() % 16 == 0
         and (pad == 0 or (columns % 64 == 0 and pad % 8 == 0))
         and _capability(codes.device) >= (8, 0)
     )

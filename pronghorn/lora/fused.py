@@ -37,6 +37,7 @@ class Input:
         held: their weights, where they are kept.
         x_TI: the input where it lies in a tensor of its own; the product is then the narrow one.
         rows, like: else, make a new one of so many rows, in ``like``'s dtype and on its device.
+        ordered: the product is to be an ordered one, so that rows without meaning lie below few ones.
     """
 
     def __init__(
@@ -46,13 +47,17 @@ class Input:
         x_TI: torch.Tensor | None = None,
         rows: int = 0,
         like: torch.Tensor | None = None,
+        ordered: bool = False,
     ) -> None:
         self.inputs = group.members[0].base.in_features
         self.wide = x_TI is None and group.rank > 0 and (held is not None or widens(group))
         if x_TI is None:
             assert like is not None
-            x_TI = like.new_empty(rows, self.inputs + (group.rank if self.wide else 0))
-        self.table_TK = x_TI
+            made = max(rows, ORDERED_ROWS) if ordered and like.is_cuda else rows
+            self.all_TK = like.new_empty(made, self.inputs + (group.rank if self.wide else 0))
+        else:
+            self.all_TK = x_TI
+        self.table_TK = self.all_TK if x_TI is not None or made == rows else self.all_TK[:rows]
 
     @property
     def x_TI(self) -> torch.Tensor:
@@ -72,10 +77,10 @@ class Input:
             low_TR = torch.mm(self.x_TI, group.a_RI.T, out=place)
         return low_TR if out_TR is None or not self.wide else out_TR.copy_(low_TR)
 
-    def padded(self, rows: int) -> Input:
-        """The same with zero rows below."""
+    def padded(self) -> Input:
+        """The same with at least :data:`ORDERED_ROWS` rows; those below the input's mean nothing."""
         twin = copy.copy(self)
-        twin.table_TK = _pad(self.table_TK, rows)
+        twin.table_TK = self.all_TK if self.all_TK.shape[0] >= ORDERED_ROWS else _pad(self.table_TK, ORDERED_ROWS)
         return twin
 
     def restore(self, low_TR: torch.Tensor | None) -> None:
@@ -105,8 +110,8 @@ def project(
     """
     T = given.x_TI.shape[0]
     if ordered and given.x_TI.is_cuda and T < ORDERED_ROWS:
-        given = given.padded(ORDERED_ROWS)
-        if low_TR is not None:
+        given = given.padded()
+        if low_TR is not None and not given.wide:
             low_TR = _pad(low_TR, ORDERED_ROWS)
     x_TI = given.x_TI
     y_TO = x_TI.new_empty(x_TI.shape[0], group.outputs + (group.rank if spare else 0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .projection import Group, Piece, write_adapters
+from .projection import Group, Piece
 
 
 class HeldWeights:
@@ -34,7 +34,9 @@ class HeldWeights:
         """Write the adapters as they are rounded now."""
         if group.a_RI is None:
             return
-        write_adapters(self.table[: self.outputs, self.inputs :], group, list(range(len(group.members))), clear=False)
+        for p, b_Or, rows, span in zip(group.members, group.bs_Or, group.columns, group.spans):
+            if b_Or is not None:
+                torch.mul(b_Or, p.scaling, out=self.table[rows, self.inputs + span.start : self.inputs + span.stop])
         self.table[self.outputs :, : self.inputs].copy_(group.a_RI)
 
     @property

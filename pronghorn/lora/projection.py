@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -52,6 +52,20 @@ class Projection:
     @property
     def rank(self) -> int:
         return 0 if self.a_rI is None else self.a_rI.shape[0]
+
+    @cached_property
+    def _writers(self) -> dict[tuple[torch.dtype, int, int], Callable[..., None]]:
+        """What writes the 4-bit weight into tables, by their dtype, their width and the place of B."""
+        return {}
+
+    def write(self, table_OK: torch.Tensor, b_Or: torch.Tensor | None = None, start: int = 0) -> None:
+        """The 4-bit weight into ``table_OK``; if that is wider, ``s B`` from column I + ``start`` on, between zeros."""
+        key = table_OK.dtype, table_OK.shape[1], start
+        writer = self._writers.get(key)
+        if writer is None:
+            assert self.nf4 is not None
+            writer = self._writers[key] = self.nf4.writer(*key, self.scaling)
+        writer(table_OK, b_Or)
 
     def weight(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """W ``[O, I]`` in ``dtype``: the parameter itself, or the 4-bit codes dequantized (into ``out`` if given)."""
@@ -134,35 +148,19 @@ def pieces(group: Group, dtype: torch.dtype, wide: bool) -> Iterator[Piece]:
     for run in runs(group):
         members, columns = [group.members[i] for i in run], [group.columns[i] for i in run]
         own = slice(columns[0].start, columns[-1].stop)
-        if len(run) == 1 and not wide:
+        if len(run) == 1 and not wide and members[0].nf4 is None:
             yield Piece(own, members[0].weight(dtype))
             continue
         base = members[0].base
         width = base.in_features + (group.rank if wide else 0)
         table_OK = torch.empty(own.stop - own.start, width, dtype=dtype, device=base.weight.device)
-        weight_OI = table_OK[:, : base.in_features]
-        for p, at in zip(members, columns):
-            p.weight(dtype, weight_OI[at.start - own.start : at.stop - own.start])
-        if wide:
-            write_adapters(table_OK[:, base.in_features :], group, run)
-        yield Piece(own, weight_OI, table_OK if wide else None)
-
-
-def write_adapters(tail_OR: torch.Tensor, group: Group, run: list[int], clear: bool = True) -> None:
-    """Every ``s B`` of ``run`` into its rows and the columns of its rank, zeros elsewhere unless they are there."""
-    if clear and not (len(run) == 1 and group.members[run[0]].rank == group.rank):
-        tail_OR.zero_()
-    first = group.columns[run[0]].start
-    for i in run:
-        b_Or, rows = group.bs_Or[i], group.columns[i]
-        if b_Or is None:
-            continue
-        place = tail_OR[rows.start - first : rows.stop - first, group.spans[i]]
-        scaling = group.members[i].scaling
-        if scaling == 1.0:
-            place.copy_(b_Or)
-        else:
-            torch.mul(b_Or, scaling, out=place)
+        for i, p, at in zip(run, members, columns):
+            rows = table_OK if len(run) == 1 else table_OK[at.start - own.start : at.stop - own.start]
+            if wide:
+                p.write(rows, group.bs_Or[i], group.spans[i].start)
+            else:
+                p.write(rows)
+        yield Piece(own, table_OK[:, : base.in_features] if wide else table_OK, table_OK if wide else None)
 
 
 def hooked(module: nn.Module) -> bool:

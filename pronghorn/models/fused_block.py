@@ -48,9 +48,11 @@ class Saving:
     held: Held = Held()
 
 
-def _normed(parts: Parts, groups: Groups, held: Held, hidden_TD: torch.Tensor) -> tuple[Input, torch.Tensor]:
+def _normed(
+    parts: Parts, groups: Groups, held: Held, hidden_TD: torch.Tensor, ordered: bool = False
+) -> tuple[Input, torch.Tensor]:
     """The first norm, and one float32 a row."""
-    normed = Input(groups.qkv, held.qkv, rows=hidden_TD.shape[0], like=hidden_TD)
+    normed = Input(groups.qkv, held.qkv, rows=hidden_TD.shape[0], like=hidden_TD, ordered=ordered)
     _, rstd_T = norm_forward(hidden_TD, parts.norm1_D, parts.eps, normed.x_TI)
     return normed, rstd_T
 
@@ -79,7 +81,7 @@ def _attended(groups: Groups, held: Held, o_TI: torch.Tensor, ordered: bool) -> 
     """
     if not ordered:
         return Input(groups.o, held.o, o_TI)
-    given = Input(groups.o, held.o, rows=o_TI.shape[0], like=o_TI)
+    given = Input(groups.o, held.o, rows=o_TI.shape[0], like=o_TI, ordered=True)
     given.x_TI.copy_(o_TI)
     return given
 
@@ -100,13 +102,19 @@ def _heads(parts: Parts, qkv_TO: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def _middle(
-    parts: Parts, groups: Groups, held: Held, attended_TD: torch.Tensor, hidden_TD: torch.Tensor, rows: int | None
+    parts: Parts,
+    groups: Groups,
+    held: Held,
+    attended_TD: torch.Tensor,
+    hidden_TD: torch.Tensor,
+    rows: int | None,
+    ordered: bool = False,
 ) -> Middle:
     """h' and, unless tiled, its norm in the same pass."""
     T = hidden_TD.shape[0]
     if rows is not None and rows < T:
         return Middle(attended_TD.add_(hidden_TD))
-    normed = Input(groups.gate_up, held.gate_up, rows=T, like=hidden_TD)
+    normed = Input(groups.gate_up, held.gate_up, rows=T, like=hidden_TD, ordered=ordered)
     _, sum_TD, rstd_T = add_norm_forward(attended_TD, hidden_TD, parts.norm2_D, parts.eps, normed.x_TI)
     return Middle(sum_TD, normed, rstd_T)
 
@@ -122,13 +130,13 @@ def layer_forward(
 ) -> torch.Tensor:
     """One decoder layer without gradients: what a rollout's prefill runs."""
     ordered = bool(getattr(attention, "ordered", False))
-    normed, _ = _normed(parts, groups, held, hidden_TD)
+    normed, _ = _normed(parts, groups, held, hidden_TD, ordered)
     qkv_TO = _qkv(parts, groups, held, rope_TE, normed, normed.lower(groups.qkv, None, ordered), ordered)
     del normed
     o_TI = attention(parts.layer_idx, *_heads(parts, qkv_TO), parts.scale).reshape(hidden_TD.shape[0], -1)
     del qkv_TO
-    middle = _middle(parts, groups, held, _o(groups, held, o_TI, None, ordered), hidden_TD, None)
-    return mlp_forward(parts, groups, held, middle, Lows.empty(groups, hidden_TD), None, ordered)[0]
+    middle = _middle(parts, groups, held, _o(groups, held, o_TI, None, ordered), hidden_TD, None, ordered)
+    return mlp_forward(parts, groups, held, middle, None, None, ordered)[0]
 
 
 class _FusedBlock(torch.autograd.Function):
@@ -147,12 +155,14 @@ class _FusedBlock(torch.autograd.Function):
     ) -> torch.Tensor:
         held, keep, ordered = saving.held, saving.keep, attention.ordered
         lows = Lows.empty(groups, hidden_TD)
-        normed, _ = _normed(parts, groups, held, hidden_TD)
+        normed, _ = _normed(parts, groups, held, hidden_TD, ordered)
         qkv_TO = _qkv(parts, groups, held, rope_TE, normed, normed.lower(groups.qkv, lows.qkv, ordered), ordered)
         del normed
         o_THE, stats = attention.forward(*_heads(parts, qkv_TO), parts.scale)
         o_TI = o_THE.reshape(hidden_TD.shape[0], -1)
-        middle = _middle(parts, groups, held, _o(groups, held, o_TI, lows.o, ordered), hidden_TD, saving.mlp_rows)
+        o_TD = _o(groups, held, o_TI, lows.o, ordered)
+        middle = _middle(parts, groups, held, o_TD, hidden_TD, saving.mlp_rows, ordered)
+        del o_TD
         kept = [hidden_TD, lows.table_TR]
         if keep is not Keep.INPUT:
             kept += [o_TI.contiguous(), *stats]
@@ -182,7 +192,7 @@ class _FusedBlock(torch.autograd.Function):
         T = hidden_TD.shape[0]
         groups: Groups = ctx.groups
         lows = Lows(groups, table_TR)
-        normed, rstd_T = _normed(parts, groups, held, hidden_TD)
+        normed, rstd_T = _normed(parts, groups, held, hidden_TD, ctx.attention.ordered)
         qkv_TO = o_TI = gate_up_TI = None
         stats: tuple[torch.Tensor, ...] = ()
         middle: Middle | None = None

@@ -58,11 +58,13 @@ def _halves(groups: Groups, gate_up_TI: torch.Tensor) -> tuple[torch.Tensor, tor
     return gate_up_TI[:, gate], gate_up_TI[:, up]
 
 
-def _normed(parts: Parts, groups: Groups, held: Held, middle: Middle, rows: slice) -> tuple[Input, torch.Tensor]:
+def _normed(
+    parts: Parts, groups: Groups, held: Held, middle: Middle, rows: slice, ordered: bool = False
+) -> tuple[Input, torch.Tensor]:
     if middle.normed is not None and middle.rstd_T is not None:
         return middle.normed, middle.rstd_T
     sum_TD = middle.sum_TD[rows]
-    normed = Input(groups.gate_up, held.gate_up, rows=sum_TD.shape[0], like=sum_TD)
+    normed = Input(groups.gate_up, held.gate_up, rows=sum_TD.shape[0], like=sum_TD, ordered=ordered)
     _, rstd_T = norm_forward(sum_TD, parts.norm2_D, parts.eps, normed.x_TI)
     return normed, rstd_T
 
@@ -75,28 +77,29 @@ def _held(held: Held, groups: Groups, dtype: torch.dtype, tiles: int) -> Held:
 
 
 def mlp_forward(
-    parts: Parts, groups: Groups, held: Held, middle: Middle, lows: Lows, rows: int | None, ordered: bool = False
+    parts: Parts, groups: Groups, held: Held, middle: Middle, lows: Lows | None, rows: int | None, ordered: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``h' + down(act(gate) * up)``, ``[T, D]``; and gate and up side by side where there is one tile, else None.
 
     Gate and up have R columns to spare behind them, for backward.
-    ``lows.gate_up`` and ``lows.down`` are filled in.
+    ``lows.gate_up`` and ``lows.down`` are filled in; None where no backward will ask for them.
     """
     T = middle.sum_TD.shape[0]
     tiles = list(_tiles(T, rows))
     held = _held(held, groups, middle.sum_TD.dtype, len(tiles))
     out_TD = torch.empty_like(middle.sum_TD) if len(tiles) > 1 else None
     gate_up_TI = None
+    low_gate_up, low_down = (None, None) if lows is None else (lows.gate_up, lows.down)
     for tile in tiles:
-        normed, _ = _normed(parts, groups, held, middle, tile)
-        low_TR = normed.lower(groups.gate_up, _some(lows.gate_up, tile), ordered)
+        normed, _ = _normed(parts, groups, held, middle, tile, ordered)
+        low_TR = normed.lower(groups.gate_up, _some(low_gate_up, tile), ordered)
         gate_up_TI = project(normed, groups.gate_up, low_TR, held.gate_up, spare=True, ordered=ordered)
         del normed
-        product = Input(groups.down, held.down, rows=gate_up_TI.shape[0], like=gate_up_TI)
+        product = Input(groups.down, held.down, rows=gate_up_TI.shape[0], like=gate_up_TI, ordered=ordered)
         glu_forward(*_halves(groups, gate_up_TI), parts.activation, product.x_TI)
         if out_TD is not None:
             gate_up_TI = None
-        low_down_TR = product.lower(groups.down, _some(lows.down, tile), ordered)
+        low_down_TR = product.lower(groups.down, _some(low_down, tile), ordered)
         down_TD = project(product, groups.down, low_down_TR, held.down, ordered=ordered)
         del product
         if out_TD is None:

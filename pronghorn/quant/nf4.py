@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from pronghorn.kernels.nf4 import dequantize_nf4, quantize_nf4, quantize_scales
 from pronghorn.kernels.nf4_code import NESTED_BLOCKSIZE, NF4_BLOCKSIZE
+from pronghorn.kernels.nf4_table import table_writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,23 @@ class NF4Tensor:
             self.shape,
             self.dtype if dtype is None else dtype,
             out,
+            nested_code=self.nested_code,
+            blocksize=self.blocksize,
+            nested_blocksize=self.nested_blocksize,
+        )
+
+    def writer(self, dtype: torch.dtype, width: int, start: int = 0, scaling: float = 1.0) -> Callable[..., None]:
+        """``writer(table_OK, b_Or)`` for this weight: see :class:`pronghorn.kernels.nf4_table.TableWriter`."""
+        return table_writer(
+            self.codes,
+            self.scales,
+            self.nested_absmax,
+            self.offset,
+            self.shape,
+            dtype,
+            width,
+            start,
+            scaling,
             nested_code=self.nested_code,
             blocksize=self.blocksize,
             nested_blocksize=self.nested_blocksize,

@@ -89,3 +89,25 @@ def test_recorded_sources_are_noted_once() -> None:
             found.source("text", {"RANK": rank}, (9, 0))
     assert current_recording() is None
     assert [source.defines for source in recorded.sources] == [{"RANK": 1}, {"RANK": 2}]
+
+
+def test_a_bound_launch_goes_straight_to_the_kernel_while_its_tensors_are_aligned() -> None:
+    kernel = Kernel()
+    launch = Launcher(kernel)
+    x = torch.empty(64)
+    bound = launch.bind((4,), [None, 32, 0.5, 7], (0,), num_warps=4)
+    with recording() as recorded:
+        bound(x)
+    assert len(recorded.launches) == 1 and kernel.bound == 0 and kernel.calls == []
+    bound(x)
+    assert kernel.bound == 1 and kernel.calls == []  # compiled, and launched by that call
+    other = torch.empty(64)
+    bound(other)
+    assert kernel.bound == 1 and kernel.calls == [((4, 1, 1), (other, 32, 0.5, 7))]
+    bound(x[1:])  # another specialization
+    assert kernel.bound == 2 and len(kernel.calls) == 1
+    bound(x)
+    assert kernel.bound == 2 and kernel.calls[-1] == ((4, 1, 1), (x, 32, 0.5, 7))
+    with recording() as recorded:
+        bound(x)
+    assert len(recorded.launches) == 1 and len(kernel.calls) == 2

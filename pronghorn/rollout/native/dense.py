@@ -26,7 +26,7 @@ class TrainerProduct:
         """Nothing: it reads the rounded adapters themselves."""
 
     def __call__(self, x_MI: torch.Tensor) -> torch.Tensor:
-        given = Input(self.group, rows=x_MI.shape[0], like=x_MI)
+        given = Input(self.group, rows=x_MI.shape[0], like=x_MI, ordered=True)
         given.x_TI.copy_(x_MI)
         return project(given, self.group, given.lower(self.group, None, x_MI.is_cuda), ordered=x_MI.is_cuda)
 
