@@ -109,23 +109,31 @@ def bench(results: Results, name: str, rows: int, bandwidth: float, stream: torc
                 results.add(case_low, impl, ms=ms, floor_ms=a_RI.nbytes / bandwidth)
         out = torch.empty(rows, total, dtype=x.dtype, device="cuda")
         for tile in TILES:
-            if tile.rows >= min(rows, 64) and tile.rows <= max(16, 2 * rows):
+            if min(rows, 64) <= 2 * tile.rows and tile.rows <= max(16, 2 * rows):
+                name = "/".join(map(str, tile))
                 tiled: list[Call] = [
                     partial(ordered_matmul_triton.ordered_matmul, x, members, low, out, tile) for members in groups
                 ]
-                results.add(case, f"tile {'/'.join(map(str, tile))}", ms=per_call(tiled, stream), floor_ms=floor)
+                results.add(case, f"tile {name}", ms=per_call(tiled, stream), floor_ms=floor)
+                tiled = [
+                    partial(ordered_matmul_triton.ordered_matmul, wide, [DenseMember(table)], None, out, tile)
+                    for table in tables
+                ]
+                results.add(case, f"held {name}", ms=per_call(tiled, stream), floor_ms=floor)
 
 
 def main() -> None:
     parser = arguments("Products of few rows with 16-bit weights in the trainer's order")
     parser.add_argument("--configs", action="store_true", help="every launch configuration too; writes nothing")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="which projections")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     args = parser.parse_args()
     results = start("ordered_matmul", (), args)
     stream = torch.cuda.Stream()
     bandwidth = copy_bytes_per_ms()
     results.add("device/copy", "torch", gb_per_s=bandwidth / 1e6)
-    for name in SHAPES:
-        for rows in ROWS:
+    for name in args.shapes.split(","):
+        for rows in map(int, args.rows.split(",")):
             bench(results, name, rows, bandwidth, stream, args.configs)
     if not args.configs:
         results.write(args.out)
