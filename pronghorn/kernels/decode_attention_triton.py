@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from pronghorn.kernels.launch import Launcher
 from pronghorn.kernels.ordered_rows import SEGMENT, TILE
@@ -47,9 +48,12 @@ def _length(lengths_ptr, b, N, PAGE: tl.constexpr):
 def _attend(
     q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, o_ptr, part_ptr, stats_ptr, q_stride, table_stride, N, scale,
     K: tl.constexpr, R: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_E: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
+    BLOCK_E: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """One kv head's R query heads over one segment of one row: o itself where the row has no other, else its part."""
+    if CHAIN:
+        gdc_wait()
+        gdc_launch_dependents()
     head = tl.program_id(0)
     segment = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -90,9 +94,12 @@ def _attend(
 @triton.jit(do_not_specialize=["N", "segments"])
 def _merge(
     part_ptr, stats_ptr, lengths_ptr, o_ptr, N, segments, H: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr,
-    SEGMENT: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_E: tl.constexpr,
+    SEGMENT: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_E: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """One head of one row, from the segments that hold tokens: the others wrote nothing, and are not read."""
+    if CHAIN:
+        gdc_wait()
+        gdc_launch_dependents()
     h = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     length = _length(lengths_ptr, b, N, PAGE)
@@ -135,7 +142,8 @@ def _write(
         tl.store(v_cache_ptr + at, v, mask=mask)
 
 
-_launch_attend, _launch_merge, _launch_write = Launcher(_attend), Launcher(_merge), Launcher(_write)
+_launch_attend, _launch_merge = Launcher(_attend, chains=True), Launcher(_merge, chains=True)
+_launch_write = Launcher(_write)
 
 
 def segments_of(tokens: int) -> int:

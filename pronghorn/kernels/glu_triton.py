@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from pronghorn.kernels.launch import Launcher
 
@@ -62,8 +63,11 @@ def _tile(rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])  # packed batches differ in length: one compilation serves all
 def _forward_kernel(
     gate_ptr, up_ptr, h_ptr, rows, gate_stride, up_stride, h_stride,
-    COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
+    if CHAIN:
+        gdc_wait()
+        gdc_launch_dependents()
     row, column, inside = _tile(rows, COLUMNS, ROWS, BLOCK)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -90,7 +94,7 @@ def _backward_kernel(
         tl.store(h_ptr + row * COLUMNS + column, (value * up).to(dtype), mask=inside)
 
 
-_forward, _backward = Launcher(_forward_kernel), Launcher(_backward_kernel)
+_forward, _backward = Launcher(_forward_kernel, chains=True), Launcher(_backward_kernel)
 
 
 def _rows(name: str, tensor: torch.Tensor) -> torch.Tensor:

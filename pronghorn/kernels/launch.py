@@ -5,6 +5,10 @@ step launches a thousand kernels, and where those 50 ms are not hidden, the GPU 
 called by itself, for what its launch alone costs, if it is the one that Triton would pick: the key below holds what
 Triton specializes on (https://triton-lang.org: dtype, divisibility by 16, the value 1, constants).
 
+Inside :func:`chained`, kernels that can do so begin while the one before them ends: their blocks are put in place
+meanwhile and wait there (programmatic dependent launch, on Hopper and later), where otherwise each of a decode step's
+four hundred and fifty launches costs a microsecond of an idle GPU.
+
 While :func:`recording` holds, launches are noted down and nothing runs: a walk through a model then says which kernels
 a step of it needs, and ``warm.py`` compiles them side by side, where a first step would compile them one by one.
 """
@@ -14,6 +18,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -93,20 +99,46 @@ def current_recording() -> Recorded | None:
     return _recorded
 
 
+_chained: ContextVar[bool] = ContextVar("chained", default=False)
+
+
+@contextmanager
+def chained() -> Iterator[None]:
+    """Let each kernel that can, in this thread, begin before the one launched before it has ended.
+
+    Such a kernel waits, first of all, until that one has ended and its writes are seen, and only then lets the next
+    begin. So one that begins early may itself read, before it waits, what was whole two kernels before it.
+    """
+    token = _chained.set(True)
+    try:
+        yield
+    finally:
+        _chained.reset(token)
+
+
+@cache
+def _can_chain(index: int) -> bool:
+    return index >= 0 and torch.cuda.get_device_capability(index) >= (9, 0)
+
+
 class Launcher:
     """``launcher(grid, *args, num_warps=...)`` launches ``kernel[grid](*args, num_warps=...)``.
 
     Args:
         kernel: a ``@triton.jit`` function; in Triton's interpreter every call goes Triton's way.
+        chains: its last parameter, which callers leave out, is the constant ``CHAIN``: whether it was launched to begin
+            early, as :func:`chained` says, and has to wait.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Any, chains: bool = False) -> None:
+        self.kernel, self.chains = kernel, chains
         self.constants = [p.is_constexpr for p in getattr(kernel, "params", [])]
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """Launch; ``args`` are all of the kernel's parameters in order, its constants included."""
+        if self.chains:
+            args = self.in_chain(args, options)
         key = self._key(args, options)
         if _recorded is not None:
             _recorded.launch(self.kernel, key, args, options)
@@ -119,12 +151,19 @@ class Launcher:
             return
         compiled[(*grid, 1, 1)[:3]](*args)
 
+    def in_chain(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+        """``args`` with whether the kernel begins early here, which ``options`` then say as well."""
+        early = _chained.get() and _can_chain(_device_of(args))
+        if early:
+            options["launch_pdl"] = True
+        return (*args, early)
+
     def bind(self, grid: tuple[int, ...], args: list[Any], free: tuple[int, ...], **options: Any) -> Bound:
         """This launch, to be made again and again with other tensors at the places ``free`` among ``args``."""
         return Bound(self, grid, args, free, options)
 
     def _key(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
-        key: list[Any] = [next(a.get_device() for a in args if isinstance(a, torch.Tensor)), *options.items()]
+        key: list[Any] = [_device_of(args), *options.items()]
         for value, constant in zip(args, self.constants):
             if isinstance(value, torch.Tensor):
                 key.append((value.dtype, value.data_ptr() % 16 == 0))
@@ -133,6 +172,10 @@ class Launcher:
             else:
                 key.append((value % 16 == 0, value == 1, -(1 << 31) <= value < 1 << 31))
         return tuple(key)
+
+
+def _device_of(args: tuple[Any, ...]) -> int:
+    return next(a.get_device() for a in args if isinstance(a, torch.Tensor))
 
 
 class Bound:

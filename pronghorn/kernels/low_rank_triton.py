@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from pronghorn.kernels.launch import Launcher
 from pronghorn.kernels.reference.low_rank import SPLITS, run_length
@@ -67,11 +67,14 @@ def _run(
 def _few_rows(
     x_ptr, a_ptr, out_ptr, part_ptr, arrived_ptr, T, R, x_stride, out_stride, width, step,
     SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, EARLY: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     """A run a program; the last of a tile adds all of them up, from the first, and clears the count.
 
-    EARLY lets a kernel that was launched to overlap begin now; others still wait for the end.
+    EARLY lets a kernel that was launched to overlap begin now, when x is whole; others still wait for the end.
     """
+    if CHAIN:
+        gdc_wait()
     if EARLY:
         gdc_launch_dependents()
     split = tl.program_id(0)
@@ -114,7 +117,7 @@ def _many_rows(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(t < T)[:, None] & (r < R)[None, :])
 
 
-_launch_few, _launch_many = Launcher(_few_rows), Launcher(_many_rows)
+_launch_few, _launch_many = Launcher(_few_rows, chains=True), Launcher(_many_rows)
 
 
 @cache

@@ -118,6 +118,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) nf4_matm
         tile -= tiles;
         ++which;
     }
+#if OVERLAP
+    asm volatile("griddepcontrol.launch_dependents;");  // who begins early waits, before all else, until this has ended
+#endif
     const Member& own = args.member[which];
     const int K = args.K, chunks = K / CHUNK, blocks = K / 64, last = own.outputs - 1;
     const int first_row = blockIdx.y * (TILES * 8), first_output = tile * OUTPUTS;

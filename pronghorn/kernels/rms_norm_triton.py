@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from pronghorn.kernels.launch import Launcher
 from pronghorn.kernels.reference.rms_norm import normed_dtype
@@ -38,8 +39,11 @@ def launch_config(D: int) -> Launch:
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, normed_ptr, summed_ptr, rstd_ptr, rows, x_stride, residual_stride, normed_stride,
     eps, offset, D: tl.constexpr, RESIDUAL: tl.constexpr, CAST_FIRST: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
+    if CHAIN:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows)[:, None] & (column < D)
@@ -92,7 +96,7 @@ def _backward_kernel(
         tl.store(partial_ptr + tl.program_id(0) * D + column, dweight, mask=column < D)
 
 
-_forward, _backward = Launcher(_forward_kernel), Launcher(_backward_kernel)
+_forward, _backward = Launcher(_forward_kernel, chains=True), Launcher(_backward_kernel)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

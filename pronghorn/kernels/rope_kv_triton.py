@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from pronghorn.kernels.launch import Launcher
 from pronghorn.kernels.rope_triton import rotate_heads, rotated
@@ -19,8 +20,12 @@ def _rope_kv(
     q_stride, k_stride, v_stride, cos_stride, sin_stride, table_stride, N, P,
     K: tl.constexpr, R: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_E: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     """One kv head of one row with its R query heads."""
+    if CHAIN:
+        gdc_wait()
+        gdc_launch_dependents()
     head = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     position = tl.load(positions_ptr + b)
@@ -53,7 +58,7 @@ def _rope_kv(
         tl.store(v_cache_ptr + slot + e, v, mask=e < E)
 
 
-_launch = Launcher(_rope_kv)
+_launch = Launcher(_rope_kv, chains=True)
 
 
 def rope_and_write_kv(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from pronghorn.kernels.launch import Launcher, TensorLike, current_recording, recording
+from pronghorn.kernels.launch import Launcher, TensorLike, _chained, chained, current_recording, recording
 
 
 class Compiled:
@@ -111,3 +112,26 @@ def test_a_bound_launch_goes_straight_to_the_kernel_while_its_tensors_are_aligne
     with recording() as recorded:
         bound(x)
     assert len(recorded.launches) == 1 and len(kernel.calls) == 2
+
+
+def test_kernels_of_a_chain_are_told_to_wait_where_they_begin_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, x = Kernel(), torch.empty(64)
+    launch = Launcher(kernel, chains=True)
+    plain = ((x, 32, 0.5), {"num_warps": 4})
+    with recording() as recorded, chained():
+        launch((4,), *plain[0], **plain[1])  # on the CPU nothing begins early
+    monkeypatch.setattr("pronghorn.kernels.launch._can_chain", lambda index: True)
+    with recording() as on_hopper:
+        launch((4,), *plain[0], **plain[1])
+        with chained():
+            launch((4,), *plain[0], **plain[1])
+            seen: list[bool] = []
+            thread = threading.Thread(target=lambda: seen.append(_chained.get()))
+            thread.start()
+            thread.join()
+    assert seen == [False]  # a trainer beside a rollout has launches of its own
+    assert [made.args[3] for made in recorded.launches] == [False]
+    assert [(made.args[3], made.options.get("launch_pdl")) for made in on_hopper.launches] == [
+        (False, None),
+        (True, True),
+    ]

@@ -50,7 +50,7 @@ def real_tensors_missing(tokens: int) -> list[str]:
     found: list[str] = []
 
     def search(self: Launcher, grid: tuple[int, ...], *args: object, **options: object) -> None:
-        self.kernel.warmup(*args, grid=grid, **options)
+        self.kernel.warmup(*(self.in_chain(args, options) if self.chains else args), grid=grid, **options)
 
     def seen(*, repr: str, **_: object) -> bool:
         found.append(repr)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ...kernels.glu import glu_forward
 from ...kernels.head import head_logits
+from ...kernels.launch import chained
 from ...kernels.nf4_matmul import MAX_ROWS
 from ...kernels.rms_norm import add_norm_forward, norm_forward
 from ...lora.projection import hooked
@@ -70,6 +71,12 @@ class DecodeWalk:
 
     def __call__(self, tokens_B: torch.Tensor, attention: PagedDecode) -> torch.Tensor:
         """The head's products ``[B, V]``, float32, for the token after each of ``tokens_B``, which go to the cache."""
+        with chained():
+            normed_BD = self._layers(tokens_B, attention)
+        return head_logits(normed_BD, self.head.weight_VD, None)
+
+    def _layers(self, tokens_B: torch.Tensor, attention: PagedDecode) -> torch.Tensor:
+        """Hidden states after the last norm, ``[B, D]``."""
         stack = self.base.model
         hidden_BD = F.embedding(tokens_B, stack.embed_tokens.weight)
         added_BD: torch.Tensor | None = None
@@ -85,8 +92,7 @@ class DecodeWalk:
             place = down.place(gate_BI.shape[0])
             added_BD = down(glu_forward(gate_BI, up_BI, parts.activation, place))
         norm = stack.norm
-        normed_BD, _ = _norm(added_BD, hidden_BD, norm.weight, float(norm.variance_epsilon))
-        return head_logits(normed_BD, self.head.weight_VD, None)
+        return _norm(added_BD, hidden_BD, norm.weight, float(norm.variance_epsilon))[0]
 
 
 def why_no_walk(model: nn.Module) -> str:
