@@ -174,7 +174,8 @@ def hooked(module: nn.Module) -> bool:
         return True
     if d["_forward_pre_hooks"] or d["_backward_hooks"] or d.get("_backward_pre_hooks"):
         return True
-    return any(getattr(hook, "__module__", None) != _CAPTURE for hook in d["_forward_hooks"].values())
+    hooks = d["_forward_hooks"]
+    return bool(hooks) and any(getattr(hook, "__module__", None) != _CAPTURE for hook in hooks.values())
 
 
 def read_projection(module: Any) -> Projection | str:
@@ -185,31 +186,35 @@ def read_projection(module: Any) -> Projection | str:
         return _plain(module)
     if not isinstance(module, LoraLinear):
         return f"{type(module).__name__} in place of a linear layer"
-    base = module.get_base_layer()
+    # Straight from the dictionaries, as above: a walk asks seven of these of every layer while the GPU waits.
+    own = module.__dict__
+    parts = own["_modules"]
+    base = parts["base_layer"]
     plain = _plain(base) if not hooked(base) else "a hook on the base layer"
-    if isinstance(plain, str) or module.merged or module.disable_adapters:
+    if isinstance(plain, str) or own["merged_adapters"] or own["_disable_adapters"]:
         return plain
-    active = [name for name in module.active_adapters if name in module.lora_A]
+    names, all_a = own["_active_adapter"], parts["lora_A"]._modules
+    active = [name for name in ([names] if isinstance(names, str) else names) if name in all_a]
     if not active:
         return plain
     if len(active) > 1:
         return f"{len(active)} adapters active at once"
     (name,) = active
-    a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-    if module.lora_variant.get(name) is not None:
+    a, b, dropout = all_a[name], parts["lora_B"]._modules[name], parts["lora_dropout"]._modules[name]
+    if own["lora_variant"].get(name) is not None:
         return "DoRA"
-    if module.training and getattr(dropout, "p", 0.0) > 0:
+    if own["training"] and getattr(dropout, "p", 0.0) > 0:
         return "lora_dropout"
     if b.bias is not None:
         return "a bias on lora_B"
-    if any(hooked(part) for part in (a, b, dropout)):
+    if hooked(a) or hooked(b) or hooked(dropout):
         return "a hook on a LoRA matrix"
-    return Projection(base, a.weight, b.weight, float(module.scaling[name]))
+    return Projection(base, a.weight, b.weight, float(own["scaling"][name]))
 
 
 def _plain(base: nn.Linear) -> Projection | str:
     if type(base) not in (nn.Linear, Linear4bit):
         return f"{type(base).__name__} in place of a linear layer"
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+    if any(parameter is not None and parameter.requires_grad for parameter in base._parameters.values()):
         return "a base weight or bias that trains"
     return Projection(base)

@@ -16,6 +16,7 @@ from pronghorn.config.errors import ConfigError
 from pronghorn.grpo import gradient_guard
 from pronghorn.grpo.checkpoint import is_whole, whole_checkpoints
 from pronghorn.grpo.gradient_guard import NonFiniteGradients
+from pronghorn.grpo.guarding import GuardMixin, Trained
 from pronghorn.grpo.logprobs import score
 from pronghorn.grpo.skipped import load_batch
 from tests.grpo.support import adapter_weights, config, letters, pronghorn_model, trainer
@@ -221,3 +222,24 @@ def test_models_and_rewards_here_are_sound(tmp_path: Path) -> None:
     made = trainer(tmp_path, pronghorn_model(), letters)
     made.train()
     assert made.guard.state_dict() == {"skipped": 0, "in_a_row": 0} and not (tmp_path / "skipped").exists()
+
+
+def test_what_may_have_gradients_is_found_once_and_again_for_another_optimizer() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    model[0].requires_grad_(False)
+    some = Trained(model, list(model[1].parameters()))
+    assert [name for name, _ in some.named_parameters()] == ["1.weight", "1.bias"]
+    assert [id(p) for p in some.parameters()] == [id(p) for p in model[1].parameters()]
+    # Those that train count in the norm, as in transformers, whether the optimizer has them or not; frozen ones that
+    # the optimizer has may train later.
+    both = Trained(model, [model[0].weight])
+    assert [name for name, _ in both.named_parameters()] == ["0.weight", "1.weight", "1.bias"]
+
+    class Trainer(GuardMixin):
+        optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+
+    trainer = Trainer()
+    first = trainer._trained_of(model)
+    assert trainer._trained_of(model) is first
+    trainer.optimizer.add_param_group({"params": [model[0].bias]})
+    assert [name for name, _ in trainer._trained_of(model).named_parameters()] == ["0.bias", "1.weight", "1.bias"]
