@@ -36,13 +36,9 @@ class TableWriter(reference.TableWriter):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        rows, inputs = self.shape
-        self.beside = self.width - inputs
+        self.beside = self.width - self.shape[1]
         self.columns = int(triton.next_power_of_2(self.beside)) if self.beside else 0
-        self.half = nf4_triton.takes_half_kernel(
-            self.parts[0], self.dtype, rows * inputs, self.blocksize, inputs, self.beside
-        )
-        self._bound: dict[tuple[int, int], Bound] = {}
+        self._bound: dict[tuple[int, int], Bound | None] = {}
 
     @torch.no_grad()
     def __call__(self, table_OK: torch.Tensor, b_Or: torch.Tensor | None = None) -> None:
@@ -52,10 +48,10 @@ class TableWriter(reference.TableWriter):
         rank = 0 if b_Or is None else b_Or.shape[1]
         b = table_OK if b_Or is None else b_Or
         with torch.cuda.device_of(table_OK):
-            if self.half and stride == self.width and table_OK.data_ptr() % 16 == 0:
-                bound = self._bound.get((rank, stride))
-                if bound is None:
-                    bound = self._bound[rank, stride] = self._bind(rank, stride)
+            if (rank, stride) not in self._bound:
+                self._bound[rank, stride] = self._bind(rank, stride)
+            bound = self._bound[rank, stride]
+            if bound is not None and table_OK.data_ptr() % 16 == 0:
                 bound(table_OK.view(torch.int32), table_OK[:, inputs:] if self.beside else table_OK, b)
                 return
             self.dequantize(nf4_triton.dequantize_nf4, table_OK[:, :inputs])
@@ -65,9 +61,14 @@ class TableWriter(reference.TableWriter):
                     rank, self.beside, self.scaling, _ROWS, self.columns, num_warps=4, enable_fp_fusion=False,
                 )  # fmt: skip
 
-    def _bind(self, rank: int, stride: int) -> Bound:
-        """The launch, all but the table, what lies beside the weight in it, and B."""
+    def _bind(self, rank: int, stride: int) -> Bound | None:
+        """The launch, all but the table, what lies beside the weight in it, and B; None where it takes two."""
         rows, inputs = self.shape
+        pad = stride - inputs
+        if self.width % 2 or not nf4_triton.takes_half_kernel(
+            self.parts[0], self.dtype, rows * inputs, self.blocksize, inputs, pad
+        ):
+            return None
         groups = nf4_triton.HALF_GROUPS
         words = rows * inputs // 8
         blocks = triton.cdiv(words, groups * 8)
@@ -76,7 +77,7 @@ class TableWriter(reference.TableWriter):
         args = [
             codes.reshape(-1).view(torch.int32),
             *nf4_triton.scales_of(scales, nested_absmax, offset, self.nested_code),
-            None, words, inputs // 64 if self.beside else words, self.beside // 2, None, None, blocks, rows, stride,
+            None, words, inputs // 64 if pad else words, pad // 2, None, None, blocks, rows, stride,
             self.start, rank, self.beside, self.scaling, groups, self.blocksize, nested, self.dtype == torch.bfloat16,
             self.columns,
         ]  # fmt: skip

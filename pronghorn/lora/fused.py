@@ -22,7 +22,7 @@ import torch
 
 from ..kernels.low_rank import low_rank
 from .held import HeldWeights
-from .projection import Group, Piece, pieces, widens
+from .projection import Group, Piece, pieces, table, widens
 
 ORDERED_ROWS = 384
 """cuBLAS sums in order, 16 products at a time, from so many rows on: measured on an H200 for the projections of an 8B
@@ -54,7 +54,7 @@ class Input:
         if x_TI is None:
             assert like is not None
             made = max(rows, ORDERED_ROWS) if ordered and like.is_cuda else rows
-            self.all_TK = like.new_empty(made, self.inputs + (group.rank if self.wide else 0))
+            self.all_TK = table(made, self.inputs + (group.rank if self.wide else 0), like.dtype, like.device)
         else:
             self.all_TK = x_TI
         self.table_TK = self.all_TK if x_TI is not None or made == rows else self.all_TK[:rows]
@@ -114,7 +114,10 @@ def project(
         if low_TR is not None and not given.wide:
             low_TR = _pad(low_TR, ORDERED_ROWS)
     x_TI = given.x_TI
-    y_TO = x_TI.new_empty(x_TI.shape[0], group.outputs + (group.rank if spare else 0))
+    if spare:
+        y_TO = table(x_TI.shape[0], group.outputs + group.rank, x_TI.dtype, x_TI.device)
+    else:
+        y_TO = x_TI.new_empty(x_TI.shape[0], group.outputs)
     # What adds to the base's product is written first, where it can be, and the product adds onto it: then only the sum
     # is rounded at the size of an output.
     adapted, begun = low_TR is not None, _write_biases(y_TO, group)
@@ -137,8 +140,9 @@ def project(
 
 def _pad(x_TI: torch.Tensor, rows: int) -> torch.Tensor:
     """``x`` with zero rows below it."""
-    padded = x_TI.new_zeros(rows, x_TI.shape[1])
+    padded = table(rows, x_TI.shape[1], x_TI.dtype, x_TI.device)
     padded[: x_TI.shape[0]] = x_TI
+    padded[x_TI.shape[0] :].zero_()
     return padded
 
 

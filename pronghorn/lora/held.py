@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .projection import Group, Piece
+from .projection import Group, Piece, table
 
 
 class HeldWeights:
@@ -18,7 +18,7 @@ class HeldWeights:
     def __init__(self, group: Group, dtype: torch.dtype) -> None:
         base = group.members[0].base
         O, I, R = group.outputs, base.in_features, group.rank  # noqa: E741 - shape letters
-        self.table = torch.empty(O + R, I + R, dtype=dtype, device=base.weight.device)
+        self.table = table(O + R, I + R, dtype, base.weight.device)
         self.table[:O, I:].zero_()  # beside every B stand zeros; the corner below is never read
         for p, columns in zip(group.members, group.columns):
             weight_OI = self.table[columns, :I]

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from ..kernels.rms_norm import add_norm_forward, norm_backward, norm_forward
 from ..kernels.rope import rotate_
 from ..lora.fused import Input, adapter_gradients, input_gradient, project
+from ..lora.projection import table
 from .attention import Attention, PackedAttention
 from .fused_mlp import Lows, Middle, mlp_backward, mlp_forward
 from .keep import Keep
@@ -260,7 +261,7 @@ def _attention_backward(
     q_THE, k_TKE, v_TKE = _heads(parts, qkv_TO)
     grads = attention.backward(do_TI.view_as(q_THE), q_THE, k_TKE, v_TKE, o_TI.view_as(q_THE), stats, parts.scale)
     T, O = qkv_TO.shape  # noqa: E741 - shape letters
-    dqkv_TO = qkv_TO.new_empty(T, O + groups.qkv.rank)
+    dqkv_TO = table(T, O + groups.qkv.rank, qkv_TO.dtype, qkv_TO.device)
     dq_THE, dk_TKE, dv_TKE = _heads(parts, dqkv_TO[:, :O])
     if rope_TE[0].shape[1] == parts.head_dim:
         rotate_(*grads[:2], *rope_TE, transpose=True, out=(dq_THE, dk_TKE))

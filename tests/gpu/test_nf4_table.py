@@ -28,13 +28,15 @@ def test_one_launch_writes_the_bits_of_the_parts(
         if b_Or is not None:
             expected[:, shape[1] + start : shape[1] + start + rank] = torch.mul(b_Or, scaling)
         write = weight.writer(dtype, shape[1] + columns, start, scaling)
-        for _ in range(3):  # compiled; bound; bound again
-            table = torch.full_like(expected, float("nan"))
+        for apart in (0, 0, 0, 8, 24):  # compiled; bound; bound again; rows that lie apart
+            wide = torch.full((shape[0], shape[1] + columns + apart), 7.0, device="cuda", dtype=dtype)
+            table = wide[:, : shape[1] + columns]
             write(table, b_Or)
             assert torch.equal(table, expected)
+            assert bool((wide[:, shape[1] + columns :] == 7).all())
     assert isinstance(write, TableWriter)
     if dtype != torch.float32 and shape[1] % 64 == 0 and columns % 8 == 0:
-        assert write.half and write._bound, "the fast kernel did not run"
+        assert all(bound is not None for bound in write._bound.values()), "the fast kernel did not run"
 
 
 def test_a_table_that_is_not_aligned_is_written_as_well() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...lora.projection import row_columns
 from ..keep import Keep
 from .constants import (
     ATTENTION_WORKSPACE_BYTES,
@@ -64,7 +65,7 @@ class _Units:
             unit * shape.inner,
             4 * tokens * shape.heads,
             unit * sum(shape.ranks),
-            unit * sum(shape.ranks[4:6]),
+            unit * (row_columns(2 * shape.inner + sum(shape.ranks[4:6])) - 2 * shape.inner),
         )
 
     @property

@@ -18,7 +18,7 @@ from ...kernels.nf4_matmul import Member, nf4_matmul, why_not
 from ...kernels.ordered_matmul import DenseMember, ordered_matmul
 from ...lora.fused import ORDERED_ROWS
 from ...lora.held import HeldWeights
-from ...lora.projection import Group
+from ...lora.projection import Group, table
 from .dense import DenseProduct, TrainerProduct, agrees, dense_members
 
 _STEP = 16  # columns of one matrix instruction: an adapter's ranks are multiplied in whole ones
@@ -95,7 +95,7 @@ class Tables:
     def take(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
         key = rows, columns
         if key not in self._tables:
-            self._tables[key] = like.new_zeros(rows, columns)
+            self._tables[key] = table(rows, columns, like.dtype, like.device).zero_()
         return self._tables[key]
 
 
@@ -112,14 +112,14 @@ class HeldProduct:
 
     def __init__(self, group: Group, dtype: torch.dtype, tables: Tables, rows: int) -> None:
         self.group, self.held = group, HeldWeights(group, dtype)
-        self.inputs, table = self.held.inputs, self.held.table
+        self.inputs, both = self.held.inputs, self.held.table
         least = ORDERED_ROWS if self.inputs >= _LONG_SUM else _FEW
-        self.table_TK = tables.take(max(rows, least), table.shape[1], table)
+        self.table_TK = tables.take(max(rows, least), both.shape[1], both)
         self.least = least
-        weight = table[: self.held.outputs]
+        weight = both[: self.held.outputs]
         self.right = weight.T if group.rank else weight[:, : self.inputs].T
         self.member = DenseMember(self.right.T)
-        long = self.inputs >= _LONG_SUM and table.is_cuda and not ordered.why_not([self.member], dtype)
+        long = self.inputs >= _LONG_SUM and both.is_cuda and not ordered.why_not([self.member], dtype)
         self.few = ordered.MAX_ROWS if long else 0
 
     def place(self, rows: int) -> torch.Tensor | None:
