@@ -244,7 +244,8 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
 
     def _micro_step(self, model: nn.Module) -> torch.Tensor:
         started = time.perf_counter()
-        model.train()
+        if not all(module.training for module in model.modules()):  # looking is cheaper than setting thousands of flags
+            model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have modes too
             self.optimizer.train()
         if self._window is None:

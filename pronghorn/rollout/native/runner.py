@@ -23,19 +23,26 @@ def rollout_mode(model: nn.Module) -> Iterator[None]:
     """No gradients and no dropout inside; every module's own training flag is as it was afterwards, whatever happens.
 
     Flags are set one by one because ``module.eval()`` runs overrides with lasting effects (bitsandbytes repacks its
-    weights), and because a mix of flags has to come back as a mix. ``no_grad`` rather than ``inference_mode``: some
+    weights), and because a mix of flags has to come back as a mix; where they lie, because an 8B model under LoRA has
+    thousands, and the GPU waits. ``no_grad`` rather than ``inference_mode``: some
     modules keep tensors that they make in ``forward`` (rotary tables), and an inference tensor there would break the
     next backward.
     """
     training = [module for module in model.modules() if module.training]
     try:
-        for module in training:
-            module.training = False
+        _flag(training, False)
         with torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
+        _flag(training, True)
+
+
+def _flag(modules: list[nn.Module], training: bool) -> None:
+    for module in modules:
+        if "training" in module.__dict__:
+            module.__dict__["training"] = training
+        else:  # a class that makes a property of it
+            module.training = training
 
 
 class Runner:
