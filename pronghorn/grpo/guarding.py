@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.modes import inference
 from .gradient_guard import GradientGuard
 from .logprobs import score
 from .loss_step import LossStep
 from .metrics import Metrics
 from .rollouts import Rollout
-from .sampling_loop import inference
 from .skipped import SkippedBatch
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..models.modes import inference
 from .batch import PackedRollouts, pack
 from .config import GRPOConfig
 from .correction import Correction, correct
@@ -23,7 +24,6 @@ from .metrics import Metrics
 from .old_policy import comparable, old_policy
 from .reference import Reference
 from .rollouts import Rollout
-from .sampling_loop import inference
 from .setup import has_dropout
 
 

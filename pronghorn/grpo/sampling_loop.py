@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from ..config.errors import ConfigError
 from ..config.sampling import SamplingParams
+from ..models.modes import inference
 from ..rewards.runner import RewardRunner
 from ..rollout import base as rollout
 from .advantages import Advantages, group_advantages
@@ -26,18 +26,6 @@ from .seeds import request_seed as request_seed
 
 Meanwhile = Callable[[list[Rollout]], None]
 """Work on fresh rollouts that needs no rewards."""
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; the model's mode is put back after."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 class SamplingLoop:

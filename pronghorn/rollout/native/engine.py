@@ -12,6 +12,7 @@ import torch
 from ...config.adapters import LIVE, AdapterChoice, Live
 from ...config.errors import ConfigError
 from ...config.sampling import SamplingParams
+from ...models.modes import inference
 from ...models.packed_layer import prepared, prepared_layers
 from ...models.parts import release_held
 from ...models.state import state_of
@@ -30,7 +31,7 @@ from .kv_cache import KVCache, KVShape, capacity, memory_budget, total_memory
 from .outputs import request_outputs
 from .plan import blocks_needed, make_sequences
 from .request import Sequence
-from .runner import Runner, rollout_mode
+from .runner import Runner
 from .scheduler import Scheduler
 from .stepwise import run_stepwise
 
@@ -111,7 +112,7 @@ class NativeEngine:
         sequences = make_sequences(prompts, params, self.max_seq_length, vocab, eos_ids(base, self.tokenizer))
         if sequences:
             on_gpu = torch.cuda.device_of(base.get_input_embeddings().weight)  # graphs are captured on the current one
-            with on_gpu, _adapter(self.model, adapter), rollout_mode(self.model), prepared(self.model):
+            with on_gpu, _adapter(self.model, adapter), inference(self.model), prepared(self.model):
                 compile_ahead(self.model, {"rollouts": rollout_steps})
                 sequences = self._run_or_retry(sequences, vocab, progress)
         return request_outputs(sequences, len(prompts), self._requests, self.tokenizer)
@@ -226,7 +227,7 @@ class NativeEngine:
 
     def check_exact(self) -> None:
         """See :class:`pronghorn.rollout.base.Engine`."""
-        with rollout_mode(self.model), prepared(self.model):
+        with inference(self.model), prepared(self.model):
             check_exact(self.model, prepared_layers(self.model), self.max_num_seqs)
 
     def policy_changed(self) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...models.forward import hidden_states, logits
 from .attention import PrefillAttention
@@ -16,33 +13,6 @@ from .kv_cache import KVCache
 from .paged import PagedDecode
 from .request import Sequence
 from .scheduler import Step
-
-
-@contextmanager
-def rollout_mode(model: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout inside; every module's own training flag is as it was afterwards, whatever happens.
-
-    Flags are set one by one because ``module.eval()`` runs overrides with lasting effects (bitsandbytes repacks its
-    weights), and because a mix of flags has to come back as a mix; where they lie, because an 8B model under LoRA has
-    thousands, and the GPU waits. ``no_grad`` rather than ``inference_mode``: some
-    modules keep tensors that they make in ``forward`` (rotary tables), and an inference tensor there would break the
-    next backward.
-    """
-    training = [module for module in model.modules() if module.training]
-    try:
-        _flag(training, False)
-        with torch.no_grad():
-            yield
-    finally:
-        _flag(training, True)
-
-
-def _flag(modules: list[nn.Module], training: bool) -> None:
-    for module in modules:
-        if "training" in module.__dict__:
-            module.__dict__["training"] = training
-        else:  # a class that makes a property of it
-            module.training = training
 
 
 class Runner:
