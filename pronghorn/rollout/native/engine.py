@@ -95,6 +95,7 @@ class NativeEngine:
         self.oom_retry = oom_retry
         self.cache: KVCache | None = None
         self.scheduler: Scheduler | None = None
+        self._blocks_asked = 0
         self._buffers = Buffers()
         self._decoder: Decoder | None = None
         self._said: set[str] = set()
@@ -264,9 +265,13 @@ class NativeEngine:
         needed, at_least = blocks_needed(sequences, self.block_size, self.max_num_seqs)
         if self.num_kv_blocks is not None:
             needed = self.num_kv_blocks
-        if self.cache is not None and self.cache.shape == shape and self.cache.num_blocks >= needed:
-            return self.cache
+        if self.cache is not None and self.cache.shape == shape:
+            # Beside training a cache that memory cut short stays: another would need all graphs captured again.
+            cut = self._snapshot is not None and needed <= self._blocks_asked and at_least <= self.cache.num_blocks
+            if self.cache.num_blocks >= needed or cut:
+                return self.cache
         self.release()
+        self._blocks_asked = needed
         release_held(layers(self.model))  # training's; generation reads the 4-bit ones
         if self.num_kv_blocks is None:
             needed = capacity(shape, self.block_size, needed, at_least, self.utilization)
