@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..config.sampling import SamplingParams
 from ..data.chat import is_chat
+from ..rollout.base import CompletionOutput, Drawing
 from .generation import Generation
 from .rollouts import Rollout
 
@@ -25,6 +28,14 @@ class Drawer(Protocol):
     def __call__(self, rows: list[dict[str, Any]], group: int, seeds: Seeds, first: int) -> Generation: ...
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A generation that is ready to be drawn by whatever thread calls ``finish``, once."""
+
+    drawing: Drawing
+    finish: Callable[[], Generation]
+
+
 class SingleTurn:
     """One request a prompt, answered in one turn."""
 
@@ -32,9 +43,36 @@ class SingleTurn:
         self.loop = loop
 
     def __call__(self, rows: list[dict[str, Any]], group: int, seeds: Seeds, first: int) -> Generation:
+        prompt_ids, params, truncated = self._requests(rows, group, seeds, first)
+        return self._made(rows, group, prompt_ids, truncated, self.loop.generate(prompt_ids, params))
+
+    def begin(self, rows: list[dict[str, Any]], group: int, seeds: Seeds, first: int) -> Begun:
+        """The same by the policy as it is now, drawn later and elsewhere: prompts are encoded here, on the caller's
+        thread."""
+        prompt_ids, params, truncated = self._requests(rows, group, seeds, first)
+        drawing = self.loop.engine.ready(prompt_ids, params, self.loop.args.rollout_keep_share)
+
+        def finish() -> Generation:
+            outputs = [output for request in drawing() for output in request.outputs]
+            return self._made(rows, group, prompt_ids, truncated, outputs)
+
+        return Begun(drawing, finish)
+
+    def _requests(
+        self, rows: Sequence[dict[str, Any]], group: int, seeds: Seeds, first: int
+    ) -> tuple[list[list[int]], list[SamplingParams], int]:
+        """Prompts as ids, how each is answered, and how many lost tokens."""
         prompt_ids, truncated = self.loop.encoder([row["prompt"] for row in rows[::group]])
-        params = [self.loop.params(group, seeds(first + p)) for p in range(len(prompt_ids))]
-        outputs = self.loop.generate(prompt_ids, params)
+        return prompt_ids, [self.loop.params(group, seeds(first + p)) for p in range(len(prompt_ids))], truncated
+
+    def _made(
+        self,
+        rows: list[dict[str, Any]],
+        group: int,
+        prompt_ids: Sequence[list[int]],
+        truncated: int,
+        outputs: Sequence[CompletionOutput],
+    ) -> Generation:
         rollouts = [
             Rollout(
                 prompt_ids[i // group],

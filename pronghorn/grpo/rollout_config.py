@@ -49,9 +49,15 @@ def check_rollouts(args: Any) -> None:
         raise ConfigError(
             f"GRPOConfig: rollout_keep_share={args.rollout_keep_share} is no share of memory; give a number from 0 to 1"
         )
+    if args.rollout_overlap and args.rollout_oom_retry:
+        raise ConfigError(
+            "GRPOConfig: rollout_oom_retry=True with rollout_overlap=True: graphs of another size cannot be made while "
+            "the policy trains; leave rollout_oom_retry out and lower gpu_memory_utilization, or leave out "
+            "rollout_overlap"
+        )
     if args.rollout_engine == "native":
         return
-    for name, off in {"rollout_precision": "auto", "rollout_oom_retry": False}.items():
+    for name, off in {"rollout_precision": "auto", "rollout_oom_retry": False, "rollout_overlap": False}.items():
         if getattr(args, name) != off:
             raise ConfigError(
                 f"GRPOConfig: {name}={getattr(args, name)!r} with rollout_engine={args.rollout_engine!r}, which does "

@@ -26,6 +26,8 @@ class SamplingFields:
         curriculum_floor: share of the draws that go by no preference, in (0, 1], so that no prompt is lost for good.
         rollout_staleness: generations that are sampled ahead, so that their rewards are computed while earlier ones
             are trained on; 0 is on policy.
+        rollout_overlap: draw what is sampled ahead on a thread of its own while earlier generations are trained on,
+            by the policy as it was before: the same run, bit for bit, as without it. Needs ``rollout_staleness``.
     """
 
     dynamic_sampling: bool = field(
@@ -56,6 +58,10 @@ class SamplingFields:
         default=0, metadata={"help": "Generations sampled ahead, scored while earlier ones train; 0 is on policy."}
     )
 
+    rollout_overlap: bool = field(
+        default=False, metadata={"help": "Draw generations that are sampled ahead while earlier ones train."}
+    )
+
     def check_sampling(self) -> None:
         """Raise ``ConfigError`` for a value out of range."""
         checks = {
@@ -69,6 +75,11 @@ class SamplingFields:
         for name, (fine, remedy) in checks.items():
             if not fine:
                 raise ConfigError(f"GRPOConfig: {name}={getattr(self, name)!r} is out of range; {remedy}")
+        if self.rollout_overlap and not self.rollout_staleness:
+            raise ConfigError(
+                "GRPOConfig: rollout_overlap=True with rollout_staleness=0, where nothing is sampled ahead; set "
+                "rollout_staleness=1, or leave rollout_overlap out"
+            )
 
     @property
     def chooses_prompts(self) -> bool:

@@ -18,7 +18,7 @@ from ..rollout import base as rollout
 from .advantages import Advantages, group_advantages
 from .config import GRPOConfig
 from .data import PromptEncoder
-from .drawing import Drawer, SingleTurn
+from .drawing import Begun, Drawer, SingleTurn
 from .generation import Generation
 from .metrics import Metrics
 from .rollouts import Rollout, Sample
@@ -91,10 +91,23 @@ class SamplingLoop:
         Args:
             first: prompts that this generation has drawn before: request seeds go on from there.
         """
-        rows = list(rows)
+        self._before_drawing()
+        return self._drawn(self.drawer(list(rows), group, lambda *path: request_seed(seed, *path), first))
+
+    def begin(self, rows: Sequence[dict[str, Any]], group: int, seed: int, first: int = 0) -> Begun:
+        """As :meth:`draw` by the policy as it is now, drawn when ``finish`` is called, on whatever thread. What trains
+        may move meanwhile.
+        """
+        assert isinstance(self.drawer, SingleTurn)  # setup.check_overlap
+        self._before_drawing()
+        begun = self.drawer.begin(list(rows), group, lambda *path: request_seed(seed, *path), first)
+        return Begun(begun.drawing, lambda: self._drawn(begun.finish()))
+
+    def _before_drawing(self) -> None:
         self.runner.prepare()
         self.engine.policy_changed()
-        drawn = self.drawer(rows, group, lambda *path: request_seed(seed, *path), first)
+
+    def _drawn(self, drawn: Generation) -> Generation:
         for r in drawn.rollouts:
             r.scored = not (r.truncated and self.args.mask_truncated_completions)
         return drawn
@@ -105,13 +118,19 @@ class SamplingLoop:
         """The engine's completions of all prompts, one prompt's behind the other's; no dropout, no gradients."""
         with inference(self.model):
             requests = self.engine.generate(prompts, params)
-        self.engine.rest(self.args.rollout_keep_share)
+        if not self.args.rollout_overlap:  # what draws beside training stays
+            self.rest()
         outputs = [output for request in requests for output in request.outputs]
         if len(outputs) != sum(p.n for p in params):
             raise RuntimeError(
                 f"the rollout engine gave {len(outputs)} completions for {sum(p.n for p in params)} asked for"
             )
         return outputs
+
+    def rest(self) -> None:
+        """No more is sampled for now: see :meth:`pronghorn.rollout.base.Engine.rest`."""
+        if self._engine is not None:
+            self._engine.rest(self.args.rollout_keep_share)
 
     def score(self, generation: Generation, state: Any, meanwhile: Meanwhile | None = None) -> None:
         """Call the reward functions, ``meanwhile`` beside those that run elsewhere (see :meth:`make`).

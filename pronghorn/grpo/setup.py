@@ -15,6 +15,7 @@ from ..config.load import LoadConfig
 from ..config.lora import LoraDefaults
 from ..lora.active import adapter_names
 from ..models.state import state_of
+from ..rollout import base as rollout
 from .config import GRPOConfig
 from .data import PromptEncoder
 from .drawing import Drawer, SingleTurn
@@ -124,6 +125,28 @@ def choose_drawer(loop: SamplingLoop, tools: Tools | None, rollout_func: Any, tr
     if tools is not None:
         return ToolLoop(loop, tools, state_of(loop.model).max_seq_length)
     return SingleTurn(loop)
+
+
+def check_overlap(loop: SamplingLoop) -> None:
+    """Refuse ``rollout_overlap`` where generations cannot be drawn beside training.
+
+    Raises:
+        ConfigError: completions that are not made in one turn, or a model of which more trains than LoRA's matrices.
+    """
+    if not loop.args.rollout_overlap:
+        return
+    if not isinstance(loop.drawer, SingleTurn):
+        raise ConfigError(
+            "GRPOConfig: rollout_overlap=True with tools or a rollout_func, which would be called beside training; set "
+            "rollout_overlap=False"
+        )
+    reason = rollout.why_no_overlap(loop.model)
+    if reason:
+        raise ConfigError(
+            f"GRPOConfig: rollout_overlap=True cannot serve {reason}: generations drawn beside training read a copy of "
+            "LoRA's A and B of the layers' projections, and nothing else may train or be called; set "
+            "rollout_overlap=False"
+        )
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -6,7 +6,8 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from .background import Background
@@ -14,6 +15,7 @@ from .config import GRPOConfig
 from .curriculum import Curriculum
 from .generation import Generation
 from .metrics import Metrics
+from .pending import Pending
 from .prompt_stream import PromptStream
 from .replay import ReplayBuffer
 from .rollouts import Rollout
@@ -24,26 +26,6 @@ from .spread import Outcome, refill_size
 logger = logging.getLogger("pronghorn")
 
 Row = dict[str, Any]
-
-
-@dataclass
-class Pending:
-    """A sampled generation: number ``index``, by the policy of generation ``opened``, of the data set's rows ``picks``.
-
-    ``scoring`` is under way, or None when the rewards are in; ``picks`` is empty where the data loader chose the rows.
-    """
-
-    index: int
-    opened: int
-    picks: list[int]
-    generation: Generation
-    scoring: Background | None = None
-
-    def wait(self) -> Generation:
-        if self.scoring is not None:
-            self.scoring.result()
-            self.scoring = None
-        return self.generation
 
 
 class Supply:
@@ -70,8 +52,10 @@ class Supply:
         self.reset()
 
     def reset(self) -> None:
-        """As at the start of a run. Scoring that is under way goes on, and :meth:`settle` waits for it."""
-        self._left += [pending for pending in self.pending if pending.scoring is not None]
+        """As at the start of a run. What is under way is stopped, or where it is scored goes on: see :meth:`settle`."""
+        for pending in self.pending:
+            pending.stop()
+        self._left += self.pending
         rows, seed = len(self.dataset), self.args.seed
         self.stream = PromptStream(rows, bool(self.args.shuffle_dataset), seed)
         self.curriculum = Curriculum(rows, seed, self.args.curriculum_floor) if self.args.curriculum else None
@@ -80,12 +64,16 @@ class Supply:
         self._said = False
 
     def settle(self) -> None:
-        """A run is over: wait until no reward function runs any more for generations that were sampled ahead."""
+        """A run is over: wait until nothing is drawn and no reward function runs for generations sampled ahead."""
         left, self._left = [*self._left, *self.pending], []
         for pending in left:
-            error = None if pending.scoring is None else pending.scoring.end()
-            if error is not None:
-                logger.warning("rewards of generation %d, sampled ahead and not used: %s", pending.index, error)
+            pending.stop()
+        for pending in left:
+            failed = pending.end()
+            if failed is not None:
+                logger.warning("%s", failed)
+        if self.args.rollout_overlap:
+            self.sampling.rest()
 
     def next(self, rows: Sequence[Row], index: int, metrics: Metrics, state: Any, annotate: Meanwhile) -> list[Rollout]:
         """The rollouts of generation ``index``, with advantages.
@@ -95,22 +83,30 @@ class Supply:
             index: generations begun before this one in the whole run.
             annotate: gives rollouts the log-probabilities that the loss needs, by the policy as it is now.
         """
-        ahead = self.args.rollout_staleness
+        ahead, waited = self.args.rollout_staleness, 0.0
         while len(self.pending) <= ahead:
-            self.pending.append(self._begin(rows, index + len(self.pending), index, state, annotate))
-        current = self.pending.pop(0)
+            self._begin(rows, index + len(self.pending), index, state, annotate)
+        if not self.args.dynamic_sampling:
+            waited += self._start()
+        current = self.pending[0]
+        current.drawn()
+        waited += current.waited
         started = time.perf_counter()
         generation = current.wait()
         if ahead:
             metrics.mean("sampling/scoring_wait", time.perf_counter() - started)
+        self.pending.pop(0)
         for r in generation.rollouts:
             r.age = index - current.opened
         spread = self.outcome.spread(generation.rewards, self.group)
         if self.args.dynamic_sampling:  # on a copy: a stop within this step goes back to what was noted at its start
             generation = generation.copy()
             current = replace(current, picks=[*current.picks], generation=generation)
-            spread = self._refill(current, spread, metrics, state, annotate)
-        self._measure(current, metrics)
+            spread = self._refill(generation, current, spread, metrics, state, annotate)
+            waited += self._start()
+        if self.args.rollout_overlap:
+            metrics.mean("sampling/generation_wait", waited)
+        self._measure(generation, current.picks, metrics)
         rollouts = self._choose(generation, spread, index, metrics, state)
         aged = [r for r in rollouts if r.age]
         if aged:  # fresh ones got theirs while they were scored
@@ -119,23 +115,68 @@ class Supply:
         state.num_input_tokens_seen += tokens
         return rollouts
 
-    def _begin(self, rows: Sequence[Row], index: int, opened: int, state: Any, annotate: Meanwhile) -> Pending:
-        """Sample generation ``index`` now. Its scoring goes on in the background where it is sampled ahead."""
+    def _begin(self, rows: Sequence[Row], index: int, opened: int, state: Any, annotate: Meanwhile) -> None:
+        """Sample generation ``index`` now, or where that overlaps with training choose its prompts and leave it to
+        :meth:`_start`. Its scoring goes on in the background where it is sampled ahead.
+        """
         picks: list[int] = []
         if self.args.chooses_prompts:
             picks = self._pick(self.prompts, [row for other in self.pending for row in other.picks])
             rows = self._rows(picks)
-        generation = self.sampling.draw(rows, self.group, self._seed(index))
-        made = Pending(index, opened, picks, generation)
-        if self.args.rollout_staleness:
-            seen = copy.copy(state)  # the run's own moves on while the reward functions look at it
-            before = self.pending[-1].scoring if self.pending else None  # generations are scored in their order
-            made.scoring = Background(lambda: self.sampling.score(generation, seen), after=before)
-            if index == opened:
-                annotate(generation.rollouts)
-        else:
+        made = Pending(index, opened, picks)
+        seen = copy.copy(state)  # the run's own moves on while the reward functions look at it
+        if self.args.rollout_overlap and index != opened:
+            made.start = partial(self._launch, made, rows, seen)
+            self.pending.append(made)
+            return
+        started = time.perf_counter()
+        generation = made.generation = self._draw(rows, index)
+        made.waited = time.perf_counter() - started
+        before = self.pending[-1].scoring if self.pending else None  # generations are scored in their order
+        self.pending.append(made)
+        if not self.args.rollout_staleness:
             self.sampling.score(generation, state, annotate)
-        return made
+            return
+        made.scoring = Background(lambda: self.sampling.score(generation, seen), after=before)
+        made.scoring.start()
+        if index == opened:
+            annotate(generation.rollouts)
+
+    def _draw(self, rows: Sequence[Row], index: int, first: int = 0) -> Generation:
+        """Sample now, on this thread: with ``rollout_overlap`` by the snapshot, whose graphs then serve all."""
+        if self.args.rollout_overlap:
+            return self.sampling.begin(rows, self.group, self._seed(index), first).finish()
+        return self.sampling.draw(rows, self.group, self._seed(index), first=first)
+
+    def _start(self) -> float:
+        """Begin to draw what is to be drawn beside training; seconds that it had to wait for what is being drawn. The
+        policy is still that of the step's start.
+
+        With ``dynamic_sampling`` that is behind the refills, which need the engine first.
+        """
+        waited, before = 0.0, None
+        for pending in self.pending:
+            if pending.start is not None:
+                started = time.perf_counter()
+                if before is not None and before.drawing is not None:
+                    before.drawing.over()
+                waited += time.perf_counter() - started
+                start, pending.start = pending.start, None
+                start(None if before is None else before.scoring)
+            before = pending
+        return waited
+
+    def _launch(self, made: Pending, rows: Sequence[Row], seen: Any, before: Background | None) -> None:
+        """Draw and score ``made`` on threads of its own. It has the engine when this returns: whoever asks next waits.
+
+        Everything is noted in ``made`` before a thread starts, so that whatever interrupts this leaves none unknown.
+        """
+        made.begun = self.sampling.begin(rows, self.group, self._seed(made.index))
+        drawing = made.drawing = Background(made.begun.finish, kind="sampling")
+        made.scoring = Background(lambda: self.sampling.score(drawing.result(), seen), after=before)
+        drawing.start()
+        made.scoring.start()
+        made.begun.drawing.wait_begun()
 
     def _seed(self, index: int) -> int:
         return request_seed(self.args.seed, False, index)
@@ -148,14 +189,20 @@ class Supply:
         return [row for pick in picks for row in [self.dataset[pick]] * self.group]
 
     def _refill(
-        self, current: Pending, spread: list[bool], metrics: Metrics, state: Any, annotate: Meanwhile
+        self,
+        generation: Generation,
+        current: Pending,
+        spread: list[bool],
+        metrics: Metrics,
+        state: Any,
+        annotate: Meanwhile,
     ) -> list[bool]:
         """Draw further prompts until enough groups have spread, or the rounds are used up (DAPO, section 3.2)."""
-        generation, rounds = current.generation, 0
+        rounds = 0
         while sum(spread) < self.prompts and rounds < self.args.dynamic_sampling_max_rounds:
             count = refill_size(self.prompts - sum(spread), sum(spread), len(spread), self.prompts)
             picks = self._pick(count, current.picks)
-            more = self.sampling.draw(self._rows(picks), self.group, self._seed(current.index), first=len(spread))
+            more = self._draw(self._rows(picks), current.index, first=len(spread))
             self.sampling.score(more, state, annotate)
             spread = spread + self.outcome.spread(more.rewards, self.group)
             generation.extend(more)
@@ -164,12 +211,12 @@ class Supply:
         metrics.mean("sampling/refill_rounds", rounds)
         return spread
 
-    def _measure(self, current: Pending, metrics: Metrics) -> None:
+    def _measure(self, generation: Generation, picks: Sequence[int], metrics: Metrics) -> None:
         """Tell the curriculum how often each prompt was solved."""
         if self.curriculum is None:
             return
-        solved = self.outcome.solved(current.generation.rewards, self.group, self.args.curriculum_solved_at)
-        self.curriculum.record(current.picks, solved, self.group)
+        solved = self.outcome.solved(generation.rewards, self.group, self.args.curriculum_solved_at)
+        self.curriculum.record(picks, solved, self.group)
         metrics.mean("sampling/solve_rate", sum(solved) / (len(solved) * self.group))
 
     def _choose(
@@ -206,11 +253,11 @@ class Supply:
             )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint; waits for the scoring that is under way."""
+        """For a checkpoint; waits for what is being drawn and scored."""
         return self.noted()()
 
     def noted(self) -> Callable[[], dict[str, Any]]:
-        """What gives the state as of now; only calling it waits for the scoring that is under way."""
+        """What gives the state as of now; only calling it waits for what is being drawn and scored."""
         now = {
             "stream": self.stream.state_dict(),
             "curriculum": None if self.curriculum is None else self.curriculum.state_dict(),

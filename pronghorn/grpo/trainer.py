@@ -34,7 +34,7 @@ from .samples import print_samples
 from .sampling_loop import SamplingLoop
 from .saving import SavingMixin
 from .seeds import request_seed
-from .setup import as_config, as_model, check_precision, choose_drawer, prompt_encoder
+from .setup import as_config, as_model, check_overlap, check_precision, choose_drawer, prompt_encoder
 from .stateful import StatefulParts
 from .stop_signal import StopSignal
 from .supply import Supply
@@ -140,6 +140,7 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         )
         self.sampling = SamplingLoop(args, self.model, tokenizer, encoder, runner)
         self.sampling.drawer = choose_drawer(self.sampling, known, rollout_func, self)
+        check_overlap(self.sampling)
         self.supply = Supply(args, self.sampling, self._training_rows())
         self.stateful.add("supply", self.supply)
         self.loss_step = LossStep(args, self.model)

@@ -80,6 +80,7 @@ _recorded: Recorded | None = None
 @contextmanager
 def recording() -> Iterator[Recorded]:
     """Kernels of all threads (autograd's, too) are noted down, not run: what they would have written is not written.
+    Only those inside :func:`not_recorded` run.
 
     Raises:
         RuntimeError: inside another recording.
@@ -94,9 +95,22 @@ def recording() -> Iterator[Recorded]:
         _recorded = None
 
 
+_real: ContextVar[bool] = ContextVar("real", default=False)
+
+
+@contextmanager
+def not_recorded() -> Iterator[None]:
+    """This thread's launches are made, also while another thread records: a rollout goes on while a model is loaded."""
+    token = _real.set(True)
+    try:
+        yield
+    finally:
+        _real.reset(token)
+
+
 def current_recording() -> Recorded | None:
-    """Where launches go instead of the GPU, or None: they are made."""
-    return _recorded
+    """Where this thread's launches go instead of the GPU, or None: they are made."""
+    return None if _recorded is None or _real.get() else _recorded
 
 
 _chained: ContextVar[bool] = ContextVar("chained", default=False)
@@ -140,8 +154,8 @@ class Launcher:
         if self.chains:
             args = self.in_chain(args, options)
         key = self._key(args, options)
-        if _recorded is not None:
-            _recorded.launch(self.kernel, key, args, options)
+        if (recorded := current_recording()) is not None:
+            recorded.launch(self.kernel, key, args, options)
             return
         compiled = self.compiled.get(key)
         if compiled is None:
@@ -197,11 +211,12 @@ class Bound:
         for place, tensor in zip(self.free, tensors):
             args[place] = tensor
             aligned = aligned and tensor.data_ptr() % 16 == 0
-        if aligned and self._run is not None and _recorded is None:
+        recorded = current_recording()
+        if aligned and self._run is not None and recorded is None:
             self._run(*args)
             return
         self.launcher(self.grid, *args, **self.options)
-        if aligned and _recorded is None:
+        if aligned and recorded is None:
             compiled = self.launcher.compiled.get(self.launcher._key(tuple(args), self.options))
             if compiled is not None:
                 self._run = compiled[(*self.grid, 1, 1)[:3]]

@@ -121,8 +121,10 @@ _launch_few, _launch_many = Launcher(_few_rows, chains=True), Launcher(_many_row
 
 
 @cache
-def _workspace(device: torch.device, tiles: int, elements: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of the runs, and how many have arrived: made once, so that a CUDA graph may hold them."""
+def _workspace(device: torch.device, stream: int, tiles: int, elements: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of the runs, and how many have arrived: made once, so that a CUDA graph may hold them. A stream has its own,
+    as a rollout may be drawn on one while training runs on another.
+    """
     return (
         torch.empty(tiles * SPLITS * elements, dtype=torch.float32, device=device),
         torch.zeros(tiles, dtype=torch.int32, device=device),
@@ -151,7 +153,8 @@ def low_rank(
                 T, step, _capability(x_TI.get_device())
             )
             tiles_t, tiles_r = triton.cdiv(T, block_t), triton.cdiv(R, block_r)
-            part, arrived = _workspace(x_TI.device, tiles_t * tiles_r, block_t * block_r)
+            stream = torch.cuda.current_stream(x_TI.device).cuda_stream if x_TI.is_cuda else 0
+            part, arrived = _workspace(x_TI.device, stream, tiles_t * tiles_r, block_t * block_r)
             _launch_few(
                 (SPLITS, tiles_t, tiles_r), x_TI, a_RI, out_TR, part, arrived, *common, block_t, block_r, block_i,
                 x_TI.is_cuda and _capability(x_TI.get_device()) >= (9, 0),

@@ -72,6 +72,33 @@ class RequestOutput:
     finished: bool = True
 
 
+class DrawingStopped(Exception):
+    """A :class:`Drawing` was stopped before its end, as nobody needs it any more."""
+
+
+class Drawing(Protocol):
+    """A generation that is ready: called once, from any thread, it is drawn by the policy of when it was made ready.
+
+    The engine draws one generation at a time, so whatever else is asked of it meanwhile waits.
+    """
+
+    def __call__(self) -> list[RequestOutput]:
+        """Draw it.
+
+        Raises:
+            DrawingStopped: :meth:`stop` came first.
+        """
+        ...
+
+    def wait_begun(self) -> None:
+        """Wait until the thread that draws has the engine, or has failed: only then may others ask for it."""
+        ...
+
+    def stop(self) -> None:
+        """End it at the next look at its tokens."""
+        ...
+
+
 class Engine(Protocol):
     """What generates. Results come in the order of the prompts, whatever order they finish in."""
 
@@ -86,6 +113,20 @@ class Engine(Protocol):
 
         Raises:
             ConfigError: an empty prompt, one without room for a new token, or a request that the cache cannot hold.
+        """
+        ...
+
+    def ready(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], keep_share: float
+    ) -> Drawing:
+        """Make all ready to draw ``params.n`` completions of each prompt by the live policy as it is now, while the
+        policy goes on training. To be called between optimizer steps, on the thread that trains.
+
+        Args:
+            keep_share: share of the device's memory up to which weights may be kept a second time for it.
+
+        Raises:
+            ConfigError: as ``generate``; or the engine, or this model, cannot be drawn from while it trains.
         """
         ...
 
@@ -110,6 +151,13 @@ class Engine(Protocol):
     def policy_changed(self) -> None:
         """The weights changed: forget keys and values computed under the old ones."""
         ...
+
+
+def why_no_overlap(model: Any) -> str:
+    """In words, what of ``model`` keeps the native engine from drawing while it trains; empty where it can."""
+    from .native.snapshot import why_no_snapshot  # torch
+
+    return why_no_snapshot(model)
 
 
 # name -> (module in this package, class). Imported when first asked for.

@@ -14,7 +14,7 @@ from ..config.errors import ConfigError
 from ..config.sampling import SamplingParams
 from ..lora.io import save_lora
 from ..models.state import state_of
-from .base import CompletionOutput, Logprob, Progress, RequestOutput
+from .base import CompletionOutput, Drawing, Logprob, Progress, RequestOutput
 
 # SamplingParams fields that vLLM takes under the same name.
 _SHARED = (
@@ -117,6 +117,10 @@ class VLLMEngine:
             done = [c for o in outputs for c in o.outputs]
             progress(len(done), len(done), sum(len(c.token_ids) for c in done))
         return outputs
+
+    def ready(self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams], keep_share: float) -> Drawing:
+        """Raises: vLLM is not asked from a second thread."""
+        raise ConfigError("rollout engine 'vllm' cannot draw while the policy trains (rollout_overlap); use 'native'")
 
     def release(self) -> None:
         """Put vLLM to sleep: its cache is freed and its weights move to the host's memory."""

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from pronghorn.kernels.launch import Launcher, TensorLike, _chained, chained, current_recording, recording
+from pronghorn.kernels.launch import (
+    Launcher,
+    TensorLike,
+    _chained,
+    chained,
+    current_recording,
+    not_recorded,
+    recording,
+)
 
 
 class Compiled:
@@ -135,3 +143,21 @@ def test_kernels_of_a_chain_are_told_to_wait_where_they_begin_early(monkeypatch:
         (False, None),
         (True, True),
     ]
+
+
+def test_a_rollouts_launches_are_made_while_another_thread_records() -> None:
+    kernel = Kernel()
+    launch, x = Launcher(kernel), torch.empty(64)
+
+    def draw() -> None:
+        with not_recorded():
+            launch((4,), x, 32, 0.5, 7, num_warps=4)
+            assert current_recording() is None
+
+    with recording() as recorded:
+        thread = threading.Thread(target=draw)
+        thread.start()
+        thread.join()
+        assert kernel.bound == 1 and recorded.launches == []
+        launch((4,), x, 32, 0.5, 7, num_warps=4)
+    assert kernel.bound == 1 and len(recorded.launches) == 1

@@ -85,10 +85,17 @@ class Decoder:
         cache: keys and values.
         sizes: most rows at once, most new tokens and most tokens of one row, most stop ids, whether any is penalised.
         spare_bytes: memory that it may take to keep 4-bit weights in 16 bits, where batches are large.
+        stream: what graphs are captured on; its own where None.
     """
 
     def __init__(
-        self, model: Any, found: list[tuple[Parts, Groups]], cache: KVCache, sizes: Sizes, spare_bytes: int = 0
+        self,
+        model: Any,
+        found: list[tuple[Parts, Groups]],
+        cache: KVCache,
+        sizes: Sizes,
+        spare_bytes: int = 0,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.model, self.cache, self.sizes = model, cache, sizes
         self.hold = held_bytes_of(found, cache.shape.dtype) <= spare_bytes
@@ -114,6 +121,7 @@ class Decoder:
         )
         self._graphs: dict[tuple[int, Variant], Replay] = {}
         self._pool: Any = None
+        self._stream = stream
         self.slots: list[Sequence | None] = [None] * rows
         self.slot_of: dict[int, int] = {}
         self.variant = Variant()
@@ -287,18 +295,26 @@ class Decoder:
             graph = self._graphs[rows, self.variant] = self._capture(rows, owners)
         return graph
 
+    def capture_all(self) -> None:
+        """Make every graph that the rollout which was begun can ask for."""
+        for rows in BUCKETS[: 1 + BUCKETS.index(bucket_of(self.sizes.rows))]:
+            self._graph(rows)
+
     def _capture(self, rows: int, owners: list[int]) -> torch.cuda.CUDAGraph:
-        """Kernels compile and workspaces are made in a step outside of the graph, in which no row runs."""
+        """Kernels compile and workspaces are made in a step outside of the graph, in which no row runs. Both are on one
+        stream: kernels keep a workspace a stream, and one that was first made within a graph would be the graph's.
+        """
         state = self.state
         kept = [t.clone() for t in (state.slots_B, state.lengths_B, state.finished_B)]
         state.clear(owners)
-        stream = torch.cuda.Stream(self.cache.shape.device)
+        stream = self._stream = self._stream or torch.cuda.Stream(self.cache.shape.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._step(rows)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # rewards may use the GPU
+        mode = "thread_local"  # rewards may use the GPU
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode=mode):
             self._step(rows)
         self._pool = graph.pool()
         for t, was in zip((state.slots_B, state.lengths_B, state.finished_B), kept):

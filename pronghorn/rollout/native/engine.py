@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,15 +31,21 @@ from .exact import check_exact
 from .held import Buffers
 from .kv_cache import KVCache, KVShape, capacity, memory_budget, total_memory
 from .outputs import request_outputs
+from .overlap import Drawing, SideStream
 from .plan import blocks_needed, make_sequences
 from .request import Sequence
-from .runner import Runner
+from .runner import LivePolicy, Runner
 from .scheduler import Scheduler
+from .snapshot import Snapshot
 from .stepwise import run_stepwise
 
 
 class NativeEngine:
     """Generates with the model's own modules and weights; nothing is copied, so an optimizer step shows at once.
+
+    What is made :meth:`ready` is drawn under a snapshot of the adapters instead, and from then on so is every live
+    generation, the snapshot taken anew: graphs hold its memory and serve both. One generation runs at a time, whatever
+    thread asks.
 
     Args:
         model: a Pronghorn model, with or without PEFT around it. ``engine.model`` may be set anew when PEFT wraps it.
@@ -88,10 +96,16 @@ class NativeEngine:
         self.oom_retry = oom_retry
         self.cache: KVCache | None = None
         self.scheduler: Scheduler | None = None
+        self._blocks_asked = 0
         self._buffers = Buffers()
         self._decoder: Decoder | None = None
         self._said: set[str] = set()
         self._requests = itertools.count()
+        self._turn = threading.RLock()  # held by whoever generates, or gives memory back
+        self._turns = 0
+        self._snapshot: Snapshot | None = None
+        self._keep_share = 1.0
+        self._stream: torch.cuda.Stream | None = None
 
     def generate(
         self,
@@ -107,22 +121,79 @@ class NativeEngine:
             torch.OutOfMemoryError: with the remedy, when a step does not fit the device.
             FloatingPointError: the model gave logits that are not numbers.
         """
-        base = unwrap(self.model)
-        vocab = base.config.vocab_size
-        sequences = make_sequences(prompts, params, self.max_seq_length, vocab, eos_ids(base, self.tokenizer))
+        sequences = self._sequences(prompts, params)
         if sequences:
-            on_gpu = torch.cuda.device_of(base.get_input_embeddings().weight)  # graphs are captured on the current one
-            with on_gpu, _adapter(self.model, adapter), inference(self.model), prepared(self.model):
+            with self._turn, self._on_device(), self._policy(adapter):
+                self._turns += 1
                 compile_ahead(self.model, {"rollouts": rollout_steps})
-                sequences = self._run_or_retry(sequences, vocab, progress)
+                sequences = self._run_or_retry(sequences, progress)
         return request_outputs(sequences, len(prompts), self._requests, self.tokenizer)
 
-    def _run_or_retry(self, sequences: list[Sequence], vocab: int, progress: Progress | None) -> list[Sequence]:
+    def ready(self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams], keep_share: float) -> Drawing:
+        """See :class:`pronghorn.rollout.base.Engine`. Cache, slots and every graph that the drawing can ask for are
+        made here: while another thread trains, a capture would be broken by whatever waits for the whole GPU.
+        """
+        sequences = self._sequences(prompts, params)
+        if not sequences:
+            raise ConfigError("rollout engine: prompts is empty; give at least one to draw from")
+        with self._turn, self._on_device(), inference(self.model):
+            self._keep_share = keep_share
+            if self._snapshot is not None and self._snapshot.serves(self.model):
+                self._snapshot.refresh()
+            else:
+                self._snapshot = None  # its memory first
+                self._snapshot = Snapshot(self.model)
+            compile_ahead(self.model, {"rollouts": rollout_steps})
+            cache = self._ready_cache(sequences)
+            decoder = self._ready_decoder(sequences, cache)
+            if decoder is not None:
+                decoder.capture_all()
+            where = SideStream(cache.shape.device, self._own_stream(cache.shape.device))
+            self._turns += 1
+            turn = self._turns
+
+        def run(progress: Progress) -> list[RequestOutput]:
+            self._run(sequences, progress, cache)
+            return request_outputs(sequences, len(prompts), self._requests, self.tokenizer)
+
+        return Drawing(self._turn, lambda: self._turns == turn, where, run)
+
+    def _own_stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        """Where graphs are captured, and what is ready is drawn; None on the CPU."""
+        if self._stream is None and device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+        return self._stream
+
+    def _sequences(self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]) -> list[Sequence]:
+        base = unwrap(self.model)
+        ends = eos_ids(base, self.tokenizer)
+        return make_sequences(prompts, params, self.max_seq_length, base.config.vocab_size, ends)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Graphs are captured on the current GPU, so the model's own is made the current one."""
+        return torch.cuda.device_of(unwrap(self.model).get_input_embeddings().weight)
+
+    @contextmanager
+    def _policy(self, adapter: AdapterChoice) -> Iterator[None]:
+        """What answers, for the time of a rollout on the trainer's thread: the model as it stands, under ``adapter``,
+        or, where generations are drawn beside training, the snapshot of it, taken now.
+        """
+        snapshot = self._snapshot
+        if snapshot is not None and isinstance(adapter, Live) and snapshot.serves(self.model):
+            snapshot.refresh()
+            with inference(self.model):
+                yield
+            return
+        self._snapshot = None
+        with _adapter(self.model, adapter), inference(self.model), prepared(self.model):
+            yield
+
+    def _run_or_retry(self, sequences: list[Sequence], progress: Progress | None) -> list[Sequence]:
         """Run them to their end; with ``oom_retry`` again from their start with half the rows, until it fits."""
         while True:
             rows = min(self.max_num_seqs, len(sequences))
             try:
-                self._run(sequences, vocab, progress)
+                self._run(sequences, progress, self._ready_cache(sequences))
                 return sequences
             except torch.OutOfMemoryError as error:
                 if not self.oom_retry or rows == 1:
@@ -133,23 +204,24 @@ class NativeEngine:
             print(f"Pronghorn: {line}; running it again with max_num_seqs={self.max_num_seqs}", flush=True)
             sequences = [s.anew() for s in sequences]
 
-    def _run(self, sequences: list[Sequence], vocab: int, progress: Progress | None) -> None:
-        cache = self._ready_cache(sequences)
+    def _run(self, sequences: list[Sequence], progress: Progress | None, cache: KVCache) -> None:
         blocks = BlockManager(cache.num_blocks, self.block_size)
         together = max(1, self.max_num_seqs // 8)
         scheduler = Scheduler(blocks, self.max_num_seqs, self.max_prefill_tokens, together)
         self.scheduler = scheduler
-        runner = Runner(self.model, cache, self._buffers)
+        runner = Runner(self._snapshot or LivePolicy(self.model), cache, self._buffers)
         try:
             for sequence in sequences:
                 scheduler.add(sequence)
             ending = Ending(scheduler, self.tokenizer, len(sequences), progress)
             decoder = self._ready_decoder(sequences, cache)
             if decoder is None:
+                vocab = unwrap(self.model).config.vocab_size
                 run_stepwise(scheduler, runner, ending, vocab, self.tokenizer)
             else:
                 run_ahead(scheduler, runner, ending, decoder)
         except torch.OutOfMemoryError as error:
+            _finish_queued(cache.shape.device)
             self.cache, self._decoder, self._buffers = None, None, Buffers()
             raise torch.OutOfMemoryError(
                 f"generation of {len(sequences)} completions ran out of memory on {cache.shape.device} with a KV cache "
@@ -157,6 +229,7 @@ class NativeEngine:
                 f"of samples, or max_tokens: {error}"
             ) from error
         except FloatingPointError:
+            _finish_queued(cache.shape.device)
             self.release()  # masked or not, a NaN left in the cache would spread
             raise
         finally:
@@ -167,7 +240,7 @@ class NativeEngine:
         ahead = cache.shape.device.type == "cuda" if self.ahead is None else self.ahead
         if not ahead or any(s.params.logprobs is not None for s in sequences):
             return None
-        found = prepared_layers(self.model)
+        found = prepared_layers(self.model) if self._snapshot is None else self._snapshot.found
         reason = "layers that run by their own modules" if found is None else why_no_walk(self.model)
         if self.ahead is None and cache.shape.dtype not in (torch.bfloat16, torch.float16):
             reason = f"a model in {cache.shape.dtype}"
@@ -179,8 +252,11 @@ class NativeEngine:
         sizes = sizes_of(sequences, self.max_num_seqs)
         if self._decoder is None or not self._decoder.serves(found, cache, sizes):
             self._decoder = None  # its memory first
-            spare = memory_budget(cache.shape.device, self.utilization)
-            self._decoder = Decoder(self.model, found, cache, sizes, spare)
+            device = cache.shape.device
+            spare = memory_budget(device, self.utilization)
+            if self._snapshot is not None:  # it stays while the policy trains
+                spare = min(spare, int(self._keep_share * total_memory(device)) - cache.bytes)
+            self._decoder = Decoder(self.model, found, cache, sizes, spare, self._own_stream(device))
         self._decoder.begin(sequences)
         return self._decoder
 
@@ -190,9 +266,13 @@ class NativeEngine:
         needed, at_least = blocks_needed(sequences, self.block_size, self.max_num_seqs)
         if self.num_kv_blocks is not None:
             needed = self.num_kv_blocks
-        if self.cache is not None and self.cache.shape == shape and self.cache.num_blocks >= needed:
-            return self.cache
+        if self.cache is not None and self.cache.shape == shape:
+            # Beside training a cache that memory cut short stays: another would need all graphs captured again.
+            cut = self._snapshot is not None and needed <= self._blocks_asked and at_least <= self.cache.num_blocks
+            if self.cache.num_blocks >= needed or cut:
+                return self.cache
         self.release()
+        self._blocks_asked = needed
         release_held(layers(self.model))  # training's; generation reads the 4-bit ones
         if self.num_kv_blocks is None:
             needed = capacity(shape, self.block_size, needed, at_least, self.utilization)
@@ -201,14 +281,16 @@ class NativeEngine:
 
     def release(self) -> None:
         """Give the KV cache's memory back to the device; the next call makes it again."""
-        self._buffers = Buffers()
-        self._decoder = None  # its graphs hold the cache's addresses
-        if self.cache is None:
-            return
-        on_gpu = self.cache.shape.device.type == "cuda"
-        self.cache = None
-        if on_gpu:
-            torch.cuda.empty_cache()
+        with self._turn:
+            self._turns += 1
+            self._buffers = Buffers()
+            self._decoder = None  # its graphs hold the cache's addresses
+            if self.cache is None:
+                return
+            on_gpu = self.cache.shape.device.type == "cuda"
+            self.cache = None
+            if on_gpu:
+                torch.cuda.empty_cache()
 
     @property
     def held_bytes(self) -> int:
@@ -220,19 +302,27 @@ class NativeEngine:
         """See :class:`pronghorn.rollout.base.Engine`. Keeping costs training memory; giving back costs the next rollout
         the time to make cache and graphs again.
         """
-        if self.cache is None or self.held_bytes <= keep_share * total_memory(self.cache.shape.device):
-            return False
-        self.release()
-        return True
+        with self._turn:
+            if self.cache is None or self.held_bytes <= keep_share * total_memory(self.cache.shape.device):
+                return False
+            self.release()
+            return True
 
     def check_exact(self) -> None:
         """See :class:`pronghorn.rollout.base.Engine`."""
-        with inference(self.model), prepared(self.model):
+        with self._turn, inference(self.model), prepared(self.model):
             check_exact(self.model, prepared_layers(self.model), self.max_num_seqs)
 
     def policy_changed(self) -> None:
         """Forget keys and values of the old weights. None outlive a call of ``generate`` in this version."""
-        self.scheduler = None
+        with self._turn:
+            self.scheduler = None
+
+
+def _finish_queued(device: torch.device) -> None:
+    """Wait for what this thread has queued: memory that it reads is about to be free for another stream's use."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _adapter(model: Any, which: AdapterChoice) -> AbstractContextManager[Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
+from torch import nn
 
+from ...models.attention import Attention
 from ...models.forward import hidden_states, logits
 from .attention import PrefillAttention
 from .held import Buffers, HeldDecode
@@ -15,17 +17,40 @@ from .request import Sequence
 from .scheduler import Step
 
 
+class Policy(Protocol):
+    """What walks tokens to hidden states ``[T, D]`` and those to logits ``[N, V]``, as ``models/forward.py`` does."""
+
+    def hidden_states(
+        self, input_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: Attention
+    ) -> torch.Tensor: ...
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor: ...
+
+
+class LivePolicy:
+    """The model as it stands, by its own modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def hidden_states(self, input_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: Attention) -> torch.Tensor:
+        return hidden_states(self.model, input_ids_T, positions_T, attention)
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        return logits(self.model, hidden_ND)
+
+
 class Runner:
-    """Runs steps over one KV cache. Holds no weights: it calls the model's modules.
+    """Runs steps over one KV cache. Holds no weights: it asks the policy.
 
     Args:
-        model: the Pronghorn model, with or without PEFT.
+        policy: walks tokens: the model itself, or a snapshot of it.
         cache: where keys and values go.
         buffers: memory for the CPU's decode attention.
     """
 
-    def __init__(self, model: Any, cache: KVCache, buffers: Buffers) -> None:
-        self.model = model
+    def __init__(self, policy: Policy, cache: KVCache, buffers: Buffers) -> None:
+        self.policy = policy
         self.cache = cache
         self.buffers = buffers
         self.device = cache.shape.device
@@ -57,18 +82,18 @@ class Runner:
                 last.append(len(ids) - 1)
                 sequences += [chunk.sequence, *chunk.followers]
         attention = PrefillAttention(self.cache, step.prefill)
-        hidden_TD = hidden_states(self.model, self.ids(ids), self.ids(positions), attention)
+        hidden_TD = self.policy.hidden_states(self.ids(ids), self.ids(positions), attention)
         return hidden_TD.index_select(0, self.ids(last)), copies, sequences
 
     def _prefill(self, step: Step) -> tuple[torch.Tensor, list[Sequence]]:
         hidden_LD, copies, sequences = self.prefill(step)
-        return logits(self.model, hidden_LD).index_select(0, self.ids(copies)), sequences
+        return self.policy.logits(hidden_LD).index_select(0, self.ids(copies)), sequences
 
     def _decode(self, rows: list[Sequence]) -> tuple[torch.Tensor, list[Sequence]]:
         ids = self.ids([row.last for row in rows])
         positions = self.ids([len(row) - 1 for row in rows])
         attention = self._decode_attention(rows)
-        return logits(self.model, hidden_states(self.model, ids, positions, attention)), rows
+        return self.policy.logits(self.policy.hidden_states(ids, positions, attention)), rows
 
     def _decode_attention(self, rows: list[Sequence]) -> PagedDecode | HeldDecode:
         if self.device.type != "cpu":
