@@ -213,6 +213,7 @@ def test_the_end_of_a_run_stops_what_is_being_drawn(tmp_path: Path, caplog: pyte
         def slowly(finished: int, total: int, tokens: int) -> None:
             looks.append(tokens)
             if len(looks) == 3 and threading.current_thread().name == "pronghorn-sampling":
+                third.set()
                 assert over.wait(60)
             look(finished, total, tokens)
 
@@ -220,11 +221,12 @@ def test_the_end_of_a_run_stops_what_is_being_drawn(tmp_path: Path, caplog: pyte
             drawing._look = slowly
         return drawing
 
-    over = threading.Event()
+    third, over = threading.Event(), threading.Event()
     made.sampling.engine.ready = watched
     settle = made.supply.settle
 
     def settling() -> None:
+        assert third.wait(60)  # or the run may be over before the drawing is under way
         for pending in made.supply.pending:
             pending.stop()
         over.set()
