@@ -27,7 +27,7 @@ def test_growth_is_named() -> None:
 
 def test_usage_counts() -> None:
     before = Usage.now(1, 0.0)
-    held, kept, go = bytearray(os.urandom(1 << 20)) * 64, open(os.devnull), threading.Event()  # noqa: SIM115
+    held, kept, go = bytearray(os.urandom(1 << 20)) * 256, open(os.devnull), threading.Event()  # noqa: SIM115
     thread = threading.Thread(target=go.wait)
     thread.start()
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
