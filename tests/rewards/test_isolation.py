@@ -222,12 +222,22 @@ def test_an_interrupt_kills_what_runs(make: Any) -> None:
     runner = make(isolated(functions.faulty, timeout=60), functions.later)
     texts(runner, ["x"])
     (pid,) = runner.funcs[0].pool.pids
-    timer = threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
-    timer.start()
+    main, caught = threading.main_thread().ident, threading.Event()
+
+    def interrupt() -> None:
+        """Again after a while, as a user would: Python drops an interrupt that meets a finalizer."""
+        wait = 0.2
+        while not caught.wait(wait):
+            signal.pthread_kill(main, signal.SIGINT)
+            wait = 2.0
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         texts(runner, ["spin"])
-    timer.join()
+    caught.set()
+    thread.join()
     assert time.monotonic() - began < 5 and not _runs(pid)
     assert texts(runner, ["x"])[0, 0] == 1.0  # and goes on
 
