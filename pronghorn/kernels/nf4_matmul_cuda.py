@@ -143,7 +143,8 @@ def nf4_matmul(
     Args:
         tile: instead of :func:`tile_for`'s choice, for measurements.
         overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: run beside it
-            (on Hopper; elsewhere after it, as usual).
+            (on Hopper; elsewhere after it, as usual). It was launched as usual, or lets others begin only behind its
+            own wait (:func:`pronghorn.kernels.launch.chained`): x is read before this one waits.
     """
     (M, K), device = x_MI.shape, x_MI.device
     if M == 0:

@@ -13,8 +13,6 @@ import torch
 
 from pronghorn.kernels.reference import nf4_table as reference
 
-TableWriter = reference.TableWriter
-
 
 def table_writer(codes: torch.Tensor, *args: Any, **options: Any) -> Callable[..., None]:
     """``writer(table_OK, b_Or)`` for one weight; arguments, and what it writes, are the reference ``TableWriter``'s.

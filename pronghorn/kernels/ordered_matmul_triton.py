@@ -152,7 +152,8 @@ def ordered_matmul(
     Args:
         tile: instead of :func:`tile_for`'s choice, for measurements.
         overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: run beside it
-            (on Hopper; elsewhere after it, as usual).
+            (on Hopper; elsewhere after it, as usual). It was launched as usual, or lets others begin only behind its
+            own wait (:func:`pronghorn.kernels.launch.chained`): x is read before this one waits.
     """
     (M, K), count = x_MI.shape, len(members)
     if M == 0:

@@ -68,7 +68,7 @@ class NF4Tensor:
         )
 
     def writer(self, dtype: torch.dtype, width: int, start: int = 0, scaling: float = 1.0) -> Callable[..., None]:
-        """``writer(table_OK, b_Or)`` for this weight: see :class:`pronghorn.kernels.nf4_table.TableWriter`."""
+        """``writer(table_OK, b_Or)`` for this weight: see :func:`pronghorn.kernels.nf4_table.table_writer`."""
         return table_writer(
             self.codes,
             self.scales,

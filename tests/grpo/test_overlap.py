@@ -219,7 +219,8 @@ def test_the_end_of_a_run_stops_what_is_being_drawn(tmp_path: Path, caplog: pyte
             look(finished, total, tokens)
 
         if made.supply.pending:  # not the first, which the run itself waits for
-            drawing._look = slowly
+            drawing._look, stop = slowly, drawing.stop
+            drawing.stop = lambda: (stop(), over.set())  # so only a stop lets it go on
         return drawing
 
     third, over = threading.Event(), threading.Event()
@@ -228,9 +229,6 @@ def test_the_end_of_a_run_stops_what_is_being_drawn(tmp_path: Path, caplog: pyte
 
     def settling() -> None:
         assert third.wait(60)  # or the run may be over before the drawing is under way
-        for pending in made.supply.pending:
-            pending.stop()
-        over.set()
         settle()
 
     made.supply.settle = settling

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import pronghorn.kernels
 from pronghorn.kernels.launch import (
     Launcher,
     TensorLike,
@@ -18,6 +23,8 @@ from pronghorn.kernels.launch import (
     not_recorded,
     recording,
 )
+
+KERNELS = Path(pronghorn.kernels.__file__).parent
 
 
 class Compiled:
@@ -161,3 +168,17 @@ def test_a_rollouts_launches_are_made_while_another_thread_records() -> None:
         assert kernel.bound == 1 and recorded.launches == []
         launch((4,), x, 32, 0.5, 7, num_warps=4)
     assert kernel.bound == 1 and len(recorded.launches) == 1
+
+
+def test_every_kernel_of_a_chain_waits_before_all_else() -> None:
+    """And so before it lets the next begin, which may read what was whole two kernels before it."""
+    pytest.importorskip("triton")
+    modules = [importlib.import_module(f"pronghorn.kernels.{path.stem}") for path in KERNELS.glob("*_triton.py")]
+    members = [member for module in modules for member in vars(module).values()]
+    chained_kernels = [m.kernel.fn for m in members if isinstance(m, Launcher) and m.chains]
+    assert len(chained_kernels) >= 6  # norm, GLU, rotation, attention, its merge, x A^T
+    for kernel in chained_kernels:
+        (function,) = ast.parse(inspect.getsource(kernel)).body
+        assert isinstance(function, ast.FunctionDef)
+        first = function.body[0 if ast.get_docstring(function) is None else 1]
+        assert ast.unparse(first).startswith("if CHAIN:\n    gdc_wait()"), kernel
