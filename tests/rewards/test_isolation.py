@@ -222,25 +222,16 @@ def test_an_interrupt_kills_what_runs(make: Any) -> None:
     runner = make(isolated(functions.faulty, timeout=60), functions.later)
     texts(runner, ["x"])
     (pid,) = runner.funcs[0].pool.pids
-    main, caught = threading.main_thread().ident, threading.Event()
-
-    def interrupt() -> None:
-        """Again after a while, as a user would: Python drops an interrupt that meets a finalizer."""
-        wait = 0.2
-        while not caught.wait(wait):
-            signal.pthread_kill(main, signal.SIGINT)
-            wait = 2.0
-
-    thread = threading.Thread(target=interrupt)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever another test left
-    thread.start()
+    timer = threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+    # A suite that a script runs in the background was started with SIGINT ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer.start()
     began = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
             texts(runner, ["spin"])
     finally:
-        caught.set()
-        thread.join()
+        timer.join()
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 5 and not _runs(pid)
     assert texts(runner, ["x"])[0, 0] == 1.0  # and goes on
