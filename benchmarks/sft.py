@@ -7,7 +7,9 @@ LoRA rank 32 on all projections, paged 8-bit AdamW, clipping included, random id
 one another with the same quant. Results are ``sft/<quant>/<batch>x<length>/<memory>`` with ``tokens_per_s``,
 ``step_s``, ``first_step_s``, every ``raw_step_s_<n>``, ``peak_gb`` and ``base_gb`` (2^30 bytes) and what the plan
 foresaw, ``plan_step_s`` and ``plan_peak_gb``; ``<memory>`` is ``same-memory`` for ``memory``, ``free-memory`` for
-``off``. ``load/8b`` is the time of ``from_pretrained`` in seconds.
+``off``. ``auto@10.6`` in its place is the fastest plan of a process that may use 10.6 GB of the GPU, with what is
+reserved and what the plan leaves free; it is recorded as ``within-10.6gb``. ``load/8b`` is the time of
+``from_pretrained`` in seconds.
 """
 
 from __future__ import annotations
@@ -64,7 +66,11 @@ def measure(results: Results, loaded: tuple[Any, Any, list[Any]], case: str, ste
     model, optimizer, trained = loaded
     quant, shape, mode = case.split("/")
     batch, length = map(int, shape.split("x"))
-    checkpointing.set_mode(model, mode)
+    mode, _, limit = mode.partition("@")
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(float(limit) * 2**30 / total if limit else 1.0)
+    checkpointing.set_mode(model, "off")
+    checkpointing.set_mode(model, mode)  # plans are made anew, for this limit
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -78,7 +84,7 @@ def measure(results: Results, loaded: tuple[Any, Any, list[Any]], case: str, ste
     plan = checkpointing.step_plan_for(layers(model)[0])
     foreseen = {} if plan is None else {"plan_step_s": plan.step_seconds, "plan_peak_gb": plan.peak_bytes / 2**30}
     results.add(
-        f"sft/{quant}/{shape}/{MEMORY[mode]}",
+        f"sft/{quant}/{shape}/{f'within-{limit}gb' if limit else MEMORY[mode]}",
         "pronghorn",
         tokens_per_s=batch * length / median,
         step_s=median,

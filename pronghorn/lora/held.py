@@ -40,6 +40,11 @@ class HeldWeights:
         self.table[self.outputs :, : self.inputs].copy_(group.a_RI)
 
     @property
+    def bytes(self) -> int:
+        """What it takes, the padding of its rows included."""
+        return self.table.shape[0] * self.table.stride(0) * self.table.element_size()
+
+    @property
     def forward_piece(self) -> Piece:
         """W with B beside it."""
         rows = self.table[: self.outputs]

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..lora.projection import row_columns
 from .host_memory import HostMemory, Slot
 
 IN_FLIGHT = 2
@@ -55,6 +56,8 @@ class Stored:
     def __init__(self, store: HostStore, tensors: Sequence[torch.Tensor | None], previous: Stored | None) -> None:
         self.store = store
         self.previous = None if previous is None else weakref.ref(previous)
+        self.columns = [None if t is None or t.is_contiguous() else t.shape[-1] for t in tensors]
+        tensors = [None if t is None else _whole(t) for t in tensors]
         self.kinds = [None if t is None else (tuple(t.shape), t.dtype) for t in tensors]
         self.slots: list[Slot | None] = []
         self.coming: list[torch.Tensor | None] | None = None
@@ -109,7 +112,7 @@ class Stored:
         ahead = self.previous() if self.previous is not None else None
         if ahead is not None:
             ahead.prefetch()
-        return found
+        return [t if t is None or n is None else t[..., :n] for t, n in zip(found, self.columns)]
 
     def _release(self) -> None:
         for slot in self.slots:
@@ -123,6 +126,20 @@ class Stored:
                 self.store.out.wait_event(self.ready)
                 self.asked.wait_event(self.ready)  # and so does whoever takes the memory that is being copied to
             self._release()
+
+
+def _whole(t: torch.Tensor) -> torch.Tensor:
+    """``t``, or the table that it is the first columns of: rows that lie apart are copied with what is between them.
+
+    Copying them alone would pack them on the GPU first, into memory of the copy's stream.
+    """
+    if t.is_contiguous() or t.dim() != 2:
+        return t.contiguous()
+    rows, pitch = t.shape[0], t.stride(0)
+    is_table = t.stride(1) == 1 and pitch == row_columns(t.shape[1]) and t.storage_offset() == 0
+    if not is_table or t.untyped_storage().nbytes() < rows * pitch * t.element_size():
+        return t.contiguous()
+    return t.as_strided((rows, pitch), (pitch, 1))
 
 
 _stores: dict[int, HostStore] = {}

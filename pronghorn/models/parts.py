@@ -56,7 +56,7 @@ class HeldOf:
 def held_bytes(of: Iterable[nn.Module]) -> int:
     """Bytes of the dequantized weights that these layers hold now."""
     found: list[HeldOf] = [layer.__dict__[HELD] for layer in of if HELD in layer.__dict__]
-    return sum(own.table.nbytes for held in found for own in held.weights if own is not None)
+    return sum(own.bytes for held in found for own in held.weights if own is not None)
 
 
 def release_held(of: Iterable[nn.Module]) -> None:

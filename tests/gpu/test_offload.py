@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 
+from pronghorn.lora.projection import row_columns, table
 from pronghorn.models.attention import PackedAttention
 from pronghorn.models.fused_block import Saving, fused_block
 from pronghorn.models.keep import Keep
@@ -38,6 +39,26 @@ def test_what_comes_back_is_what_went_out_while_its_memory_is_written_over() -> 
             assert nothing is None and a is not None and b is not None
             assert torch.equal(torch.stack([a.double().sum(), b.double().sum()]), sums[layer])
             torch.full((1 << 20,), float("nan"), device="cuda")
+    assert own.memory.used == 0
+
+
+def test_a_table_leaves_and_comes_back_without_being_packed_on_the_gpu() -> None:
+    own = store()
+    made = table(1000, 1424, torch.bfloat16, torch.device("cuda"))  # as gate and up lie at ranks 4, 8 and 16
+    made.normal_()
+    expected = made.clone()
+    assert not made.is_contiguous()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    stored = own.save([made])
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    del made
+    (back,) = stored.take()
+    assert back is not None and back.shape == expected.shape and torch.equal(back, expected)
+    assert back.stride(0) == row_columns(1424)
+    part = torch.randn(100, 4096, device="cuda")[:, 64:1000]  # no table: packed
+    (back,) = own.save([part]).take()
+    assert back is not None and torch.equal(back, part)
     assert own.memory.used == 0
 
 

@@ -18,6 +18,7 @@ import pronghorn
 from pronghorn import FastLanguageModel
 from pronghorn.models.keep import Keep
 from pronghorn.models.plan import LayerPlan
+from pronghorn.optim import PagedAdamW8bit
 from tests.helpers import tiny_tokenizer
 
 LAYERS = 8
@@ -46,11 +47,9 @@ def free() -> None:
 
 
 def loaded(folder: str, mode: str) -> tuple[Any, Any]:
-    import bitsandbytes
-
     model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=32768, dtype=torch.bfloat16)
     model = FastLanguageModel.get_peft_model(model, r=32, lora_alpha=32, use_gradient_checkpointing=mode)
-    return model, bitsandbytes.optim.PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=5e-6)
+    return model, PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=5e-6)
 
 
 def measured(model: Any, optimizer: Any, batch: int, length: int) -> tuple[int, float]:

@@ -15,6 +15,7 @@ from pronghorn.loader import from_pretrained
 from pronghorn.loader import get_peft_model as add_lora
 from pronghorn.lora.config import register
 from pronghorn.lora.io import load_lora, save_lora
+from pronghorn.lora.projection import row_columns
 from pronghorn.models.attention import PackedAttention
 from pronghorn.models.forward import hidden_states, logits
 from pronghorn.rollout import base
@@ -320,7 +321,7 @@ def test_four_bit_layers(tmp_path, monkeypatch, hold):
     weights = ahead.held_bytes - ahead.cache.bytes
     # The groups of two layers in float32, once, with room for their adapters' ranks.
     sizes = [(128, 64, 24), (64, 64, 8), (256, 64, 16), (64, 128, 8)]
-    assert weights == hold * 2 * 4 * sum((out + rank) * (inputs + rank) for out, inputs, rank in sizes)
+    assert weights == hold * 2 * 4 * sum((out + rank) * row_columns(inputs + rank) for out, inputs, rank in sizes)
     fill(model, 4)
     assert_same(ahead, stepwise, SETTINGS["drawn"])
 

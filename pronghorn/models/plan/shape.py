@@ -9,6 +9,7 @@ from typing import Any
 
 from ...config.errors import ConfigError, nearest
 from ...kernels.nf4_code import NESTED_BLOCKSIZE, NF4_BLOCKSIZE
+from ...lora.projection import row_columns
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -84,11 +85,11 @@ class ModelShape:
         return self.layers * self.compute_bytes * self.held_weights(GROUPS) if self.quant == "nf4" else 0
 
     def held_weights(self, groups: Iterable[tuple[int, ...]]) -> int:
-        """Elements of these groups' weights in one layer as they are held: ``[O + R, I + R]`` each."""
+        """Elements of these groups' weights in one layer as they are held: ``[O + R, I + R]`` each, padded rows."""
         found = 0
         for group in groups:
             outputs, rank = sum(self.sizes[i][0] for i in group), sum(self.ranks[i] for i in group)
-            found += (outputs + rank) * (self.sizes[group[0]][1] + rank)
+            found += (outputs + rank) * row_columns(self.sizes[group[0]][1] + rank)
         return found
 
     @property

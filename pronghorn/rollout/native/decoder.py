@@ -16,6 +16,7 @@ import torch
 
 from ...kernels.sample import sample_step
 from ...kernels.sample_state import NOT_A_NUMBER, RUNS, RowSettings, SampleState, Variant
+from ...lora.projection import row_columns
 from ...models.forward import Head
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
@@ -145,7 +146,7 @@ class Decoder:
     def held_bytes(self) -> int:
         """Memory of the weights that it keeps in 16 bits."""
         products = [p for walk in self._walks.values() for layer in walk.layers for p in layer[1:]]
-        return sum(p.held.table.nbytes for p in products if isinstance(p, HeldProduct))
+        return sum(p.held.bytes for p in products if isinstance(p, HeldProduct))
 
     def begin(self, sequences: Seq[Sequence]) -> None:
         """A rollout of these sequences begins: adapters were rounded anew, all slots are free."""
@@ -325,7 +326,8 @@ class Decoder:
 def held_bytes_of(found: list[tuple[Parts, Groups]], dtype: torch.dtype) -> int:
     """What the 4-bit weights of these layers take in ``dtype``, adapters beside them."""
     sizes = [(group, group.members[0].base.in_features) for _, groups in found for group in groups]
-    return sum((group.outputs + group.rank) * (inputs + group.rank) for group, inputs in sizes) * dtype.itemsize
+    rows = sum((group.outputs + group.rank) * row_columns(inputs + group.rank) for group, inputs in sizes)
+    return rows * dtype.itemsize
 
 
 def sizes_of(sequences: Seq[Sequence], max_rows: int) -> Sizes:
