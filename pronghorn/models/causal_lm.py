@@ -13,7 +13,7 @@ from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..lora.projection import hooked
 from .attention import PackedAttention
 from .forward import head, hidden_states
-from .packed import IGNORE, pack
+from .packed import pack
 from .token_scores import token_scores
 
 # Keyword arguments with which the packed walk computes the same loss as transformers. The second line is what collators
@@ -130,16 +130,15 @@ def _packed_loss(
 ) -> torch.Tensor:
     """Mean negative log-probability of the labels over ``denominator`` tokens (default: the labelled ones)."""
     batch = pack(input_ids_BS, attention_mask_BS, position_ids_BS, labels_BS)
-    assert batch.targets_T is not None
-    scored = (batch.targets_T != IGNORE).nonzero().squeeze(-1)  # before the walk: it waits for the device
+    assert batch.targets_T is not None and batch.scored_N is not None
     attention = PackedAttention(batch.row_lengths, batch.input_ids_T.device)
     hidden_TD = hidden_states(model, batch.input_ids_T, batch.positions_T, attention)
     out = head(model)
     return linear_cross_entropy(
-        hidden_TD.index_select(0, scored),
+        hidden_TD.index_select(0, batch.scored_N),
         out.weight_VD,
-        batch.targets_T.index_select(0, scored),
-        max(len(scored), 1) if denominator is None else denominator,
+        batch.targets_T.index_select(0, batch.scored_N),
+        max(len(batch.scored_N), 1) if denominator is None else denominator,
         bias_V=out.bias_V,
         softcap=out.softcap,
         scale=out.scale,

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from ..kernels.linear_logprob import chosen_logprobs
 from .attention import PackedAttention
 from .forward import head, hidden_states, logits
-from .packed import IGNORE, pack
+from .packed import pack
 
 _ROWS = 128
 """Rows whose logits exist at once where a top label is looked for: one tile of a matrix product."""
@@ -52,14 +52,11 @@ def token_scores(
     """Score ``labels_BS`` (-100 ignored) as the loss does: no padding, no logits ``[B, S, V]``, packed rows apart."""
     B, S = input_ids_BS.shape
     batch = pack(input_ids_BS, attention_mask_BS, position_ids_BS, labels_BS)
-    assert batch.targets_T is not None
-    slots_T = torch.arange(B * S, device=input_ids_BS.device)
-    if attention_mask_BS is not None:
-        slots_T = slots_T[attention_mask_BS.reshape(-1).bool()]
-    scored = (batch.targets_T != IGNORE).nonzero().squeeze(-1)
+    scored_N = batch.scored_N
+    assert batch.targets_T is not None and scored_N is not None
     attention = PackedAttention(batch.row_lengths, input_ids_BS.device)
     hidden_TD = hidden_states(model, batch.input_ids_T, batch.positions_T, attention)
-    hidden_ND, targets_N = hidden_TD.index_select(0, scored), batch.targets_T.index_select(0, scored)
+    hidden_ND, targets_N = hidden_TD.index_select(0, scored_N), batch.targets_T.index_select(0, scored_N)
     out = head(model)
     logps_N, entropy_N = chosen_logprobs(
         hidden_ND,
@@ -72,13 +69,13 @@ def token_scores(
     )
     assert entropy_N is not None
     top1_N = _is_top1(model, hidden_ND, targets_N, logps_N.detach(), entropy_N)
-    slots_N = slots_T.index_select(0, scored)
+    slots_N = batch.slots_T.index_select(0, scored_N)
 
     def spread(values_N: torch.Tensor) -> torch.Tensor:
         return values_N.new_zeros(B * S).index_copy(0, slots_N, values_N).view(B, S)[:, :-1]
 
     return TokenScores(
-        loss=-logps_N.sum() / max(len(scored), 1),
+        loss=-logps_N.sum() / max(len(scored_N), 1),
         log_probs=spread(logps_N),
         entropy=spread(entropy_N),
         is_top1=spread(top1_N),
