@@ -7,8 +7,8 @@ LoRA rank 32 on all projections, paged 8-bit AdamW, clipping included, random id
 one another with the same quant. Results are ``sft/<quant>/<batch>x<length>/<memory>`` with ``tokens_per_s``,
 ``step_s``, ``first_step_s``, every ``raw_step_s_<n>``, ``peak_gb`` and ``base_gb`` (2^30 bytes) and what the plan
 foresaw, ``plan_step_s`` and ``plan_peak_gb``; ``<memory>`` is ``same-memory`` for ``memory``, ``free-memory`` for
-``off``. ``auto@10.6`` in its place is the fastest plan of a process that may use 10.6 GB of the GPU, with what is
-reserved and what the plan leaves free; it is recorded as ``within-10.6gb``. ``load/8b`` is the time of
+``off``. ``auto@10.9`` in its place is the fastest plan of a process that may use 10.9 GB of the GPU, with what is
+reserved and what the plan leaves free; it is recorded as ``within-10.9gb``. ``load/8b`` is the time of
 ``from_pretrained`` in seconds.
 """
 

@@ -6,7 +6,8 @@ PEERS_DIR holds ``sft_step.py``, ``seed_flow.py`` and ``gen_bench.py`` (each pri
 peers run first; what they printed goes to Pronghorn's benchmark by ``--peer``, and so into the JSON beside ours. Then
 an anchor, one case of Pronghorn's and one of a peer's, runs again: ``suite.json`` has both figures of both, and a
 machine that changed its speed shows. A peer that is not installed, fails or takes too long is named in one line and
-under ``"absent"`` in both JSON files. ``--long`` adds the cases that take minutes. Logs lie under ``DIR/logs``.
+under ``"absent"`` in both JSON files. ``--long`` adds the cases that take minutes. Logs lie under ``DIR/logs``. A
+sitting that was cut goes on with ``--resume``: what had ended well there is not run again.
 """
 
 from __future__ import annotations
@@ -63,7 +64,14 @@ def run(name: str, command: list[str], log: Path, timeout: float) -> Ran:
             why = "" if code == 0 else f"ended with {code}: {said[-1][:200] if said else 'said nothing'}"
     ran = Ran(log, time.perf_counter() - begun, why)
     print(f"suite: {name:28s} {ran.seconds:6.1f} s  {why or 'done'}", flush=True)
+    if not why:
+        _ended_well(log).write_text(f"{ran.seconds}\n")
     return ran
+
+
+def _ended_well(log: Path) -> Path:
+    """The file that stands beside the log of a process that ended well, with its seconds."""
+    return log.with_suffix(".done")
 
 
 def installed(distribution: str) -> bool:
@@ -83,6 +91,14 @@ class Suite:
         self.results = Results("suite", (), self.commit)
         self.failed: list[str] = []
 
+    def once(self, name: str, command: list[str], log: Path, timeout: float) -> Ran:
+        """:func:`run`, unless a sitting that goes on had it before."""
+        done = _ended_well(log)
+        if self.args.resume and done.exists():
+            return Ran(log, float(done.read_text()))
+        done.unlink(missing_ok=True)
+        return run(name, command, log, timeout)
+
     def peer(self, topic: str, peer: Peer, number: int | str) -> Ran | None:
         """Run one of a peer's cases, or say why not."""
         absent = self.results.absent
@@ -95,7 +111,7 @@ class Suite:
         script = self.args.peers / peer.script
         command = [sys.executable, str(script), "--model", str(self.args.model), *peer.options]
         log = self.args.out / "logs" / f"{topic}-{peer.name}-{number}.log"
-        ran = run(f"{peer.name} {' '.join(peer.options[2:])}", command, log, peer.timeout)
+        ran = self.once(f"{peer.name} {' '.join(peer.options[2:])}", command, log, peer.timeout)
         if not ran.why and not ran.results():
             ran.why = "printed no RESULT line"
         if ran.why:
@@ -116,7 +132,7 @@ class Suite:
             command += ["--absent", f"{name}={why}"]
         name = f"pronghorn {topic.name}" + (" again" if again else "")
         log = self.args.out / "logs" / f"{topic.name}-pronghorn{'-again' if again else ''}.log"
-        ran = run(name, command, log, topic.timeout)
+        ran = self.once(name, command, log, topic.timeout)
         if ran.why:
             self.failed.append(f"{name}: {ran.why} ({log})")
             return {}
@@ -157,6 +173,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", default=None)
     parser.add_argument("--long", action="store_true", help="also the cases that take minutes each")
+    parser.add_argument("--resume", action="store_true", help="go on with a sitting that was cut, in its --out")
     parser.add_argument("--no-anchor", action="store_true", help="nothing is measured twice")
     args = parser.parse_args()
     topics = list(TOPICS.values()) if args.what == "all" else [TOPICS[args.what]]

@@ -63,8 +63,9 @@ def suite_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     monkeypatch.setattr(module, "run", redirected)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     args = argparse.Namespace(
-        model=Path("m"), peers=folder, dataset=None, out=folder / "out", commit="abc", long=False, no_anchor=False
-    )
+        model=Path("m"), peers=folder, dataset=None, out=folder / "out", commit="abc", long=False, no_anchor=False,
+        resume=False,
+    )  # fmt: skip
     return Suite(args)
 
 
@@ -88,6 +89,21 @@ def test_peers_reach_our_json_and_anchors_run_again(folder: Path, monkeypatch: p
     rows = {(row.impl, row.metric): row.value for row in suite.results.rows}
     assert rows[("pronghorn", "first")] == 10 and rows[("pronghorn", "again")] == 9
     assert rows[("pronghorn", "ratio")] == 0.9 and rows[("good", "ratio")] == 1
+
+
+def test_a_sitting_that_was_cut_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = Peer("good", "good.py", (), ("--impl", "good", "--bs", "2"), anchor=True)
+    bad = Peer("bad", "bad.py", (), ("--impl", "bad", "--bs", "8"))
+    suite_of(folder, monkeypatch).peer("sft", good, 0)
+    suite_of(folder, monkeypatch).peer("sft", bad, 1)
+    (folder / "good.py").write_text("raise SystemExit('ran again')")
+    suite = suite_of(folder, monkeypatch)
+    suite.args.resume = True
+    first, failed = suite.peer("sft", good, 0), suite.peer("sft", bad, 1)
+    assert first is not None and first.results()[0]["tok_s"] == 7 and failed is None
+    assert "bad --bs 8" in suite.results.absent
+    suite.args.resume = False
+    assert suite.peer("sft", good, 0) is None
 
 
 def test_a_benchmark_of_ours_that_fails_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
