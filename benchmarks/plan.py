@@ -1,6 +1,6 @@
 """What ``pronghorn.plan`` foresees beside what ``benchmarks/sft.py`` measured: peak and time of every case.
 
-    python -m benchmarks.plan --model FOLDER [--results benchmarks/results/nvidia-h200/sft.json]
+    python -m benchmarks.plan --model FOLDER [--results benchmarks/results/h200/sft.json]
 
 FOLDER is the model that was measured; its config.json is all that is read, and no GPU is needed. Ends with status 1
 where a figure is off by more than ``--within`` (0.1).
@@ -61,7 +61,7 @@ def compare(record: dict[str, Any], model: Any) -> Iterator[Compared]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--results", type=Path, default=RESULTS / "nvidia-h200" / "sft.json")
+    parser.add_argument("--results", type=Path, default=RESULTS / "h200" / "sft.json")
     parser.add_argument("--within", type=float, default=0.1)
     args = parser.parse_args()
     worst = 0.0

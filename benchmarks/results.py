@@ -77,8 +77,8 @@ class Results:
 
 
 def gpu_folder(gpu: str) -> str:
-    """``"NVIDIA H200"`` to ``"nvidia-h200"``."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    """``"NVIDIA H200"`` to ``"h200"``."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia")).strip("-")
 
 
 def current_commit() -> str:

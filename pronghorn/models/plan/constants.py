@@ -1,6 +1,6 @@
 """Every number of the cost model that is neither a model's shape nor a card's datasheet, with its unit and its source.
 
-"H200" below means measured on one NVIDIA H200 with torch 2.11 and CUDA 13 (``benchmarks/results/nvidia-h200``,
+"H200" below means measured on one NVIDIA H200 with torch 2.11 and CUDA 13 (``benchmarks/results/h200``,
 ``docs/log.md``); "counted" means read off the code of the fused layer; "guess" means not measured yet.
 """
 
