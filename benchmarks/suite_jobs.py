@@ -95,7 +95,7 @@ SFT = Topic(
         "--steps",
         "7",
         "--cases",
-        "nf4/2x2048/memory,nf4/8x2048/memory,nf4/8x2048/auto@10.9,nf4/1x32768/memory/4,nf4/1x65536/memory/2,"
+        "nf4/2x2048/memory,nf4/8x2048/memory,nf4/1x32768/memory/4,nf4/1x65536/memory/2,"
         "nf4/2x2048/off,nf4/8x2048/off,bf16/2x2048/memory,bf16/2x2048/off",
     ),
     anchor=("--steps", "7", "--cases", "nf4/2x2048/memory"),

@@ -21,5 +21,6 @@ def test_measured_steps_are_foreseen(path) -> None:
     record = json.loads(path.read_text())
     found = list(compare(record, LLAMA_8B))
     steps = {row["case"] for row in record["rows"] if row["impl"] == "pronghorn" and row["case"].startswith("sft/")}
+    steps = {case for case in steps if "/within-" not in case}  # under a limit, which a named card has not
     assert {one.case for one in found} == steps and len(found) == 2 * len(steps)
     assert [one for one in found if abs(one.off) > 0.1] == []
