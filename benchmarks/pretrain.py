@@ -55,7 +55,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1500, help="at most")
     parser.add_argument("--seconds", type=float, help="at most, of training steps")
     parser.add_argument("--target", type=float, default=0.3, help="sampled accuracy that begins the end; 0: never")
-    parser.add_argument("--check-every", type=int, default=100, help="steps between looks at the accuracy")
+    parser.add_argument("--check-every", type=int, default=150, help="steps between looks at the accuracy")
     parser.add_argument("--decay", type=float, default=0.2, help="share of the steps in which the rate goes down")
     parser.add_argument("--decay-from", type=int, help="step at which it begins to, in place of that share")
     parser.add_argument("--tokens-per-step", type=int, default=65536)
