@@ -30,6 +30,8 @@ def of_run(records: list[dict[str, Any]]) -> dict[str, float]:
     fifth = max(1, len(steps) // 5)
     measured = [r["accuracy"] for r in records if "accuracy" in r]
     rewards = [r["reward"] for r in steps]
+    ends = [[r for r in records if "accuracy" in r][i] for i in (0, -1)]
+    kinds = [name for name in ends[0] if name.startswith("heldout/")]
     return {
         "reward_first": fmean(rewards[:fifth]),
         "reward_last": fmean(rewards[-fifth:]),
@@ -39,19 +41,26 @@ def of_run(records: list[dict[str, Any]]) -> dict[str, float]:
         "accuracy_mean": fmean(measured[1:]),
         "seconds": sum(r["seconds"] for r in steps),
         "step_s_median": median(r["seconds"] for r in steps),
+        **{f"{name}/{when}": end[name] for name in kinds for when, end in zip(("before", "after"), ends)},
     }
 
 
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over seeds with 95% intervals, and Pronghorn less TRL, paired by seed."""
-    found = {name: [of_run(run["sides"][name]) for run in runs] for name in ("pronghorn", "trl")}
+    """Means over seeds with 95% intervals, and, where both sides ran, Pronghorn less TRL, paired by seed."""
+    found = {name: [of_run(run["sides"][name]) for run in runs] for name in runs[0]["sides"]}
     summary: dict[str, Any] = {}
     for name, each in found.items():
         summary[name] = {metric: _rounded(interval([run[metric] for run in each])) for metric in each[0]}
-    pairs = list(zip(found["pronghorn"], found["trl"]))
-    for metric in ("reward_last", "reward_mean", "accuracy_after", "accuracy_mean"):
-        summary[f"difference_{metric}"] = _rounded(interval([ours[metric] - trl[metric] for ours, trl in pairs]))
-    summary["speedup"] = _rounded(interval([trl["seconds"] / ours["seconds"] for ours, trl in pairs]))
+    if {"pronghorn", "trl"} <= set(found):
+        pairs = list(zip(found["pronghorn"], found["trl"]))
+        compared = ["reward_last", "reward_mean", "accuracy_after", "accuracy_mean"]
+        compared += [name for name in pairs[0][0] if name.startswith("heldout/") and name.endswith("/after")]
+        for metric in compared:
+            summary[f"difference_{metric}"] = _rounded(interval([ours[metric] - trl[metric] for ours, trl in pairs]))
+        summary["speedup"] = _rounded(interval([trl["seconds"] / ours["seconds"] for ours, trl in pairs]))
+        summary["speedup_median"] = _rounded(
+            interval([trl["step_s_median"] / ours["step_s_median"] for ours, trl in pairs])
+        )
     return {"summary": summary}
 
 

@@ -1,4 +1,9 @@
-"""The table of ``docs/learning.md`` from a study's JSON: ``python -m benchmarks.learning_table`` (``--check``)."""
+"""The tables of ``docs/learning.md`` from the studies' JSON: ``python -m benchmarks.learning_table`` (``--check``).
+
+The CPU study's table stands between marks in the page. Every other ``docs/study/learning-*.json`` has a section of its
+own, made whole from the file and added at the page's end when it is new; what is to be said about it goes below its
+mark, which stays.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGE, STUDY = DOCS / "learning.md", DOCS / "study" / "learning-cpu.json"
-BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
+PAGE, STUDIES = DOCS / "learning.md", DOCS / "study"
+FIRST = "learning-cpu"
 
 # metric: (words, form)
 _ROWS = {
@@ -20,32 +25,46 @@ _ROWS = {
     "accuracy_after": ("held-out accuracy after", "{:.1%}"),
     "accuracy_mean": ("held-out accuracy, mean of the evaluations since", "{:.1%}"),
 }
-# Under the load that the machine had, which differed between seeds: an interval over them would be the load's.
-_LOADED = {
-    "seconds": ("seconds of all steps, under load", "{:.0f}"),
-    "step_s_median": ("seconds of a step, median, under load", "{:.2f}"),
+_KINDS = {
+    "number": "held-out, right number in any format",
+    "words": "held-out, one and two steps",
+    "chains": "held-out, three to six steps",
+    "gsm8k": "GSM8K's test problems",
 }
+_SECONDS = {"seconds": ("seconds of all steps", "{:.0f}"), "step_s_median": ("seconds of a step, median", "{:.2f}")}
 
 
 def table(study: dict[str, Any]) -> str:
     """Markdown: means over seeds with their 95% intervals, and the difference paired by seed."""
     summary, count = study["summary"], len(study["runs"])
+    said = "95% intervals by Student's t over the seeds"
     lines = [
-        f"Means over {count} seeds; in brackets 95% intervals by Student's t over the seeds.",
+        f"Means over {count} seeds; in brackets {said}." if count > 1 else "One seed.",
         "",
         "| | Pronghorn | TRL | Pronghorn less TRL, paired |",
         "|---|---|---|---|",
     ]
-    for metric, (words, form) in _ROWS.items():
+    rows = dict(_ROWS)
+    for kind, words in _KINDS.items():
+        rows |= {f"heldout/{kind}/{when}": (f"{words}, {when}", "{:.1%}") for when in ("before", "after")}
+    for metric, (words, form) in rows.items():
+        if metric not in summary["pronghorn"]:
+            continue
         cells = [_shown(summary[side][metric], form) for side in ("pronghorn", "trl")]
         difference = summary.get(f"difference_{metric}")
         cells.append(_shown(difference, form.replace("{:", "{:+")) if difference else "")
         lines.append(f"| {words} | {' | '.join(cells)} |")
-    for metric, (words, form) in _LOADED.items():
-        cells = [form.format(summary[side][metric][0]) for side in ("pronghorn", "trl")]
-        lines.append(f"| {words} | {' | '.join(cells)} |  |")
-    ratio = _shown(summary["speedup"], "{:.2f}")
-    return "\n".join([*lines, "", f"TRL's seconds over Pronghorn's, all steps, paired: {ratio}."])
+    # On a machine with other work, whose load differed between seeds, an interval would be the load's.
+    loaded = study["device"] == "cpu"
+    for metric, (words, form) in _SECONDS.items():
+        values = [summary[side][metric] for side in ("pronghorn", "trl")]
+        cells = [form.format(value[0]) if loaded else _shown(value, form) for value in values]
+        lines.append(f"| {words}{', under load' if loaded else ''} | {' | '.join(cells)} |  |")
+    ratio = f"TRL's seconds over Pronghorn's, all steps, paired: {_shown(summary['speedup'], '{:.2f}')}."
+    if not loaded:
+        median = _shown(summary["speedup_median"], "{:.2f}")
+        ratio += f" Of median steps, which leave the first one's compilations out: {median}."
+    return "\n".join([*lines, "", ratio])
 
 
 def _shown(values: list[float | None], form: str) -> str:
@@ -55,10 +74,52 @@ def _shown(values: list[float | None], form: str) -> str:
     return f"{form.format(mean)} ({form.format(low)} to {form.format(high)})"
 
 
-def page() -> str:
-    """The page with its table brought up to date."""
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    return f"{before}{BEGIN}\n{table(json.loads(STUDY.read_text()))}\n{END}{rest.split(END)[1]}"
+def section(name: str, study: dict[str, Any]) -> str:
+    """A study's heading, settings, table and plot, all from its file."""
+    chosen = study["settings"]
+    lines = [f"## {chosen['model']}, on one {chosen['machine']}", ""]
+    made = study.get("pretraining")
+    if made:
+        shares = [share for _, share in made["sampled_accuracy"]]
+        lines += [
+            f"{made['parameters'] / 1e6:.0f}M parameters, trained from random weights on {made['tokens'] / 1e6:.0f}M "
+            f"tokens in {made['seconds']:.0f} s ({made['steps']:,} steps, {made['tokens_per_s']:,} tokens/s; "
+            f"`python -m benchmarks.pretrain`); sampling then solved {shares[-1]:.0%} of the synthetic problems.",
+            "",
+        ]
+    lines += [
+        f"{chosen['steps']} steps of {chosen['prompts']} prompts x {chosen['generations']} completions of up to "
+        f"{chosen['max_completion_length']} tokens, LoRA of rank {chosen['lora_rank']}, learning rate "
+        f"{chosen['learning_rate']:g}; {chosen['problems']} held-out problems, greedy. Commit {study['commit']}.",
+        "",
+        table(study),
+        "",
+        f"![reward and held-out accuracy by step and by second](study/{name}.png)",
+        "",
+        f"Every step of every run: [`study/{name}.json`](study/{name}.json).",
+    ]
+    return "\n".join(lines)
+
+
+def marks(name: str) -> tuple[str, str]:
+    key = "study" if name == FIRST else name
+    return f"<!-- {key}:begin -->", f"<!-- {key}:end -->"
+
+
+def page(text: str | None = None, studies: Path = STUDIES) -> str:
+    """The page (the file's text by default) with every study's part brought up to date."""
+    text = PAGE.read_text(encoding="utf-8") if text is None else text
+    for path in sorted(studies.glob("learning-*.json")):
+        study = json.loads(path.read_text())
+        if not {"pronghorn", "trl"} <= set(study.get("summary", {})):
+            continue  # no seed has ended, or one side ran alone
+        begin, end = marks(path.stem)
+        made = table(study) if path.stem == FIRST else section(path.stem, study)
+        if begin not in text:
+            text = f"{text.rstrip()}\n\n{begin}\n{end}\n"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 if __name__ == "__main__":

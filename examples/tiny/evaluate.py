@@ -22,18 +22,24 @@ def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     return centre - half, centre + half
 
 
-@torch.no_grad()
 def greedy(model: Any, tokenizer: Any, problems: Sequence[Problem], batch: int, max_new_tokens: int = 112) -> list[str]:
     """The model's greedy responses, special tokens left out."""
+    chats = [chat(problem) for problem in problems]
+    return complete(model, tokenizer, chats, batch, max_new_tokens=max_new_tokens, do_sample=False)
+
+
+@torch.no_grad()
+def complete(model: Any, tokenizer: Any, chats: Sequence[Any], batch: int, **how: Any) -> list[str]:
+    """One response to each chat by transformers' `generate` (`how` goes there), special tokens left out."""
     training = model.training
     model.eval()
-    prompts = [encode_chat(tokenizer, chat(problem)) for problem in problems]
+    prompts = [encode_chat(tokenizer, messages) for messages in chats]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
     for at in range(0, len(order), batch):
         rows = order[at : at + batch]
         padded = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_tensors="pt").to(model.device)
-        out = model.generate(**padded, max_new_tokens=max_new_tokens, do_sample=False)
+        out = model.generate(**padded, **how)
         said = tokenizer.batch_decode(out[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(rows, said):
             texts[i] = text

@@ -77,9 +77,9 @@ def build_tokenizer(vocab: int) -> Any:
     return train_tokenizer(texts, vocab)
 
 
-def build_model(tokenizer: Any, hidden: int, layers: int) -> Any:
-    """A Llama with grouped queries (two query heads a key/value head of 32) and tied embeddings, float32."""
-    heads = hidden // 32
+def build_model(tokenizer: Any, hidden: int, layers: int, head_dim: int = 32) -> Any:
+    """A Llama with grouped queries (two query heads a key/value head) and tied embeddings, float32."""
+    heads = hidden // head_dim
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -87,7 +87,7 @@ def build_model(tokenizer: Any, hidden: int, layers: int) -> Any:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads // 2,
-        head_dim=32,
+        head_dim=head_dim,
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
@@ -174,9 +174,8 @@ def train(model: Any, tokenizer: Any, options: argparse.Namespace) -> float:
     return time.time() - started
 
 
-def save(model: Any, tokenizer: Any, options: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Weights in bf16, both configs, tokenizer and template, the card, and the evaluation as JSON."""
-    out: Path = options.out
+def write_model(model: Any, tokenizer: Any, out: Path) -> None:
+    """Weights in bf16, both configs, tokenizer and template."""
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -187,6 +186,12 @@ def save(model: Any, tokenizer: Any, options: argparse.Namespace, report: dict[s
     for file in out.glob("*.safetensors"):
         file.chmod(0o644)  # written as 0600, which another user of an installed package could not read
     tokenizer.save_pretrained(out)
+
+
+def save(model: Any, tokenizer: Any, options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """The model, its card, and the evaluation as JSON."""
+    out: Path = options.out
+    write_model(model, tokenizer, out)
     kept = {key: value for key, value in report.items() if key != "samples"}
     (out / "evaluation.json").write_text(json.dumps(kept, indent=2) + "\n")
     fields = {"accuracy": "not measured", "number": "not measured", "problems": 0, **report}

@@ -137,16 +137,21 @@ def _draw(template: Template, rng: random.Random) -> Problem:
         )
 
 
-def draw(split: str, rng: random.Random) -> Problem:
-    """One problem of the split, templates equally likely.
-
-    Raises `ConfigError` for an unknown split.
-    """
+def check_split(split: str) -> None:
+    """Raises `ConfigError` for an unknown split."""
     if split not in SPLITS:
         hint = nearest(split, SPLITS)
         raise ConfigError(
             f"split={split!r} is unknown: use one of {', '.join(SPLITS)}" + (f" ({hint}?)" if hint else "")
         )
+
+
+def draw(split: str, rng: random.Random) -> Problem:
+    """One problem of the split, templates equally likely.
+
+    Raises `ConfigError` for an unknown split.
+    """
+    check_split(split)
     while True:
         problem = _draw(rng.choice(TEMPLATES), rng)
         if split_of(problem.key) == split:
