@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pronghorn.kernels.spans import on_device
+
 RUNS, STOPPED, FULL, NOT_A_NUMBER, EMPTY = range(5)
 """What ``finished_B`` holds: the row runs; ended by a stop id; by its length; by logits that are no numbers; unused."""
 
@@ -158,7 +160,8 @@ class SampleState:
             tensor.index_copy_(0, index, self._to(column, tensor.dtype).view(len(rows), *tensor.shape[1:]))
         for b, r in zip(at, rows):
             if r.repetition_penalty != 1:
-                self.seen_BW[b].copy_(_bits(r.seen, self.seen_BW.shape[1]), non_blocking=True)
+                bits_W = _bits(r.seen, self.seen_BW.shape[1])
+                self.seen_BW[b].copy_(on_device(bits_W, torch.int32, self.tokens_B.device))
 
     def clear(self, at: Sequence[int]) -> None:
         """Nobody owns the rows ``at`` any more: they draw nothing, and padding is all that the cache gets of them."""
@@ -169,7 +172,7 @@ class SampleState:
             self.lengths_B.index_fill_(0, index, 0)
 
     def _to(self, values: list[Any], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.tokens_B.device, non_blocking=True)
+        return on_device(values, dtype, self.tokens_B.device)
 
     def _most(self, r: RowSettings) -> int:
         return self.max_tokens if r.max_tokens is None else r.max_tokens

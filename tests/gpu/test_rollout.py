@@ -9,6 +9,8 @@ from pronghorn.config.sampling import SamplingParams
 from pronghorn.models.attention import PackedAttention
 from pronghorn.models.forward import hidden_states, logits
 from pronghorn.rollout import base
+from pronghorn.rollout.native import engine as engine_module
+from pronghorn.rollout.native.decoder import Decoder
 from tests.helpers import tiny_llama
 from tests.rollout.conftest import load, with_lora
 
@@ -72,6 +74,34 @@ def test_the_schedule_changes_nothing_but_rounding(on_gpu):
     assert len(first) >= 0.9 * len(pairs) - 1
     assert all(abs(x.policy_logprobs[0] - y.policy_logprobs[0]) < 0.1 for x, y in first)
     assert tight.scheduler.preemptions > 0
+
+
+def test_nothing_waits_for_the_gpu_between_two_looks(on_gpu, monkeypatch):
+    """Many chunks, shared blocks that are copied, penalties and bursts: torch raises where the host would wait."""
+    model, tokenizer = on_gpu
+    engine = base.create("native", model, tokenizer, max_prefill_tokens=32)
+    params = SamplingParams(n=3, max_tokens=60, seed=2, ignore_eos=True, repetition_penalty=1.1)
+    expected = [o.outputs for o in engine.generate(PROMPTS, params)]  # compiles, and captures graphs
+    run, look, looks = engine_module.run_ahead, Decoder.look, []
+
+    def running(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def looking(self, sequences):
+        looks.append([s.unseen for s in sequences])
+        torch.cuda.set_sync_debug_mode("default")
+        drawn = look(self, sequences)
+        torch.cuda.set_sync_debug_mode("error")
+        return drawn
+
+    monkeypatch.setattr(engine_module, "run_ahead", running)
+    monkeypatch.setattr(Decoder, "look", looking)
+    assert [o.outputs for o in engine.generate(PROMPTS, params)] == expected
+    assert looks == [[33] * 12, [27] * 12], "six chunks of 32 tokens and a burst, and the rest"
 
 
 def test_memory_is_released(on_gpu):

@@ -11,6 +11,7 @@ from pronghorn.config.errors import ConfigError
 from pronghorn.config.sampling import SamplingParams
 from pronghorn.rollout import base
 from pronghorn.rollout.native import kv_cache
+from pronghorn.rollout.native.runner import LivePolicy
 from tests.helpers import tiny_llama
 from tests.rollout.conftest import load
 
@@ -91,6 +92,32 @@ def test_an_interrupt_in_a_prefill_and_in_the_progress_callback(engine, loaded):
     with pytest.raises(KeyboardInterrupt):
         engine.generate([PROMPT], PARAMS, progress=stop)
     assert_clean(engine, expected)
+
+
+@pytest.mark.parametrize("call", [1, 2, 4])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, torch.OutOfMemoryError("tried to allocate 7 GiB")])
+def test_a_fault_in_a_later_chunk_of_a_prefill(engine, loaded, monkeypatch, call, error):
+    """Some prompts are whole and have drawn, one is half computed, others wait."""
+    model, tokenizer = loaded
+    made = base.create("native", model, tokenizer, ahead=engine.ahead, max_prefill_tokens=16)
+    prompts = [PROMPT[:9], PROMPT[:12], PROMPT, [0, 9]]
+    expected = ids(made.generate(prompts, PARAMS))
+    walk, calls = LivePolicy.hidden_states, []
+
+    def failing(self: LivePolicy, ids_T: torch.Tensor, *args: Any) -> torch.Tensor:
+        calls.append(len(ids_T))
+        if len(calls) == call:
+            raise error
+        return walk(self, ids_T, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LivePolicy, "hidden_states", failing)
+        with pytest.raises(error if isinstance(error, type) else type(error)):
+            made.generate(prompts, PARAMS)
+    assert calls == [16, 16, 16, 5][:call], "prefills alone"
+    assert (made._decoder is not None) == (engine.ahead and not isinstance(error, torch.OutOfMemoryError))
+    assert_clean(made, ids(engine.generate([PROMPT], PARAMS)))
+    assert ids(made.generate(prompts, PARAMS)) == expected
 
 
 def test_blocks_that_run_out_preempt_and_all_are_served(engine, loaded):

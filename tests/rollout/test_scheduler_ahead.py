@@ -15,7 +15,11 @@ from tests.rollout.test_scheduler import Model
 
 
 class Watched(Scheduler):
-    """Says whether looking ahead cost anybody its place."""
+    """Says whether looking ahead cost anybody its place, and whether anybody lost what nobody had looked at."""
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert not any(s.unseen for s in self.running), "who has ended is known before anybody has to go"
+        super()._preempt(sequence)
 
     def _look_ahead(self, rows: list[Sequence], ahead: int) -> int:
         before, running = self.preemptions, list(self.running)
@@ -36,8 +40,9 @@ class Arrival:
 
 @dataclass
 class Run:
-    """What happened to all of them."""
+    """What happened to all of them; ``drawn`` is what a GPU knows."""
 
+    drawn: dict[Sequence, int] = field(default_factory=dict)
     ended: list[Sequence] = field(default_factory=list)
     first_drawn: list[Sequence] = field(default_factory=list)
     ended_in: dict[Sequence, int] = field(default_factory=dict)
@@ -59,7 +64,11 @@ def arrivals(shape: list[tuple[int, int, int, list[tuple[int, int]]]]) -> list[A
 def check_step(scheduler: Scheduler, step: Step) -> None:
     """What holds of every step before it runs."""
     blocks = scheduler.blocks
-    assert bool(step.prefill) != bool(step.decode)
+    if not step.prefill and not step.decode:
+        assert any(s.unseen for s in scheduler.running), "there is something to look at"
+        assert not step.copies
+    assert not (step.prefill and step.decode)
+    assert all(not s.unseen for s in scheduler.waiting)
     assert len(scheduler.running) <= scheduler.max_rows
     assert sum(c.stop - c.start for c in step.prefill) <= scheduler.prefill_tokens
     held = [b for s in scheduler.running for b in s.table]
@@ -76,21 +85,40 @@ def check_step(scheduler: Scheduler, step: Step) -> None:
     assert len(set(targets)) == len(targets)
 
 
-def decode(model: Model, step: Step, end: dict[Sequence, int]) -> None:
+def decode(model: Model, step: Step, run: Run, end: dict[Sequence, int]) -> None:
     """A burst: ``ahead`` steps; a row that has drawn its last token writes no more, as on the GPU."""
     for more in range(step.ahead):
-        going = [s for s in step.decode if len(s.output) < end[s]]
+        going = [s for s in step.decode if run.drawn[s] < end[s]]
         for s in going:
-            model.write(s, len(s) - 1, len(s))
+            count = len(s.prompt) + run.drawn[s]
+            model.write(s, count - 1, count)
         for s in going:
-            model.check(s, len(s))
-            s.output.append(7)
+            model.check(s, len(s.prompt) + run.drawn[s])
+            run.drawn[s] += 1
         if more == 0:
-            assert going == step.decode
+            assert all(s in going or s.unseen for s in step.decode), "who is known to have ended has left"
+    for s in step.decode:
+        s.unseen += step.ahead
 
 
-def play(scheduler: Scheduler, all_: list[Arrival], ahead: list[int]) -> Run:
-    """Run to the end; ``ahead`` are looks taken in turn."""
+def look(scheduler: Scheduler, run: Run, end: dict[Sequence, int]) -> None:
+    """The host takes in what was drawn."""
+    for s in [s for s in scheduler.running if s.unseen]:
+        assert len(s.output) < run.drawn[s] <= len(s.output) + s.unseen
+        s.output += [7] * (run.drawn[s] - len(s.output))
+        s.unseen = 0
+        if len(s.output) == end[s]:
+            scheduler.finish(s)
+            run.ended.append(s)
+            run.ended_in[s] = run.steps
+        else:
+            s.computed = len(s) - 1
+
+
+def play(scheduler: Scheduler, all_: list[Arrival], ahead: list[int], late: bool = False) -> Run:
+    """Run to the end; ``ahead`` are looks taken in turn. The host looks after each prefill, or ``late``: after a burst,
+    and where it has to.
+    """
     model, run = Model(scheduler.blocks), Run()
     coming, end = list(all_), {a.sequence: a.end for a in all_}
     favoured: dict[Sequence, int] = {}
@@ -111,23 +139,18 @@ def play(scheduler: Scheduler, all_: list[Arrival], ahead: list[int]) -> Run:
         favoured.setdefault(oldest, oldest.preemptions)
         assert oldest.preemptions == favoured[oldest], "nor preempted, once it is the oldest"
         if step.prefill:
-            drawing = model.run(step)
-            for s in drawing:
+            for s in model.run(step):
                 if s not in run.first_drawn:
                     run.first_drawn.append(s)
-                s.output.append(7)
-        else:
+                run.drawn[s] = len(s.output) + 1
+                s.unseen = 1
+            if late:
+                continue
+        elif step.decode:
             assert step.ahead <= ahead[(run.steps - 1) % len(ahead)]
             model.run(Step(copies=step.copies))
-            drawing = step.decode
-            decode(model, step, end)
-        for s in drawing:
-            if len(s.output) == end[s]:
-                scheduler.finish(s)
-                run.ended.append(s)
-                run.ended_in[s] = run.steps
-            else:
-                s.computed = len(s) - 1
+            decode(model, step, run, end)
+        look(scheduler, run, end)
 
 
 samples = st.lists(st.tuples(st.integers(1, 25), st.integers(0, 24)), min_size=1, max_size=5)
@@ -143,11 +166,14 @@ shapes = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 2), st.integers(0
     budget=st.integers(1, 40),
     together=st.integers(1, 5),
     ahead=st.lists(st.integers(1, 17), min_size=1, max_size=3),
+    late=st.booleans(),
 )
-def test_whoever_comes_ends_with_its_own_keys_and_no_block_leaks(shape, spare, size, rows, budget, together, ahead):
+def test_whoever_comes_ends_with_its_own_keys_and_no_block_leaks(
+    shape, spare, size, rows, budget, together, ahead, late
+):
     all_ = arrivals(shape)
     blocks = BlockManager(max(blocks_for(a.sequence.longest, size) for a in all_) + spare, size)
-    run = play(Watched(blocks, rows, budget, together), all_, ahead)
+    run = play(Watched(blocks, rows, budget, together), all_, ahead, late)
     assert sorted(s.order for s in run.ended) == list(range(len(all_)))
     assert all(len(a.sequence.output) == a.end and not a.sequence.table for a in all_)
     orders = [s.order for s in run.first_drawn]
@@ -156,8 +182,8 @@ def test_whoever_comes_ends_with_its_own_keys_and_no_block_leaks(shape, spare, s
 
 
 @settings(max_examples=60, deadline=None)
-@given(shape=shapes, seed=st.randoms(use_true_random=False), ahead=st.integers(1, 9))
-def test_who_ends_when_does_not_depend_on_the_order_of_coming(shape, seed, ahead):
+@given(shape=shapes, seed=st.randoms(use_true_random=False), ahead=st.integers(1, 9), late=st.booleans())
+def test_who_ends_when_does_not_depend_on_the_order_of_coming(shape, seed, ahead, late):
     """With room for all, the number of steps that a sequence takes is its own affair."""
     shape = [(length, which, 0, samples_) for length, which, _, samples_ in shape]
     shuffled = list(shape)
@@ -166,7 +192,7 @@ def test_who_ends_when_does_not_depend_on_the_order_of_coming(shape, seed, ahead
     for one in (shape, shuffled):
         all_ = arrivals(one)
         scheduler = Watched(BlockManager(2000, 4), 100, 10_000)
-        run = play(scheduler, all_, [ahead])
+        run = play(scheduler, all_, [ahead], late)
         assert scheduler.preemptions == 0
         ends.append(sorted((len(s.prompt), s.max_new, a.end, run.ended_in[s]) for a in all_ for s in (a.sequence,)))
     assert ends[0] == ends[1]
@@ -177,12 +203,31 @@ def test_who_ends_when_does_not_depend_on_the_order_of_coming(shape, seed, ahead
 def test_looking_ahead_says_what_single_steps_say(shape, spare, size):
     """The same sequences end with the same lengths, and with room for all in the same order of first tokens."""
     runs = []
-    for ahead in (1, 16):
+    for ahead, late in ((1, False), (16, False), (16, True)):
         all_ = arrivals(shape)
         blocks = BlockManager(max(blocks_for(a.sequence.longest, size) for a in all_) + spare, size)
-        run = play(Watched(blocks, 6, 30), all_, [ahead])
+        run = play(Watched(blocks, 6, 30), all_, [ahead], late)
         runs.append(sorted((s.order, len(s.output)) for s in run.ended))
-    assert runs[0] == runs[1]
+    assert runs[0] == runs[1] == runs[2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes, budget=st.integers(1, 40), stop=st.integers(0, 30), spare=st.integers(0, 10))
+def test_abort_frees_every_block_between_two_looks(shape, budget, stop, spare):
+    all_ = arrivals(shape)
+    blocks = BlockManager(max(blocks_for(a.sequence.longest, 4) for a in all_) + spare, 4)
+    scheduler, model = Watched(blocks, 6, budget), Model(blocks)
+    for a in all_:
+        scheduler.add(a.sequence)
+    for _ in range(stop):
+        step = scheduler.next_step(4)
+        if step is None or not step.prefill:
+            break
+        for s in model.run(step):
+            s.unseen = 1
+    scheduler.abort()
+    assert blocks.available == blocks.num_blocks and not any(blocks.holders)
+    assert not any(a.sequence.unseen for a in all_) and scheduler.next_step() is None
 
 
 def test_a_burst_ends_where_the_blocks_do():
@@ -218,3 +263,44 @@ def test_a_burst_is_no_longer_than_the_longest_row_has_left():
         s.computed = len(s) - 1
     assert scheduler.next_step(16).ahead == 6
     assert [len(s.table) for s in sequences] == [1, 2]
+
+
+def queued(scheduler: Scheduler, lengths: list[tuple[int, int]]) -> list[Sequence]:
+    """Sequences of so many prompt tokens and at most so many new ones, each of a prompt of its own, in the queue."""
+    sequences = [
+        Sequence(i, i, 0, Prompt([i] * n), SamplingParams(), max_new=new) for i, (n, new) in enumerate(lengths)
+    ]
+    for s in sequences:
+        scheduler.add(s)
+    return sequences
+
+
+def drawing(step: Step) -> list[Sequence]:
+    """Who draws in this prefill; nobody looks."""
+    found = [s for c in step.prefill if c.draws for s in (c.sequence, *c.followers)]
+    for s in found:
+        s.unseen = 1
+    return found
+
+
+def test_prefills_and_the_first_burst_need_no_look():
+    scheduler = Watched(BlockManager(100, 4), 8, 10)
+    first, second, third = queued(scheduler, [(10, 9), (25, 9), (5, 9)])
+    assert [drawing(scheduler.next_step(4)) for _ in range(4)] == [[first], [], [], [second, third]]
+    step = scheduler.next_step(4)
+    assert step.decode == [first, second, third] and step.ahead == 4
+    assert [s.computed for s in step.decode] == [11, 26, 6], "the first token is read by the first step"
+    assert [len(s.table) for s in step.decode] == [4, 8, 3], "blocks for the positions up to 13, 28 and 8"
+
+
+def test_whoever_has_certainly_ended_makes_room_before_the_rest_decodes():
+    scheduler = Watched(BlockManager(100, 4), 2, 10, admit_together=2)
+    first, second, third = queued(scheduler, [(10, 1), (10, 9), (10, 9)])
+    assert [drawing(scheduler.next_step(4)) for _ in range(2)] == [[first], [second]]
+    step = scheduler.next_step(4)
+    assert not step.prefill and not step.decode, "both rows are taken, and one of them by a sequence of one token"
+    for s in (first, second):
+        s.unseen, s.output, s.computed = 0, [7], len(s.prompt)
+    scheduler.finish(first)
+    assert drawing(scheduler.next_step(4)) == [third], "though one free row is fewer than are admitted at once"
+    assert scheduler.next_step(4).decode == [second, third]

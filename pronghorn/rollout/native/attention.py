@@ -31,7 +31,7 @@ def padded_slots(tables: Seq[Seq[int]], block_size: int, device: torch.device) -
     longest = max(len(table) for table in tables)
     blocks = torch.tensor([[*table, *[table[0]] * (longest - len(table))] for table in tables], dtype=torch.int64)
     slots_BNs = blocks.unsqueeze(-1) * block_size + torch.arange(block_size)
-    return slots_BNs.flatten(1).to(device, non_blocking=True)
+    return on_device(slots_BNs.flatten(1), torch.int64, device)
 
 
 class PrefillAttention:
@@ -63,12 +63,12 @@ class PrefillAttention:
         self.slots_BS = padded_slots(tables, size, device)
         rows = torch.tensor([b for b, n in enumerate(lengths) for _ in range(n)])
         columns = torch.cat([torch.arange(n) for n in lengths])
-        self.spread_T = (rows * self.longest + columns).to(device)
+        self.spread_T = on_device(rows * self.longest + columns, torch.int64, device)
         starts_B1 = torch.tensor([[c.start] for c in chunks])
         query_positions_BQ = starts_B1 + torch.arange(self.longest)
         # Padded queries see whatever lies before their position: finite, and dropped afterwards.
         mask_BQS = torch.arange(self.slots_BS.shape[1]) <= query_positions_BQ.unsqueeze(-1)
-        self.mask_B1QS = mask_BQS.unsqueeze(1).to(device)
+        self.mask_B1QS = on_device(mask_BQS.unsqueeze(1), torch.bool, device)
 
     def __call__(
         self, layer_idx: int, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, scale: float

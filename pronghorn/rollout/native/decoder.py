@@ -16,6 +16,7 @@ import torch
 
 from ...kernels.sample import sample_step
 from ...kernels.sample_state import NOT_A_NUMBER, RUNS, RowSettings, SampleState, Variant
+from ...kernels.spans import on_device
 from ...lora.projection import row_columns
 from ...models.forward import Head
 from ...models.parts import Groups, Parts
@@ -177,9 +178,9 @@ class Decoder:
 
     def _load(self, at: list[int], sequences: Seq[Sequence]) -> None:
         self.state.load(at, [_settings(s) for s in sequences])
-        index = torch.tensor(at).to(self.state.tokens_B.device, non_blocking=True)
-        last = torch.tensor([s.last for s in sequences]).to(index.device, non_blocking=True)
-        self.state.tokens_B.index_copy_(0, index, last)
+        tokens_B = self.state.tokens_B
+        index, last = (on_device(x, torch.int64, tokens_B.device) for x in (at, [s.last for s in sequences]))
+        tokens_B.index_copy_(0, index, last)
 
     def release(self, sequences: Seq[Sequence]) -> None:
         """The slots of sequences that ended, or were preempted, are free."""
@@ -198,7 +199,9 @@ class Decoder:
         return [s for s in sequences if id(s) not in self.slot_of]
 
     def _compact(self) -> None:
-        """Move rows down, where that lets a smaller graph serve."""
+        """Move rows down, where that lets a smaller graph serve. None of them has unseen tokens: a row that came after
+        the last look took the lowest free slot, and nobody left since.
+        """
         rows = [s for s in self.slots if s is not None]
         size = bucket_of(max(len(rows), 1))
         moving = [s for i, s in enumerate(self.slots) if s is not None and i >= size]
@@ -208,11 +211,11 @@ class Decoder:
 
     # Steps
 
-    def draw(self, x_NV: torch.Tensor, sequences: Seq[Sequence]) -> list[Drawn]:
+    def draw(self, x_NV: torch.Tensor, sequences: Seq[Sequence]) -> None:
         """Draw the first tokens of sequences just admitted, from the head's products that a prefill made."""
-        rows_N = torch.tensor([self.slot_of[id(s)] for s in sequences], dtype=torch.int32)
-        self._sample(x_NV, rows_N.to(x_NV.device, non_blocking=True))
-        return self._fetch(sequences, 1)
+        self._sample(x_NV, on_device([self.slot_of[id(s)] for s in sequences], torch.int32, x_NV.device))
+        for s in sequences:
+            s.unseen += 1
 
     @property
     def head(self) -> Head:
@@ -223,14 +226,15 @@ class Decoder:
         out = self.head
         sample_step(x_NV, self.state, self.variant, rows_N, out.bias_V, out.scale, out.softcap)
 
-    def run(self, sequences: Seq[Sequence], steps: int) -> list[Drawn]:
+    def run(self, sequences: Seq[Sequence], steps: int) -> None:
         """Decode so many tokens of every row, which has blocks for them; rows that end on the way draw fewer."""
         self._compact()
         self._write_tables(sequences)
         graph = self._graph(bucket_of(1 + max(self.slot_of[id(s)] for s in sequences)))
         for _ in range(steps):
             graph.replay()
-        return self._fetch(sequences, steps)
+        for s in sequences:
+            s.unseen += steps
 
     def _write_tables(self, sequences: Seq[Sequence]) -> None:
         """Block tables as they stand: of a row that was there before, the last known block and those behind it."""
@@ -241,21 +245,23 @@ class Decoder:
             self._written[slot] = len(s.table)
         self.table_BN.copy_(self._table_host, non_blocking=True)
 
-    def _fetch(self, sequences: Seq[Sequence], steps: int) -> list[Drawn]:
-        """The newest tokens of these rows; the one place where the host waits for the GPU.
+    def look(self, sequences: Seq[Sequence]) -> list[Drawn]:
+        """The unseen tokens of these rows; the one place where the host waits for the GPU.
 
         Raises:
             FloatingPointError: a row's logits were no numbers.
         """
         state, device = self.state, self.state.tokens_B.device
-        index = torch.tensor([self.slot_of[id(s)] for s in sequences]).to(device, non_blocking=True)
-        drawn = [len(s.output) for s in sequences]
+        index = on_device([self.slot_of[id(s)] for s in sequences], torch.int64, device)
+        drawn, steps = [len(s.output) for s in sequences], max(s.unseen for s in sequences)
         columns = (torch.tensor(drawn).unsqueeze(1) + torch.arange(steps)).clamp_(max=state.max_tokens - 1)
-        columns = columns.to(device, non_blocking=True)
+        columns = on_device(columns, torch.int64, device)
         books = [x.index_select(0, index).unsqueeze(1) for x in (state.counts_B, state.finished_B)]
         kinds = (state.out_tokens_BT, state.out_token_logps_BT, state.out_policy_logps_BT)
         outputs = [x.index_select(0, index).gather(1, columns).view(torch.int32) for x in kinds]
         found = torch.cat([*books, *outputs], dim=1).cpu()  # one copy, in whole 32-bit words
+        for s in sequences:
+            s.unseen = 0
         counts, ended = found[:, 0].tolist(), found[:, 1].tolist()
         tokens = found[:, 2 : 2 + steps].tolist()
         own, policy = (x.contiguous().view(torch.float32).tolist() for x in found[:, 2 + steps :].chunk(2, dim=1))

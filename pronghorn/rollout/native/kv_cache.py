@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...config.errors import ConfigError
+from ...kernels.spans import on_device
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class KVCache:
         """Copy whole blocks ``(source, target)`` in every layer; every source is read before any target is written."""
         if not pairs:
             return
-        source, target = torch.tensor(pairs, dtype=torch.int64, device=self.shape.device).unbind(1)
+        source, target = on_device(torch.tensor(pairs), torch.int64, self.shape.device).unbind(1)
         for tensor in (*self.keys, *self.values):
             tensor.index_copy_(0, target, tensor.index_select(0, source))
 

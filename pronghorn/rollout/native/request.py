@@ -38,6 +38,7 @@ class Sequence:
         table: its KV blocks, empty while it waits.
         computed: leading tokens whose keys and values are in the cache.
         output: generated ids.
+        unseen: most tokens that were drawn since the host looked last; it may have ended before them.
     """
 
     order: int
@@ -51,6 +52,7 @@ class Sequence:
     table: list[int] = field(default_factory=list)
     computed: int = 0
     output: list[int] = field(default_factory=list)
+    unseen: int = 0
     token_logprobs: list[float] = field(default_factory=list)
     policy_logprobs: list[float] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
@@ -60,8 +62,8 @@ class Sequence:
     preemptions: int = 0
 
     def __len__(self) -> int:
-        """Tokens so far, prompt and output."""
-        return len(self.prompt.tokens) + len(self.output)
+        """Tokens so far, prompt and output, unseen ones too."""
+        return len(self.prompt.tokens) + len(self.output) + self.unseen
 
     @property
     def longest(self) -> int:
@@ -71,6 +73,8 @@ class Sequence:
     @property
     def last(self) -> int:
         """The newest token."""
+        if self.unseen:
+            raise RuntimeError(f"request {self.request} drew tokens that nobody has looked at yet: a fault of the loop")
         return self.output[-1] if self.output else self.prompt.tokens[-1]
 
     def tokens(self, start: int, stop: int) -> list[int]:

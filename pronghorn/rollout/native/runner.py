@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ...kernels.spans import on_device
 from ...models.attention import Attention
 from ...models.forward import hidden_states, logits
 from .attention import PrefillAttention
@@ -63,7 +64,7 @@ class Runner:
 
     def ids(self, ids: list[int]) -> torch.Tensor:
         """int64, on the model's device."""
-        return torch.tensor(ids, dtype=torch.int64).to(self.device, non_blocking=True)
+        return on_device(ids, torch.int64, self.device)
 
     def prefill(self, step: Step) -> tuple[torch.Tensor, list[int], list[Sequence]]:
         """Compute the chunks; hidden states ``[L, D]`` that predict, which of them each drawing sequence reads, and

@@ -34,7 +34,8 @@ class Chunk:
 
 @dataclass
 class Step:
-    """One step of the model: chunks to prefill, or else sequences to decode by one token.
+    """One step of the model: chunks to prefill, or else sequences to decode by one token. With neither, the host has
+    to look at what was drawn before anything else can run.
 
     ``copies`` are blocks ``(source, target)`` to copy first, all sources read before any target is written. ``ahead``
     is how many tokens in a row every sequence of ``decode`` has room for: so many steps may run before the host looks.
@@ -50,7 +51,8 @@ class Scheduler:
     """Keeps the queue and the running set.
 
     Invariants (held by property tests): a waiting sequence holds no block; at most ``max_rows`` run; sequences are
-    admitted in order; the oldest unfinished one is never preempted, so every sequence ends.
+    admitted in order; the oldest unfinished one is never preempted, so every sequence ends. A sequence whose newest
+    token the host has not looked at runs on until it has; nobody is preempted meanwhile.
 
     Args:
         blocks: the blocks to hand out.
@@ -92,10 +94,12 @@ class Scheduler:
         """
         step = Step()
         self._plan_prefill(step)
-        if not step.prefill:
-            self._plan_decode(step)
-            step.ahead = self._look_ahead(step.decode, ahead) if step.decode else 1
-        if step.prefill or step.decode:
+        if step.prefill or self._must_look():
+            return step
+        self._filling = self._filling and not self.waiting
+        self._plan_decode(step)
+        if step.decode:
+            step.ahead = self._look_ahead(step.decode, ahead)
             return step
         if self.waiting:
             raise RuntimeError(f"{len(self.waiting)} sequences wait and none can run: a fault of the scheduler")
@@ -115,7 +119,7 @@ class Scheduler:
 
     def _evict(self, sequence: Sequence) -> None:
         self.blocks.free(sequence.table)
-        sequence.computed = 0
+        sequence.computed = sequence.unseen = 0
         if sequence in sequence.prompt.residents:
             sequence.prompt.residents.remove(sequence)
 
@@ -123,7 +127,7 @@ class Scheduler:
 
     def _plan_prefill(self, step: Step) -> None:
         budget = self.prefill_tokens
-        for sequence in [s for s in self.running if s.computed < len(s) - 1 or not s.output]:
+        for sequence in [s for s in self.running if s.computed < len(s) - 1 or len(s) == len(s.prompt)]:
             budget -= self._chunk(step, sequence, budget)
         free = self.max_rows - len(self.running)
         if self.running and not self._filling and free < min(self.admit_together, len(self.waiting)):
@@ -131,7 +135,6 @@ class Scheduler:
         self._filling = True
         while budget > 0 and self.waiting:
             if not self._admit(self.waiting[0]):
-                self._filling = False
                 break
             sequence = self.waiting.pop(0)
             bisect.insort(self.running, sequence, key=_order)
@@ -187,6 +190,13 @@ class Scheduler:
         return followers
 
     # Decode
+
+    def _must_look(self) -> bool:
+        """Whether to decode only once the host knows what was drawn: somebody ended with it for certain, by its length,
+        and makes room. Blocks are no reason to look: where several run, admission left one for each, and the first step
+        takes no more.
+        """
+        return any(s.unseen and len(s) >= s.longest for s in self.running)
 
     def _plan_decode(self, step: Step) -> None:
         # Oldest first; whoever is preempted for it is the youngest, so it leaves from the end of the list.

@@ -1,0 +1,142 @@
+"""When the host looks: not between the chunks of a prefill, nor before the first burst, whatever ends meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pronghorn.config.sampling import SamplingParams
+from pronghorn.rollout.native.decoder import Decoder
+from pronghorn.rollout.native.runner import Runner
+from tests.helpers import tiny_llama
+from tests.rollout.conftest import load
+from tests.rollout.test_decoder import PROMPTS, assert_same, both, said, watch_steps
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory) -> tuple[Any, Any]:
+    """A model whose base does not train, as under LoRA: its layers are fused."""
+    model, tokenizer = load(tiny_llama(tmp_path_factory.mktemp("llama")))
+    return model.requires_grad_(False), tokenizer
+
+
+def watch_looks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """At every look to come, where the host waits for the GPU: most tokens that each row has drawn since the last."""
+    looks: list[list[int]] = []
+    look = Decoder.look
+
+    def watched(self: Decoder, sequences: Any) -> Any:
+        looks.append([s.unseen for s in sequences])
+        return look(self, sequences)
+
+    monkeypatch.setattr(Decoder, "look", watched)
+    return looks
+
+
+def test_a_prefill_is_not_looked_at_however_many_chunks_it_has(loaded, monkeypatch):
+    model, tokenizer = loaded
+    params = SamplingParams(n=2, max_tokens=40, seed=1, ignore_eos=True)
+    _, stepwise = both(model, tokenizer)
+    expected = said(stepwise.generate(PROMPTS, params))
+    looks, chunks, prefill = watch_looks(monkeypatch), [], Runner.prefill
+
+    def watched(self: Runner, step: Any) -> Any:
+        chunks.append(sum(c.stop - c.start for c in step.prefill))
+        return prefill(self, step)
+
+    monkeypatch.setattr(Runner, "prefill", watched)
+    for tokens, expected_chunks in ((4096, [94]), (40, [40, 40, 14]), (9, [9] * 10 + [4])):
+        engine, _ = both(model, tokenizer, max_prefill_tokens=tokens)
+        assert said(engine.generate(PROMPTS, params)) == expected
+        assert chunks == expected_chunks
+        assert looks == [[33] * 8, [7] * 8], "the first token and 32 more, then the rest"
+        looks.clear()
+        chunks.clear()
+
+
+def test_those_that_end_with_their_first_token_in_an_early_chunk(loaded, monkeypatch):
+    """By a stop id, which the host cannot foresee: their rows idle until the look."""
+    model, tokenizer = loaded
+    ahead, stepwise = both(model, tokenizer, max_prefill_tokens=9)
+    plain = [SamplingParams(n=2, max_tokens=20, seed=20 + i, ignore_eos=True) for i in range(len(PROMPTS))]
+    first = [o.outputs[0].token_ids[0] for o in assert_same(ahead, stepwise, plain)]
+    looks = watch_looks(monkeypatch)
+    for early in ([0], [1], [0, 1, 2], [3], [0, 1, 2, 3]):
+        params = [
+            SamplingParams(**{**p.__dict__, "stop_token_ids": [first[i]] if i in early else []})
+            for i, p in enumerate(plain)
+        ]
+        outputs = assert_same(ahead, stepwise, params)
+        for i in early:
+            c = outputs[i].outputs[0]
+            assert (c.token_ids, c.finish_reason, c.stop_reason) == ([first[i]], "stop", first[i])
+            assert len(c.token_logprobs) == len(c.policy_logprobs) == 1
+    assert {len(rows) for rows in looks} == {8} and len(looks) == 5, "one look each, after the only burst"
+
+
+def test_those_that_are_known_to_end_with_their_first_token_make_room(loaded, monkeypatch):
+    """By their length: no step runs for them, and whoever waits takes their rows before anybody decodes."""
+    model, tokenizer = loaded
+    ahead, stepwise = both(model, tokenizer, max_num_seqs=3, max_prefill_tokens=40)
+    steps, looks = watch_steps(monkeypatch), watch_looks(monkeypatch)
+    assert_same(ahead, stepwise, SamplingParams(n=4, max_tokens=1, seed=1))
+    assert steps == [] and [sum(rows) for rows in looks] == [3] * 5 + [1]
+    looks.clear()
+    assert_same(ahead, stepwise, [SamplingParams(max_tokens=n, seed=n, ignore_eos=True) for n in (1, 9, 1, 9)])
+    assert looks == [[1, 1, 1], [8, 9]] and {running for _, running in steps} == {2}
+
+
+def test_rows_are_admitted_while_others_decode(loaded, monkeypatch):
+    """Their first tokens are drawn beside tokens of rows in the middle, and looked at together."""
+    model, tokenizer = loaded
+    ahead, stepwise = both(model, tokenizer, max_num_seqs=4, max_prefill_tokens=9)
+    looks = watch_looks(monkeypatch)
+    params = [SamplingParams(n=2, max_tokens=n, seed=n, ignore_eos=True) for n in (3, 60, 21, 50)]
+    assert_same(ahead, stepwise, params)
+    assert any(len(set(rows)) == 2 for rows in looks), "33 unseen tokens of new rows beside 32 of old ones"
+
+
+def test_a_prefill_can_be_stopped_between_its_chunks(loaded):
+    """Progress is reported at every chunk, though nothing new is known."""
+    model, tokenizer = loaded
+    engine, _ = both(model, tokenizer, max_prefill_tokens=9)
+    seen: list[tuple[int, int, int]] = []
+    params = SamplingParams(max_tokens=20, seed=1, ignore_eos=True)
+    expected = said(engine.generate(PROMPTS, params, progress=lambda *a: seen.append(a)))
+    assert seen == [(0, 4, 0)] * 11 + [(4, 4, 80)]
+
+    def stop(*_: int) -> None:
+        seen.append((0, 0, 0))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPTS, params, progress=stop)
+    blocks = engine.scheduler.blocks
+    assert blocks.available == blocks.num_blocks and not any(engine._decoder.slots)
+    assert said(engine.generate(PROMPTS, params)) == expected
+
+
+def test_one_row_without_numbers_in_an_early_chunk_raises_though_others_follow(loaded, monkeypatch):
+    model, tokenizer = loaded
+    engine, _ = both(model, tokenizer, max_prefill_tokens=20)
+    params = SamplingParams(max_tokens=20, seed=1)
+    expected = said(engine.generate(PROMPTS, params))
+    sample, calls = Decoder._sample, []
+
+    def broken(self: Decoder, x_NV: torch.Tensor, rows_N: torch.Tensor | None) -> None:
+        calls.append(rows_N is None)
+        if len(calls) == 1:
+            x_NV[0] = float("nan")
+        sample(self, x_NV, rows_N)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "_sample", broken)
+        with pytest.raises(FloatingPointError, match="not numbers"):
+            engine.generate(PROMPTS, params)
+    assert calls.count(False) > 1, "its successors were launched before anybody looked"
+    assert engine.cache is None, "no NaN stays behind"
+    assert said(engine.generate(PROMPTS, params)) == expected
