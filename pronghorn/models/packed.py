@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..kernels.spans import on_device
+
 IGNORE = -100
 """The label that transformers and TRL leave out of the loss."""
 
@@ -65,7 +67,7 @@ def pack(
         targets_T = np.full_like(own_T, IGNORE)
         targets_T[:-1] = np.where(starts_T[1:], IGNORE, own_T[1:])
         found += [targets_T, (targets_T != IGNORE).nonzero()[0]]
-    joined = torch.from_numpy(np.concatenate(found, dtype=np.int64)).to(input_ids_BS.device)  # one copy for all
+    joined = on_device(torch.from_numpy(np.concatenate(found, dtype=np.int64)), torch.int64, input_ids_BS.device)
     slots_T, positions_on_T, *rest = joined.split([len(part) for part in found])
     ids_T = input_ids_BS.reshape(-1)
     return PackedBatch(
