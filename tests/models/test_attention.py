@@ -229,6 +229,8 @@ def test_choice_of_path() -> None:
     assert choose(hopper, bf16, 128, None).path is Path.FLASH
     assert choose(hopper, bf16, 128, 64).path is Path.FLASH
     assert choose(hopper, bf16, 128, 2047).path is Path.FLASH
+    assert choose(hopper, bf16, 128, 4096 + 128).path is Path.CUDNN
+    assert choose(hopper, bf16, 128, 5000).path is Path.FLASH  # rows of any length would stall nearly every step
     assert choose(hopper, bf16, 128, 32767).path is Path.CUDNN
     assert choose(hopper, bf16, 128, 32767, deterministic=True).path is Path.FLASH
     assert choose(hopper, bf16, 256, 2048).path is Path.FLASH
