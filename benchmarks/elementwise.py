@@ -17,7 +17,7 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from benchmarks.nf4 import copy_bytes_per_ms, measure
+from benchmarks.nf4 import copy_bytes_per_ms, graphed
 from benchmarks.results import Results, arguments, start
 from pronghorn.kernels import rms_norm_triton
 from pronghorn.kernels.glu import glu, glu_backward_
@@ -31,18 +31,6 @@ Call = Callable[[], object]
 
 def normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
-
-
-def graphed(fn: Call, stream: torch.cuda.Stream) -> float:
-    """Median ms of ``fn`` replayed as a CUDA graph; ``fn`` runs a few times before it is captured."""
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            fn()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        fn()
-    return measure(graph.replay)
 
 
 def backward_of(outputs: Any, inputs: Sequence[torch.Tensor]) -> Call:

@@ -1,6 +1,7 @@
 """NF4 on the linear layers of an 8B Llama: dequantizing, and the forward pass of the 4-bit linear layer.
 
 Run ``python -m benchmarks.nf4``. Peers in the same run: bitsandbytes, and torch's bf16 linear for the forward pass.
+Dequantizing is captured in a CUDA graph, so that its times are the GPU's alone; the linear layer's have Python in them.
 ``floor_ms`` is the time that the bytes (at this GPU's measured copy bandwidth) or the products (at its measured bf16
 matmul rate) take at least.
 """
@@ -26,6 +27,18 @@ def measure(fn: Callable[[], object]) -> float:
     return float(triton.testing.do_bench(fn, warmup=50, rep=200, return_mode="median"))
 
 
+def graphed(fn: Callable[[], object], stream: torch.cuda.Stream) -> float:
+    """Median ms of ``fn`` replayed as a CUDA graph; ``fn`` runs a few times before it is captured."""
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            fn()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        fn()
+    return measure(graph.replay)
+
+
 def copy_bytes_per_ms() -> float:
     """Bytes read and written in a ms by a large device-to-device copy."""
     a = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
@@ -42,6 +55,7 @@ def matmul_flops_per_ms() -> float:
 def bench_dequantize(results: Results, bandwidth: float) -> None:
     from bitsandbytes import functional as bnb
 
+    stream = torch.cuda.Stream()
     for shape in SHAPES:
         weight = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
         nf4 = NF4Tensor.quantize(weight)
@@ -51,8 +65,8 @@ def bench_dequantize(results: Results, bandwidth: float) -> None:
         if not same:
             raise SystemExit(f"{shape}: dequantized weights differ from bitsandbytes'; nothing was measured")
         case, floor = f"kernel/nf4_dequantize/{shape[0]}x{shape[1]}", (nf4.nbytes + out.nbytes) / bandwidth
-        results.add(case, "pronghorn", ms=measure(partial(nf4.dequantize, out=out)), floor_ms=floor)
-        results.add(case, "bitsandbytes", ms=measure(partial(bnb.dequantize_4bit, packed, state, out=out)))
+        results.add(case, "pronghorn", ms=graphed(partial(nf4.dequantize, out=out), stream), floor_ms=floor)
+        results.add(case, "bitsandbytes", ms=graphed(partial(bnb.dequantize_4bit, packed, state, out=out), stream))
 
 
 @torch.no_grad()

@@ -1,0 +1,91 @@
+"""Products of few rows with 4-bit weights, adapters of rank 32 in the same launch: the projections of an 8B Llama.
+
+    python -m benchmarks.nf4_matmul
+
+Cases ``kernel/nf4_matmul/<projections>/<rows>`` have ``ms`` of one call and ``floor_ms``, the time that codes and
+scales take at this GPU's measured copy bandwidth; ``pronghorn+low_rank`` has ``x A^T`` beside the product, as a decode
+step has it. Peers in the same run, without an adapter: bitsandbytes' own product of its 4-bit weights, each projection
+by itself, and torch's with the weights in bf16. Calls on weights of their own, 512 MiB at least, are captured in one
+CUDA graph, so that none is found in the L2 cache. ``kernel/nf4_matmul/layers/<rows>`` is the sum over the 32 layers of
+an 8B model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import partial
+
+import torch
+
+from benchmarks.elementwise import Call, normal
+from benchmarks.nf4 import copy_bytes_per_ms
+from benchmarks.ordered_matmul import BYTES, RANK, SHAPES, per_call
+from benchmarks.results import Results, arguments, start
+from pronghorn.kernels.low_rank import low_rank
+from pronghorn.kernels.nf4_matmul import Member, nf4_matmul
+from pronghorn.quant.nf4 import NF4Tensor
+
+ROWS = (1, 6, 16, 32, 64)
+LAYERS = 32
+
+
+def with_low(x_MI: torch.Tensor, a_RI: torch.Tensor, members: list[Member]) -> torch.Tensor:
+    """As a decode step has it: the product begins beside ``x A^T``."""
+    return nf4_matmul(x_MI, members, low_rank(x_MI, a_RI), overlap=True)
+
+
+def bench(
+    results: Results, name: str, bandwidth: float, stream: torch.cuda.Stream, sums: dict[tuple[int, str], float]
+) -> None:
+    from bitsandbytes import functional as bnb
+    from bitsandbytes import matmul_4bit
+
+    shape = SHAPES[name]
+    K, R = shape.inputs, RANK * len(shape.outputs)
+    copies = max(1, -(-BYTES // (sum(shape.outputs) * K // 2)))
+    with torch.cuda.stream(stream):
+        dense = [normal(outputs, K) for outputs in shape.outputs]
+        bs = [normal(outputs, RANK) for outputs in shape.outputs]
+        groups = [
+            [Member(NF4Tensor.quantize(w), b, i * RANK, None) for i, (w, b) in enumerate(zip(dense, bs))]
+            for _ in range(copies)
+        ]
+        packed = [
+            [bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in dense] for _ in range(copies)
+        ]
+        joined = [torch.cat(dense) for _ in range(max(1, copies // 4))]
+        many_a = [normal(R, K) for _ in range(copies)]
+    stream.synchronize()
+    floor = sum(NF4Tensor.quantize(w).nbytes for w in dense) / bandwidth
+    for rows in ROWS:
+        with torch.cuda.stream(stream):
+            x, low = normal(rows, K), normal(rows, R)
+        calls: dict[str, list[Call]] = {
+            "pronghorn": [partial(nf4_matmul, x, members, low) for members in groups],
+            "pronghorn+low_rank": [partial(with_low, x, a, members) for a, members in zip(many_a, groups)],
+            "bitsandbytes": [partial(matmul_4bit, x, w.t(), state) for own in packed for w, state in own],
+            "torch-bf16": [partial(torch.mm, x, w.T) for w in joined],
+        }
+        for impl, some in calls.items():
+            each = len(shape.outputs) if impl == "bitsandbytes" else 1
+            ms = per_call(some, stream) * each
+            results.add(f"kernel/nf4_matmul/{name}/{rows}", impl, ms=ms, floor_ms=floor)
+            sums[rows, impl] += LAYERS * ms
+
+
+def main() -> None:
+    args = arguments((__doc__ or "").split("\n")[0]).parse_args()
+    results = start("nf4_matmul", ("bitsandbytes",), args)
+    bandwidth, stream = copy_bytes_per_ms(), torch.cuda.Stream()
+    results.add("device/copy", "torch", gb_per_s=bandwidth / 1e6)
+    sums: dict[tuple[int, str], float] = defaultdict(float)
+    for name in SHAPES:
+        bench(results, name, bandwidth, stream, sums)
+        torch.cuda.empty_cache()
+    for (rows, impl), ms in sums.items():
+        results.add(f"kernel/nf4_matmul/layers/{rows}", impl, ms=ms)
+    results.write(args.out)
+
+
+if __name__ == "__main__":
+    main()
