@@ -70,12 +70,12 @@ def head(model: nn.Module) -> Head:
         chosen = lm_head.original_module
         if not lm_head.disable_adapters and lm_head.active_adapters:
             chosen = lm_head.modules_to_save[lm_head.active_adapters[0]]
-        return Head(chosen.weight, chosen.bias, spec.logit_scale)
+        return Head(chosen.weight, chosen.bias, spec.logit_scale, spec.logit_softcap)
     if hasattr(lm_head, "lora_A"):
-        return Head(*_lora_head(lm_head), spec.logit_scale)
+        return Head(*_lora_head(lm_head), spec.logit_scale, spec.logit_softcap)
     if not isinstance(lm_head, nn.Linear):
         raise NotImplementedError(f"lm_head={type(lm_head).__name__}: use LoRA or modules_to_save on the head")
-    return Head(lm_head.weight, lm_head.bias, spec.logit_scale)
+    return Head(lm_head.weight, lm_head.bias, spec.logit_scale, spec.logit_softcap)
 
 
 def _lora_head(lm_head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -31,6 +31,7 @@ class ModelSpec:
         block: the decoder layer as a function of packed tokens.
         read_parts: a decoder layer's pieces for the fused path, or in words why its own sub-modules have to be called.
         logit_scale: multiplies the logits (1 where a family has none).
+        logit_softcap: bounds the scaled logits by ``softcap * tanh(logit / softcap)`` (None where a family has none).
     """
 
     family: str
@@ -40,6 +41,7 @@ class ModelSpec:
     block: Block = field(repr=False)
     read_parts: Callable[[Any], Parts | str] = field(repr=False)
     logit_scale: float = 1.0
+    logit_softcap: float | None = None
     classifiers: tuple[str, ...] = ()
 
     def is_projection(self, module_name: str) -> bool:
