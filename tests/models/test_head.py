@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ SCALE, SOFTCAP = 0.7, 1.5
 
 
 @pytest.fixture(params=[(SCALE, SOFTCAP), (SCALE, None), (1.0, SOFTCAP)], ids=["both", "scale", "softcap"])
-def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[float, float | None]]:
+def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float | None]:
     """Llama as if its family had these."""
     scale, softcap = request.param
     monkeypatch.setattr(llama, "SPEC", replace(llama.SPEC, logit_scale=scale, logit_softcap=softcap))
-    yield scale, softcap
+    return scale, softcap
 
 
 def bounded(raw: torch.Tensor, family: tuple[float, float | None]) -> torch.Tensor:
