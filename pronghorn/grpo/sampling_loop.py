@@ -12,7 +12,6 @@ from torch import nn
 
 from ..config.errors import ConfigError
 from ..config.sampling import SamplingParams
-from ..models.modes import inference
 from ..rewards.runner import RewardRunner
 from ..rollout import base as rollout
 from .advantages import Advantages, group_advantages
@@ -115,9 +114,8 @@ class SamplingLoop:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[rollout.CompletionOutput]:
-        """The engine's completions of all prompts, one prompt's behind the other's; no dropout, no gradients."""
-        with inference(self.model):
-            requests = self.engine.generate(prompts, params)
+        """The engine's completions of all prompts, one prompt's behind the other's."""
+        requests = self.engine.generate(prompts, params)
         if not self.args.rollout_overlap:  # what draws beside training stays
             self.rest()
         outputs = [output for request in requests for output in request.outputs]

@@ -100,7 +100,10 @@ class Drawing(Protocol):
 
 
 class Engine(Protocol):
-    """What generates. Results come in the order of the prompts, whatever order they finish in."""
+    """What generates, without dropout and gradients and in whatever mode the model is, which it is in afterwards too.
+
+    Results come in the order of the prompts, whatever order they finish in.
+    """
 
     def generate(
         self,
