@@ -64,12 +64,15 @@ class Supply:
         self._said = False
 
     def settle(self) -> None:
-        """A run is over: wait until nothing is drawn and no reward function runs for generations sampled ahead."""
-        left, self._left = [*self._left, *self.pending], []
-        for pending in left:
+        """A run is over: generations sampled ahead are thrown away, once nothing is drawn and no reward function runs
+        for them any more.
+        """
+        self._left, self.pending = [*self._left, *self.pending], []
+        for pending in self._left:
             pending.stop()
-        for pending in left:
-            failed = pending.end()
+        while self._left:
+            failed = self._left[0].end()
+            self._left.pop(0)  # only now: whatever interrupts this, the next one waits for it
             if failed is not None:
                 logger.warning("%s", failed)
         if self.args.rollout_overlap:
