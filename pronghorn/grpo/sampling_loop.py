@@ -93,13 +93,27 @@ class SamplingLoop:
         self._before_drawing()
         return self._drawn(self.drawer(list(rows), group, lambda *path: request_seed(seed, *path), first))
 
-    def begin(self, rows: Sequence[dict[str, Any]], group: int, seed: int, first: int = 0) -> Begun:
-        """As :meth:`draw` by the policy as it is now, drawn when ``finish`` is called, on whatever thread. What trains
-        may move meanwhile.
+    def begin(
+        self,
+        rows: Sequence[dict[str, Any]],
+        group: int,
+        seed: int,
+        first: int = 0,
+        policy: rollout.KeptPolicy | None = None,
+    ) -> Begun:
+        """As :meth:`draw` by the policy as it is now, or by ``policy``, drawn when ``finish`` is called, on whatever
+        thread. What trains may move meanwhile.
+
+        Raises:
+            ConfigError: completions are not made in one turn.
         """
-        assert isinstance(self.drawer, SingleTurn)  # setup.check_overlap
+        if not isinstance(self.drawer, SingleTurn):
+            raise ConfigError(
+                "a generation that SIGTERM cut short is to be drawn again, which tools or a rollout_func cannot do; "
+                "resume without them, as in the run that began it"
+            )
         self._before_drawing()
-        begun = self.drawer.begin(list(rows), group, lambda *path: request_seed(seed, *path), first)
+        begun = self.drawer.begin(list(rows), group, lambda *path: request_seed(seed, *path), first, policy)
         return Begun(begun.drawing, lambda: self._drawn(begun.finish()))
 
     def _before_drawing(self) -> None:

@@ -118,7 +118,7 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         encoder = prompt_encoder(args, model, tokenizer, known)
         encoder.check(train_dataset, "train_dataset")
         self.position = RunState()
-        self.stop, self.stateful = StopSignal(), StatefulParts()
+        self.stop, self.stateful = StopSignal(tell=lambda: self.supply.hold()), StatefulParts()
         self.guard = GradientGuard(args.max_consecutive_skipped_steps, Path(args.output_dir) / "skipped")
         self.stateful.add("skipped_steps", self.guard)
         self.metrics = {TRAIN: Metrics(), EVAL: Metrics()}
