@@ -139,7 +139,7 @@ def trainer(
     model = pronghorn_model() if model is None else model
     data = prompts() if data is None else data
     eval_data = overrides.pop("eval_dataset", None)
-    callbacks = overrides.pop("callbacks", None)
+    callbacks, accuracy_eval = overrides.pop("callbacks", None), overrides.pop("accuracy_eval", None)
     made = GRPOTrainer(
         model,
         rewards,
@@ -148,6 +148,7 @@ def trainer(
         eval_data,
         callbacks=callbacks,
         processing_class=tiny_tokenizer(),
+        accuracy_eval=accuracy_eval,
     )
     made.sampling._engine = FakeEngine(model, made.processing_class) if engine is None else engine
     return made

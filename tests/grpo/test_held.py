@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from transformers import TrainerCallback
 from pronghorn.config.errors import ConfigError
 from pronghorn.config.sampling import SamplingParams
 from pronghorn.grpo.checkpoint import whole_checkpoints
+from pronghorn.grpo.evaluation import AccuracyEval
 from pronghorn.grpo.run_state import RunState
 from pronghorn.grpo.trainer import GRPOTrainer
 from pronghorn.models import state_of
 from pronghorn.rollout import base
-from tests.grpo.support import fill_lora, letters, prompts, pronghorn_model
+from tests.grpo.support import adapter_weights, fill_lora, letters, prompts, pronghorn_model
 from tests.grpo.test_overlap import CASES, _no_thread_is_left, assert_same, build
 from tests.grpo.test_sigterm import At, terminate
+from tests.invariant.test_resume import history
 
 __all__ = ["_no_thread_is_left"]  # a fixture of every test here, too
 PATIENCE = 20.0
@@ -199,3 +202,59 @@ def test_a_policy_is_drawn_by_until_the_next_asks(monkeypatch: pytest.MonkeyPatc
         assert drawer.ready([[0, 5]], params, 1.0)()[0].outputs == now
     with pytest.raises(ConfigError, match="do not fit the"):
         engine.ready([[0, 5]], params, 1.0, policy[1:])
+
+
+def held_out(every: int) -> AccuracyEval:
+    rows = [{"prompt": f"{i} + {i}?", "answer": str(2 * i)} for i in range(3)]
+    return AccuracyEval(rows, params=SamplingParams(temperature=0.0, max_tokens=4), every=every)
+
+
+def measured(folder: Path, every: int, **settings: Any) -> Any:
+    """A trainer that is measured by the engine that its rollouts have, as a trainer by its defaults is."""
+    made = build(folder, accuracy_eval=held_out(every), **settings)
+    state_of(made.model).engine = made.sampling.engine
+    return made
+
+
+@pytest.mark.parametrize("when", ["at the last step", "behind it", "by the trainer itself"])
+def test_the_last_measurement_waits_for_no_drawing(tmp_path: Path, when: str) -> None:
+    settings: dict[str, Any] = {"max_steps": 2}
+    if when == "by the trainer itself":
+        settings |= {
+            "eval_dataset": prompts(2), "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4,
+        }  # fmt: skip
+        made = build(tmp_path, **settings)
+    else:
+        made = measured(tmp_path, 2 if when == "at the last step" else 5, **settings)
+    stuck = Stuck(made, 2)
+    made.train()
+    assert stuck.stopped == [True]
+    name = "eval_reward" if when == "by the trainer itself" else "eval_accuracy"
+    assert [record["step"] for record in history(tmp_path) if name in record][-1] == 2
+
+
+SAVES: dict[str, dict[str, Any]] = {
+    "due": {"max_steps": 2, "save_strategy": "steps", "save_steps": 2},  # then the drawing is needed, and waited for
+    "by SIGTERM": {"max_steps": 2, "callbacks": [At("on_train_end", 2)]},
+    "at the epoch's end": {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch"},
+}
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_a_checkpoint_of_the_end_has_what_the_last_measurement_let_go_of(tmp_path: Path, save: str) -> None:
+    """A run that goes on from its end, ``max_steps`` raised, is the longer run."""
+    constant = {**SETTINGS, "lr_scheduler_type": "constant", "data": prompts(2)}
+    whole = measured(tmp_path / "whole", 2, **constant)
+    whole.train()
+    settings: dict[str, Any] = {**constant, **SAVES[save]}
+    short = measured(tmp_path / "short", 2, **settings)
+    stuck = None if save == "due" else Stuck(short, 2)
+    with pytest.raises(SystemExit) if save == "by SIGTERM" else nullcontext():
+        short.train()
+    ((*_, made),) = pending_of(whole_checkpoints(tmp_path / "short")[-1])
+    assert ("policy" in made) == (stuck is not None) and (stuck is None or stuck.stopped == [True])
+    longer = measured(tmp_path / "short", 2, **constant)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 6
+    expected = adapter_weights(whole.model)
+    assert all(torch.equal(w, expected[n]) for n, w in adapter_weights(longer.model).items())
