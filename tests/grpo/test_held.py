@@ -31,7 +31,11 @@ PATIENCE = 20.0
 
 
 class Stuck:
-    """Holds the drawings that a thread of its own draws, from the n-th on, at one look until they are stopped."""
+    """Holds the drawings that a thread of its own draws, from the n-th on, at one look until they are stopped.
+
+    Attributes:
+        stopped: of each that was held, or stopped before that look, whether it was stopped.
+    """
 
     def __init__(self, made: Any, nth: int, at: int = 3) -> None:
         self.nth, self.at, self.reached, self.stopped = nth, at, threading.Event(), []
@@ -44,9 +48,9 @@ class Stuck:
 
         def held(finished: int, total: int, tokens: int) -> None:
             looks.append(tokens)
-            if threading.current_thread().name == "pronghorn-sampling" and len(looks) == self.at:
-                self._calls += 1
-                if self._calls >= self.nth:
+            if threading.current_thread().name == "pronghorn-sampling":
+                self._calls += len(looks) == 1
+                if self._calls >= self.nth and (len(looks) == self.at or drawing._stopped):
                     self.reached.set()
                     began = time.monotonic()
                     while not drawing._stopped and time.monotonic() - began < PATIENCE:
