@@ -19,10 +19,17 @@ class AccuracyCallback(TrainerCallback):
     Args:
         evaluation: what is asked, and how often.
         log: takes the metrics; a trainer's ``log``.
+        hold: lets go of generations that are being drawn for steps to come, so that the last measurement does not wait
+            for them. Not called where a save is due, which needs them.
     """
 
-    def __init__(self, evaluation: AccuracyEval, log: Callable[[dict[str, Any]], None]) -> None:
-        self.evaluation, self._log = evaluation, log
+    def __init__(
+        self,
+        evaluation: AccuracyEval,
+        log: Callable[[dict[str, Any]], None],
+        hold: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.evaluation, self._log, self._hold = evaluation, log, hold
         self.latest: dict[str, float] = {}
         self.measured_at: int | None = None
 
@@ -45,9 +52,12 @@ class AccuracyCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         every = self.evaluation.every or (None if args.eval_steps is None else state.eval_steps)
         if every is not None and state.global_step % every == 0:
+            if control.should_training_stop and not control.should_save:
+                self._hold()
             self._measure(model, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._hold()
         self._measure(model, state, control)
 
     def _measure(self, model: Any, state: Any, control: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config.sampling import SamplingParams
 from ..data.chat import is_chat
-from ..rollout.base import CompletionOutput, Drawing
+from ..rollout.base import CompletionOutput, Drawing, KeptPolicy
 from .generation import Generation
 from .rollouts import Rollout
 
@@ -46,11 +46,13 @@ class SingleTurn:
         prompt_ids, params, truncated = self._requests(rows, group, seeds, first)
         return self._made(rows, group, prompt_ids, truncated, self.loop.generate(prompt_ids, params))
 
-    def begin(self, rows: list[dict[str, Any]], group: int, seeds: Seeds, first: int) -> Begun:
-        """The same by the policy as it is now, drawn later and elsewhere: prompts are encoded here, on the caller's
-        thread."""
+    def begin(
+        self, rows: list[dict[str, Any]], group: int, seeds: Seeds, first: int, policy: KeptPolicy | None = None
+    ) -> Begun:
+        """The same by the policy as it is now, or by ``policy``, drawn later and elsewhere: prompts are encoded here,
+        on the caller's thread."""
         prompt_ids, params, truncated = self._requests(rows, group, seeds, first)
-        drawing = self.loop.engine.ready(prompt_ids, params, self.loop.args.rollout_keep_share)
+        drawing = self.loop.engine.ready(prompt_ids, params, self.loop.args.rollout_keep_share, policy)
 
         def finish() -> Generation:
             outputs = [output for request in drawing() for output in request.outputs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import torch
@@ -26,7 +27,22 @@ class Trained:
     def __init__(self, model: nn.Module, optimized: list[nn.Parameter]) -> None:
         own = {id(p) for p in optimized}
         self.optimized = tuple(id(p) for p in optimized)
-        self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad or id(p) in own]
+        self.named: list[tuple[str, nn.Parameter]] = []
+        self._frozen: list[weakref.ref[nn.Parameter]] = []  # weak: a weight that is replaced must not stay in memory
+        for name, p in model.named_parameters():
+            if p.requires_grad or id(p) in own:
+                self.named.append((name, p))
+            else:
+                self._frozen.append(weakref.ref(p))
+
+    def serves(self, optimized: list[nn.Parameter]) -> bool:
+        """Whether nothing else may have gradients: the optimizer has what it had, and what was frozen is so still.
+
+        Modules that are added later are not seen: only a walk would find them.
+        """
+        if self.optimized != tuple(id(p) for p in optimized):
+            return False
+        return not any(p is None or p.requires_grad for p in (ref() for ref in self._frozen))
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return self.named
@@ -55,9 +71,9 @@ class GuardMixin:
     _step_losses: list[torch.Tensor]
 
     def _trained_of(self, model: nn.Module) -> Trained:
-        """What may have gradients; looked for again when the optimizer has other parameters."""
+        """What may have gradients; looked for again when the optimizer has other parameters, or one was unfrozen."""
         optimized = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self._trained is None or self._trained.optimized != tuple(id(p) for p in optimized):
+        if self._trained is None or not self._trained.serves(optimized):
             self._trained = Trained(model, optimized)
         return self._trained
 

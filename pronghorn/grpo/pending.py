@@ -1,16 +1,19 @@
-"""A generation on its way: being drawn, being scored, or ready for the optimizer steps that it is for."""
+"""A generation on its way: to be drawn, being drawn, being scored, or ready for the optimizer steps that it is for."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..rollout.base import DrawingStopped
+from ..rollout.base import DrawingStopped, KeptPolicy
 from .background import Background
 from .drawing import Begun
 from .generation import Generation
+
+_PLAIN = (bool, int, float, str, type(None))  # exactly: what else may be one of these, a checkpoint cannot read
 
 
 @dataclass
@@ -20,7 +23,9 @@ class Pending:
     Attributes:
         picks: empty where the data loader chose the rows.
         generation: None until it is drawn.
-        start: begins to draw it beside training, behind the scoring that is given; None once it was called.
+        waiting: it is to be drawn, and nothing has begun to.
+        policy: draws it once it begins, where it was cut short before; None is the policy of then.
+        seen: of the trainer's state that its reward functions see, numbers and strings; None is the state of then.
         begun, drawing: what is being drawn, and the thread that does; None where it is drawn.
         scoring: under way, or None when the rewards are in.
         waited: seconds that training has waited for the samples.
@@ -31,7 +36,9 @@ class Pending:
     opened: int
     picks: list[int]
     generation: Generation | None = None
-    start: Callable[[Background | None], None] | None = None
+    waiting: bool = False
+    policy: KeptPolicy | None = None
+    seen: dict[str, Any] | None = None
     begun: Begun | None = None
     drawing: Background | None = None
     scoring: Background | None = None
@@ -63,9 +70,50 @@ class Pending:
             self.told = True
             raise
 
+    def shown(self, state: Any) -> Any:
+        """What its reward functions see of the trainer's ``state``: a copy, as the run's own moves on; as it was when
+        the drawing first began, where that was cut short.
+        """
+        seen = copy.copy(state)
+        vars(seen).update(self.seen or {})
+        self.seen = {name: value for name, value in vars(seen).items() if type(value) in _PLAIN}
+        return seen
+
+    def noted(self) -> Callable[[], list[Any]]:
+        """What gives its state, for a checkpoint, as of now; only calling it waits."""
+        if not self.waiting:
+            return lambda: [self.index, self.opened, self.picks, self._made()]
+        assert self.policy is not None  # others begin within the step that chose them
+        state = [self.index, self.opened, self.picks, {"policy": self.policy, "seen": self.seen}]
+        return lambda: state
+
+    def _made(self) -> dict[str, Any]:
+        try:
+            return self.wait().to_state()
+        except DrawingStopped as stopped:
+            if stopped.policy is None:
+                raise
+            return {"policy": stopped.policy, "seen": self.seen}
+
+    @classmethod
+    def from_state(cls, state: list[Any], rows: Callable[[list[int]], list[dict[str, Any]]]) -> Pending:
+        """Of what :meth:`noted` gave; ``rows`` gives those of its picks."""
+        index, opened, picks, made = state
+        if "policy" in made:
+            return cls(index, opened, picks, waiting=True, **made)
+        return cls(index, opened, picks, Generation.from_state(made, rows(picks)))
+
+    def hold(self) -> None:
+        """Nobody waits for it any more, but a checkpoint may want it: it is drawn no further, and its state is what it
+        takes to draw it again, to the last bit. A signal handler may call this.
+        """
+        begun = self.begun
+        if begun is not None:
+            begun.drawing.stop(keep=True)
+
     def stop(self) -> None:
         """Nobody needs it any more: what is being drawn ends at the next look at its tokens."""
-        self.start = None
+        self.waiting = False
         if self.begun is not None:
             self.begun.drawing.stop()
 

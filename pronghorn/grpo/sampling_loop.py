@@ -12,7 +12,6 @@ from torch import nn
 
 from ..config.errors import ConfigError
 from ..config.sampling import SamplingParams
-from ..models.modes import inference
 from ..rewards.runner import RewardRunner
 from ..rollout import base as rollout
 from .advantages import Advantages, group_advantages
@@ -94,13 +93,27 @@ class SamplingLoop:
         self._before_drawing()
         return self._drawn(self.drawer(list(rows), group, lambda *path: request_seed(seed, *path), first))
 
-    def begin(self, rows: Sequence[dict[str, Any]], group: int, seed: int, first: int = 0) -> Begun:
-        """As :meth:`draw` by the policy as it is now, drawn when ``finish`` is called, on whatever thread. What trains
-        may move meanwhile.
+    def begin(
+        self,
+        rows: Sequence[dict[str, Any]],
+        group: int,
+        seed: int,
+        first: int = 0,
+        policy: rollout.KeptPolicy | None = None,
+    ) -> Begun:
+        """As :meth:`draw` by the policy as it is now, or by ``policy``, drawn when ``finish`` is called, on whatever
+        thread. What trains may move meanwhile.
+
+        Raises:
+            ConfigError: completions are not made in one turn.
         """
-        assert isinstance(self.drawer, SingleTurn)  # setup.check_overlap
+        if not isinstance(self.drawer, SingleTurn):
+            raise ConfigError(
+                "a generation that SIGTERM cut short is to be drawn again, which tools or a rollout_func cannot do; "
+                "resume without them, as in the run that began it"
+            )
         self._before_drawing()
-        begun = self.drawer.begin(list(rows), group, lambda *path: request_seed(seed, *path), first)
+        begun = self.drawer.begin(list(rows), group, lambda *path: request_seed(seed, *path), first, policy)
         return Begun(begun.drawing, lambda: self._drawn(begun.finish()))
 
     def _before_drawing(self) -> None:
@@ -115,9 +128,8 @@ class SamplingLoop:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[rollout.CompletionOutput]:
-        """The engine's completions of all prompts, one prompt's behind the other's; no dropout, no gradients."""
-        with inference(self.model):
-            requests = self.engine.generate(prompts, params)
+        """The engine's completions of all prompts, one prompt's behind the other's."""
+        requests = self.engine.generate(prompts, params)
         if not self.args.rollout_overlap:  # what draws beside training stays
             self.rest()
         outputs = [output for request in requests for output in request.outputs]

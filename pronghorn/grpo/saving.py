@@ -115,6 +115,7 @@ class SavingMixin:
         self._check_cursor(checkpoint)
         self.stateful.check(self.position.parts, str(checkpoint))
         self.stateful.load_state_dict(self.position.parts)
+        self.position.parts = {}  # there may be a whole adapter in it, which a part lets go of once it is used
         if checkpoint.resolve().parent == Path(self.args.output_dir).resolve():
             self._saved_at = int(step)
         return int(step)

@@ -17,13 +17,16 @@ class StopRequested(BaseException):
 class StopSignal:
     """Notes SIGTERM, and raises :class:`StopRequested` inside :meth:`interruptible`.
 
+    Args:
+        tell: called when it comes, in the signal's handler, wherever the main thread is: it must take no lock.
+
     Attributes:
         requested: SIGTERM has come since :meth:`listening` began.
     """
 
-    def __init__(self, say: Callable[[str], None] = print) -> None:
+    def __init__(self, say: Callable[[str], None] = print, tell: Callable[[], None] = lambda: None) -> None:
         self.requested = False
-        self._say = say
+        self._say, self._tell = say, tell
         self._interruptible = False
         self._owner = 0
 
@@ -58,6 +61,7 @@ class StopSignal:
         if self.requested:
             return  # it is stopping already; a second signal must not cut the save short
         self.requested = True
+        self._tell()
         if self._interruptible:
             self._interruptible = False
             raise StopRequested

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from .background import Background
@@ -64,16 +62,24 @@ class Supply:
         self._said = False
 
     def settle(self) -> None:
-        """A run is over: wait until nothing is drawn and no reward function runs for generations sampled ahead."""
-        left, self._left = [*self._left, *self.pending], []
-        for pending in left:
+        """A run is over: generations sampled ahead are thrown away, once nothing is drawn and no reward function runs
+        for them any more.
+        """
+        self._left, self.pending = [*self._left, *self.pending], []
+        for pending in self._left:
             pending.stop()
-        for pending in left:
-            failed = pending.end()
+        while self._left:
+            failed = self._left[0].end()
+            self._left.pop(0)  # only now: whatever interrupts this, the next one waits for it
             if failed is not None:
                 logger.warning("%s", failed)
         if self.args.rollout_overlap:
             self.sampling.rest()
+
+    def hold(self) -> None:
+        """Nobody waits any more for what is being drawn; see :meth:`Pending.hold`. A signal handler may call this."""
+        for pending in self.pending:
+            pending.hold()
 
     def next(self, rows: Sequence[Row], index: int, metrics: Metrics, state: Any, annotate: Meanwhile) -> list[Rollout]:
         """The rollouts of generation ``index``, with advantages.
@@ -83,11 +89,12 @@ class Supply:
             index: generations begun before this one in the whole run.
             annotate: gives rollouts the log-probabilities that the loss needs, by the policy as it is now.
         """
-        ahead, waited = self.args.rollout_staleness, 0.0
+        ahead = self.args.rollout_staleness
+        waited = self._start(state)  # what a stop has cut short
         while len(self.pending) <= ahead:
             self._begin(rows, index + len(self.pending), index, state, annotate)
         if not self.args.dynamic_sampling:
-            waited += self._start()
+            waited += self._start(state)
         current = self.pending[0]
         current.drawn()
         waited += current.waited
@@ -103,7 +110,7 @@ class Supply:
             generation = generation.copy()
             current = replace(current, picks=[*current.picks], generation=generation)
             spread = self._refill(generation, current, spread, metrics, state, annotate)
-            waited += self._start()
+            waited += self._start(state)
         if self.args.rollout_overlap:
             metrics.mean("sampling/generation_wait", waited)
         self._measure(generation, current.picks, metrics)
@@ -124,9 +131,8 @@ class Supply:
             picks = self._pick(self.prompts, [row for other in self.pending for row in other.picks])
             rows = self._rows(picks)
         made = Pending(index, opened, picks)
-        seen = copy.copy(state)  # the run's own moves on while the reward functions look at it
         if self.args.rollout_overlap and index != opened:
-            made.start = partial(self._launch, made, rows, seen)
+            made.waiting = True
             self.pending.append(made)
             return
         started = time.perf_counter()
@@ -137,8 +143,7 @@ class Supply:
         if not self.args.rollout_staleness:
             self.sampling.score(generation, state, annotate)
             return
-        made.scoring = Background(lambda: self.sampling.score(generation, seen), after=before)
-        made.scoring.start()
+        self._score(made, generation, state, before)
         if index == opened:
             annotate(generation.rollouts)
 
@@ -148,7 +153,12 @@ class Supply:
             return self.sampling.begin(rows, self.group, self._seed(index), first).finish()
         return self.sampling.draw(rows, self.group, self._seed(index), first=first)
 
-    def _start(self) -> float:
+    def _score(self, made: Pending, generation: Generation, state: Any, before: Background | None) -> None:
+        seen = made.shown(state)
+        made.scoring = Background(lambda: self.sampling.score(generation, seen), after=before)
+        made.scoring.start()
+
+    def _start(self, state: Any) -> float:
         """Begin to draw what is to be drawn beside training; seconds that it had to wait for what is being drawn. The
         policy is still that of the step's start.
 
@@ -156,22 +166,29 @@ class Supply:
         """
         waited, before = 0.0, None
         for pending in self.pending:
-            if pending.start is not None:
+            if pending.waiting:
                 started = time.perf_counter()
                 if before is not None and before.drawing is not None:
                     before.drawing.over()
                 waited += time.perf_counter() - started
-                start, pending.start = pending.start, None
-                start(None if before is None else before.scoring)
+                pending.waiting = False
+                self._launch(pending, state, None if before is None else before.scoring)
             before = pending
         return waited
 
-    def _launch(self, made: Pending, rows: Sequence[Row], seen: Any, before: Background | None) -> None:
+    def _launch(self, made: Pending, state: Any, before: Background | None) -> None:
         """Draw and score ``made`` on threads of its own. It has the engine when this returns: whoever asks next waits.
 
         Everything is noted in ``made`` before a thread starts, so that whatever interrupts this leaves none unknown.
         """
-        made.begun = self.sampling.begin(rows, self.group, self._seed(made.index))
+        policy, made.policy = made.policy, None
+        made.begun = self.sampling.begin(self._rows(made.picks), self.group, self._seed(made.index), policy=policy)
+        if not self.args.rollout_overlap:  # cut short in a run that had it
+            made.generation, made.begun = made.begun.finish(), None
+            self.sampling.rest()
+            self._score(made, made.generation, state, before)
+            return
+        seen = made.shown(state)
         drawing = made.drawing = Background(made.begun.finish, kind="sampling")
         made.scoring = Background(lambda: self.sampling.score(drawing.result(), seen), after=before)
         drawing.start()
@@ -253,7 +270,7 @@ class Supply:
             )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint; waits for what is being drawn and scored."""
+        """For a checkpoint; waits for what is being drawn and scored, but for what is held."""
         return self.noted()()
 
     def noted(self) -> Callable[[], dict[str, Any]]:
@@ -263,8 +280,8 @@ class Supply:
             "curriculum": None if self.curriculum is None else self.curriculum.state_dict(),
             "replay": self.replay.state_dict(),
         }
-        pending = list(self.pending)
-        return lambda: {**now, "pending": [[p.index, p.opened, p.picks, p.wait().to_state()] for p in pending]}
+        pending = [p.noted() for p in self.pending]
+        return lambda: {**now, "pending": [give() for give in pending]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reset()
@@ -272,6 +289,4 @@ class Supply:
         if self.curriculum is not None and state["curriculum"] is not None:
             self.curriculum.load_state_dict(state["curriculum"])
         self.replay.load_state_dict(state["replay"])
-        for index, opened, picks, generation in state["pending"]:
-            made = Generation.from_state(generation, self._rows(picks))
-            self.pending.append(Pending(index, opened, picks, made))
+        self.pending = [Pending.from_state(pending, self._rows) for pending in state["pending"]]

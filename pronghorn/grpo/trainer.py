@@ -118,7 +118,7 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         encoder = prompt_encoder(args, model, tokenizer, known)
         encoder.check(train_dataset, "train_dataset")
         self.position = RunState()
-        self.stop, self.stateful = StopSignal(), StatefulParts()
+        self.stop, self.stateful = StopSignal(tell=lambda: self.supply.hold()), StatefulParts()
         self.guard = GradientGuard(args.max_consecutive_skipped_steps, Path(args.output_dir) / "skipped")
         self.stateful.add("skipped_steps", self.guard)
         self.metrics = {TRAIN: Metrics(), EVAL: Metrics()}
@@ -152,7 +152,7 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         self.completions = History(f"{args.output_dir}/completions.jsonl")
         if accuracy_eval is not None:
             accuracy_eval.check(self.model)
-            self.add_callback(AccuracyCallback(accuracy_eval, self.log_apart))
+            self.add_callback(AccuracyCallback(accuracy_eval, self.log_apart, self.supply.hold))
         self.add_callback(WatchCallback(WatchConfig.of(args.watch), self.history.append))
 
     # Data
@@ -320,6 +320,8 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; every evaluation draws the same seeds, so that evaluations compare."""
         self._evaluated = 0
+        if self.control.should_training_stop and not self.control.should_save:
+            self.supply.hold()  # no step and no save is to come that would need what is being drawn
         return super().evaluation_loop(*args, **kwargs)
 
     # Logs

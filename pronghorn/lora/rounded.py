@@ -61,6 +61,18 @@ class Rounded:
         if self.masters:
             torch._foreach_copy_(self.pieces, self.masters)
 
+    @torch.no_grad()
+    def copies(self) -> list[torch.Tensor]:
+        """The rounded masters as they lie here, on the host; they share one storage."""
+        flat = self.flat.to("cpu", copy=True)
+        return [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in self.pieces]), self.pieces)]
+
+    @torch.no_grad()
+    def load(self, copies: Sequence[torch.Tensor]) -> None:
+        """Put what :meth:`copies` gave back in place, until the next :meth:`refresh`."""
+        if copies:
+            self.flat.copy_(torch.cat([copy.reshape(-1) for copy in copies]))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model makes its own, of its own masters."""
         return

@@ -20,6 +20,9 @@ from .text import encode_prompts as encode_prompts  # and so does what makes ids
 Progress = Callable[[int, int, int], None]
 """``progress(finished, total, tokens)``: completions done, completions asked for, tokens generated so far."""
 
+KeptPolicy = Sequence[Any]
+"""The tensors, on the host, that say which policy a generation is drawn by."""
+
 
 @dataclass
 class Logprob:
@@ -73,7 +76,15 @@ class RequestOutput:
 
 
 class DrawingStopped(Exception):
-    """A :class:`Drawing` was stopped before its end, as nobody needs it any more."""
+    """A :class:`Drawing` was stopped before its end.
+
+    Attributes:
+        policy: what it was drawn by, for :meth:`Engine.ready` to draw it again; None where nobody asked to keep it.
+    """
+
+    def __init__(self, message: str, policy: KeptPolicy | None = None) -> None:
+        super().__init__(message)
+        self.policy = policy
 
 
 class Drawing(Protocol):
@@ -94,13 +105,20 @@ class Drawing(Protocol):
         """Wait until the thread that draws has the engine, or has failed: only then may others ask for it."""
         ...
 
-    def stop(self) -> None:
-        """End it at the next look at its tokens."""
+    def stop(self, keep: bool = False) -> None:
+        """End it at the next look at its tokens. It takes no lock: a signal handler may call it.
+
+        Args:
+            keep: let :class:`DrawingStopped` bring what it was drawn by.
+        """
         ...
 
 
 class Engine(Protocol):
-    """What generates. Results come in the order of the prompts, whatever order they finish in."""
+    """What generates, without dropout and gradients and in whatever mode the model is, which it is in afterwards too.
+
+    Results come in the order of the prompts, whatever order they finish in.
+    """
 
     def generate(
         self,
@@ -117,16 +135,22 @@ class Engine(Protocol):
         ...
 
     def ready(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], keep_share: float
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        keep_share: float,
+        policy: KeptPolicy | None = None,
     ) -> Drawing:
         """Make all ready to draw ``params.n`` completions of each prompt by the live policy as it is now, while the
         policy goes on training. To be called between optimizer steps, on the thread that trains.
 
         Args:
             keep_share: share of the device's memory up to which weights may be kept a second time for it.
+            policy: of a :class:`DrawingStopped`: draw by that one in place of the live one.
 
         Raises:
-            ConfigError: as ``generate``; or the engine, or this model, cannot be drawn from while it trains.
+            ConfigError: as ``generate``; or the engine, or this model, cannot be drawn from while it trains; or
+                ``policy`` is none of this model.
         """
         ...
 

@@ -14,7 +14,7 @@ from ..config.errors import ConfigError
 from ..config.sampling import SamplingParams
 from ..lora.io import save_lora
 from ..models.state import state_of
-from .base import CompletionOutput, Drawing, Logprob, Progress, RequestOutput
+from .base import CompletionOutput, Drawing, KeptPolicy, Logprob, Progress, RequestOutput
 
 # SamplingParams fields that vLLM takes under the same name.
 _SHARED = (
@@ -118,7 +118,13 @@ class VLLMEngine:
             progress(len(done), len(done), sum(len(c.token_ids) for c in done))
         return outputs
 
-    def ready(self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams], keep_share: float) -> Drawing:
+    def ready(
+        self,
+        prompts: Seq[Seq[int]],
+        params: SamplingParams | Seq[SamplingParams],
+        keep_share: float,
+        policy: KeptPolicy | None = None,
+    ) -> Drawing:
         """Raises: vLLM is not asked from a second thread."""
         raise ConfigError("rollout engine 'vllm' cannot draw while the policy trains (rollout_overlap); use 'native'")
 

@@ -21,6 +21,8 @@ from pronghorn.rollout.native.decoder import Decoder
 from pronghorn.rollout.native.snapshot import Snapshot
 from tests.gpu.test_determinism import _switch_back as _switch_back  # a fixture of every test here, too
 from tests.grpo.support import adapter_weights, fill_lora, letters, prompts
+from tests.grpo.test_held import Stuck
+from tests.grpo.test_sigterm import At
 from tests.invariant.test_resume import history
 
 TINY = Path(pronghorn.__file__).parent / "assets" / "tiny-arithmetic"
@@ -109,6 +111,54 @@ def test_a_drawing_is_what_it_is_alone_whatever_trains_meanwhile(load_in_4bit: b
             torch._foreach_copy_(masters, kept)
     assert [o.outputs for o in engine.generate(PROMPTS, params)] == expected
     engine.release()
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+def test_a_drawing_that_was_stopped_is_drawn_again_by_its_own_policy(load_in_4bit: bool) -> None:
+    """By the engine that began it and by a fresh one, while the policy has moved on."""
+    model, tokenizer = loaded(load_in_4bit)
+    fill_lora(model)
+    engine = base.create("native", model, tokenizer)
+    params = SamplingParams(n=8, max_tokens=120, seed=1, ignore_eos=True)
+    expected = [o.outputs for o in engine.generate(PROMPTS, params)]
+    drawing, looks = engine.ready(PROMPTS, params, 1.0), []
+    look = drawing._look  # type: ignore[attr-defined]
+
+    def looking(*args: int) -> None:
+        looks.append(args)
+        if len(looks) == 3:
+            drawing.stop(keep=True)
+        look(*args)
+
+    drawing._look = looking  # type: ignore[attr-defined]
+    with pytest.raises(base.DrawingStopped) as stopped:
+        drawing()
+    assert stopped.value.policy is not None and 0 < looks[-1][2] < len(PROMPTS) * 8 * 120
+    fill_lora(model, seed=9)
+    now = [o.outputs for o in engine.generate(PROMPTS, params)]
+    assert now != expected
+    for drawer in (engine, base.create("native", model, tokenizer)):
+        again = drawer.ready(PROMPTS, params, 1.0, stopped.value.policy)
+        assert [o.outputs for o in again()] == expected
+        assert [o.outputs for o in drawer.generate(PROMPTS, params)] == now
+        drawer.release()
+
+
+def test_a_run_that_is_stopped_amid_a_drawing_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole = build(tmp_path / "whole", rollout_overlap=True)
+    whole.train()
+    cut = build(tmp_path / "cut", rollout_overlap=True)
+    cut.add_callback(At("on_step_begin", 3))
+    stuck = Stuck(cut, 3, at=1)
+    with pytest.raises(SystemExit):
+        cut.train()
+    assert stuck.stopped == [True]
+    resumed = build(tmp_path / "cut", rollout_overlap=True)
+    resumed.train(resume_from_checkpoint=True)
+    expected = adapter_weights(whole.model)
+    assert all(torch.equal(w, expected[n]) for n, w in adapter_weights(resumed.model).items())
+    samples = [(tmp_path / name / "completions.jsonl").read_text() for name in ("whole", "cut")]
+    assert samples[0] == samples[1] != ""
 
 
 def test_streams_share_no_workspace_of_the_adapters_product() -> None:

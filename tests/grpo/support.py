@@ -20,6 +20,7 @@ from pronghorn.grpo.rollouts import Rollout
 from pronghorn.grpo.trainer import GRPOTrainer
 from pronghorn.lora.config import register
 from pronghorn.models import attach
+from pronghorn.models.modes import inference
 from pronghorn.models.state import ATTRIBUTE, ModelState
 from pronghorn.rollout.base import CompletionOutput, RequestOutput
 from tests.helpers import tiny_config, tiny_tokenizer
@@ -66,15 +67,14 @@ class FakeEngine:
     def __init__(self, model: Any, tokenizer: Any, shift: float = 0.0) -> None:
         self.model, self.tokenizer, self.shift = model, tokenizer, shift
         self.calls: list[int] = []
-        self.training: list[bool] = []
 
     def generate(
         self, prompts: Sequence[Any], params: Any, adapter: Any = LIVE, progress: Any = None
     ) -> list[RequestOutput]:
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         self.calls.append(len(prompts))
-        self.training.append(self.model.training)
-        return [self._one(list(ids), p) for ids, p in zip(prompts, params)]
+        with inference(self.model):
+            return [self._one(list(ids), p) for ids, p in zip(prompts, params)]
 
     def _one(self, ids: list[int], params: SamplingParams) -> RequestOutput:
         generator = torch.Generator().manual_seed(params.seed)
@@ -139,7 +139,7 @@ def trainer(
     model = pronghorn_model() if model is None else model
     data = prompts() if data is None else data
     eval_data = overrides.pop("eval_dataset", None)
-    callbacks = overrides.pop("callbacks", None)
+    callbacks, accuracy_eval = overrides.pop("callbacks", None), overrides.pop("accuracy_eval", None)
     made = GRPOTrainer(
         model,
         rewards,
@@ -148,6 +148,7 @@ def trainer(
         eval_data,
         callbacks=callbacks,
         processing_class=tiny_tokenizer(),
+        accuracy_eval=accuracy_eval,
     )
     made.sampling._engine = FakeEngine(model, made.processing_class) if engine is None else engine
     return made

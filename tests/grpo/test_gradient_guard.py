@@ -243,3 +243,37 @@ def test_what_may_have_gradients_is_found_once_and_again_for_another_optimizer()
     assert trainer._trained_of(model) is first
     trainer.optimizer.add_param_group({"params": [model[0].bias]})
     assert [name for name, _ in trainer._trained_of(model).named_parameters()] == ["0.bias", "1.weight", "1.bias"]
+    # What is unfrozen later counts at once, and a weight that was replaced is looked at where it is now.
+    model[0].weight.requires_grad_(True)
+    third = trainer._trained_of(model)
+    assert [name for name, _ in third.named_parameters()] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    model[0].weight.requires_grad_(False)
+    assert trainer._trained_of(model) is third  # it may train again
+    model[0].weight = torch.nn.Parameter(model[0].weight.detach().clone(), requires_grad=False)
+    trainer._trained = None
+    assert "0.weight" not in dict(trainer._trained_of(model).named_parameters())
+    model[0].weight = torch.nn.Parameter(model[0].weight.detach().clone())
+    assert "0.weight" in dict(trainer._trained_of(model).named_parameters())
+
+
+class Unfreezes(TrainerCallback):
+    """The last norm's weight trains from the second step on; what the norm of the gradients then is."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        self.weight, self.norms = weight, []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.weight.requires_grad_(state.global_step >= 1)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        self.norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+
+def test_the_norm_is_of_all_that_trains_though_it_trains_later(tmp_path: Path) -> None:
+    model = pronghorn_model()
+    callback = Unfreezes(model.get_base_model().model.norm.weight)
+    made = trainer(tmp_path, model, max_steps=3, max_grad_norm=1e9, callbacks=[callback])
+    made.train()
+    norms = [log["grad_norm"] for log in made.state.log_history if "grad_norm" in log]
+    assert norms == pytest.approx(callback.norms, rel=1e-5)

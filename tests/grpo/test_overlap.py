@@ -237,6 +237,31 @@ def test_the_end_of_a_run_stops_what_is_being_drawn(tmp_path: Path, caplog: pyte
     assert made.state.global_step == 1 and len(looks) == 3 and not caplog.text
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_run_leaves_nothing_behind(tmp_path: Path, overlap: bool) -> None:
+    made = build(tmp_path, overlap, max_steps=2)
+    made.train()
+    assert not made.supply.pending and not made.supply._left
+
+
+def test_settling_that_is_interrupted_is_taken_up_again(tmp_path: Path) -> None:
+    made = build(tmp_path, max_steps=2)
+    settle = made.supply.settle
+
+    def settling() -> None:
+        last, end = made.supply.pending[-1], made.supply.pending[-1].end
+        last.end = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            settle()
+        assert made.supply._left == [last]
+        last.end = end
+        settle()
+
+    made.supply.settle = settling
+    made.train()
+    assert not made.supply.pending and not made.supply._left
+
+
 @pytest.mark.parametrize("case", ["plain", "reused", "refilled"])
 def test_resumed_is_uninterrupted(tmp_path: Path, case: str) -> None:
     settings = {**CASES[case], "max_steps": 6, "save_strategy": "steps", "save_steps": 1, "data": prompts(24)}

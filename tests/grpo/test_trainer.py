@@ -13,10 +13,12 @@ from peft import LoraConfig
 from trl.trainer.grpo_config import GRPOConfig as TRLGRPOConfig
 
 from pronghorn.config.errors import ConfigError
+from pronghorn.config.sampling import SamplingParams
 from pronghorn.grpo.config import GRPOConfig
 from pronghorn.grpo.setup import as_model
 from pronghorn.grpo.trainer import GRPOTrainer
 from pronghorn.models.state import state_of
+from pronghorn.rollout.base import create
 from tests.grpo.support import (
     FakeEngine,
     adapter_weights,
@@ -93,8 +95,7 @@ def test_generation_serves_its_steps_and_iterations(tmp_path: Path) -> None:
     """Two steps a generation, each used twice: 6 steps take 2 generations, and old log-probabilities are kept."""
     made = trainer(tmp_path, steps_per_generation=2, num_iterations=2, max_steps=6)
     made.train()
-    engine = made.sampling.engine
-    assert engine.calls == [2, 2] and engine.training == [False, False]
+    assert made.sampling.engine.calls == [2, 2]
     logs = made.state.log_history
     assert "reward" in logs[0] and "reward" in logs[4] and "reward" not in logs[1]
     assert max(log["clip_ratio/region_mean"] for log in logs[:6]) > 0  # later passes are off policy
@@ -105,9 +106,29 @@ def test_dropout_is_off_in_rollouts_and_on_in_training(tmp_path: Path) -> None:
     model = pronghorn_model(dropout=0.5)
     made = trainer(tmp_path, model, max_steps=1)
     assert made.loss_step.needs_old  # so that dropout's noise is not taken for a sampler mismatch
+    made.sampling._engine = None  # the native engine, which sees to modes itself
     made.train()
-    assert made.sampling.engine.training == [False] and model.training
+    assert model.training
     assert made.state.log_history[0]["sampling/sampling_logp_difference/max"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_generation_walks_the_modules_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That walk takes milliseconds for a large model, in which a GPU waits."""
+    model = pronghorn_model()
+    made = trainer(tmp_path, model)
+    made.sampling._engine = create("native", model, made.processing_class)
+    params = [SamplingParams(n=1, max_tokens=2, seed=0)]
+    made.sampling.generate([[0, 5]], params)
+    walks, modules = [], torch.nn.Module.modules
+
+    def counted(self: torch.nn.Module) -> Any:
+        walks.append(self is model)
+        return modules(self)
+
+    monkeypatch.setattr(torch.nn.Module, "modules", counted)
+    model.train()
+    made.sampling.generate([[0, 5]], params)
+    assert sum(walks) == 1 and model.training and all(m.training for m in modules(model))
 
 
 def test_a_mismatched_sampler_is_corrected_by_default(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pronghorn.config.sampling import SamplingParams
 from pronghorn.grpo.batch import pack
 from pronghorn.grpo.logprobs import score
 from pronghorn.grpo.rollouts import Rollout
+from pronghorn.models.modes import inference
 from pronghorn.models.state import state_of
 from pronghorn.rollout.base import CompletionOutput, RequestOutput
 from tests.grpo.support import FakeEngine, pronghorn_model
@@ -71,7 +72,8 @@ class ScriptedEngine(FakeEngine):
         self.calls.append(len(prompts))
         self.seeds += [(p.seed, p.n) for p in params]
         self.prompts += [list(ids) for ids in prompts]
-        return [self._scripted(list(ids), p) for ids, p in zip(prompts, params)]
+        with inference(self.model):
+            return [self._scripted(list(ids), p) for ids, p in zip(prompts, params)]
 
     def _scripted(self, prompt: list[int], params: SamplingParams) -> RequestOutput:
         text = self.tokenizer.decode(prompt)

@@ -19,7 +19,7 @@ from ...models.packed_layer import prepared, prepared_layers
 from ...models.parts import release_held
 from ...models.state import state_of
 from ...models.tree import layers, unwrap
-from ..base import Progress, RequestOutput, eos_ids
+from ..base import KeptPolicy, Progress, RequestOutput, eos_ids
 from ..warmup import compile_ahead
 from .ahead import run_ahead
 from .blocks import BlockManager
@@ -129,7 +129,13 @@ class NativeEngine:
                 sequences = self._run_or_retry(sequences, progress)
         return request_outputs(sequences, len(prompts), self._requests, self.tokenizer)
 
-    def ready(self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams], keep_share: float) -> Drawing:
+    def ready(
+        self,
+        prompts: Seq[Seq[int]],
+        params: SamplingParams | Seq[SamplingParams],
+        keep_share: float,
+        policy: KeptPolicy | None = None,
+    ) -> Drawing:
         """See :class:`pronghorn.rollout.base.Engine`. Cache, slots and every graph that the drawing can ask for are
         made here: while another thread trains, a capture would be broken by whatever waits for the whole GPU.
         """
@@ -143,6 +149,8 @@ class NativeEngine:
             else:
                 self._snapshot = None  # its memory first
                 self._snapshot = Snapshot(self.model)
+            if policy is not None:
+                self._snapshot.load(policy)
             compile_ahead(self.model, {"rollouts": rollout_steps})
             cache = self._ready_cache(sequences)
             decoder = self._ready_decoder(sequences, cache)
@@ -156,7 +164,11 @@ class NativeEngine:
             self._run(sequences, progress, cache)
             return request_outputs(sequences, len(prompts), self._requests, self.tokenizer)
 
-        return Drawing(self._turn, lambda: self._turns == turn, where, run)
+        def policy_of_now() -> KeptPolicy:
+            assert self._snapshot is not None  # the drawing has its turn
+            return self._snapshot.copies()
+
+        return Drawing(self._turn, lambda: self._turns == turn, where, run, policy_of_now)
 
     def _own_stream(self, device: torch.device) -> torch.cuda.Stream | None:
         """Where graphs are captured, and what is ready is drawn; None on the CPU."""

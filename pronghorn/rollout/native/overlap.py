@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from ...kernels.launch import not_recorded
-from ..base import DrawingStopped, Progress, RequestOutput
+from ..base import DrawingStopped, KeptPolicy, Progress, RequestOutput
 
 Run = Callable[[Progress], list[RequestOutput]]
 
@@ -52,11 +52,20 @@ class Drawing:
         unused: whether nothing else was drawn since it was made ready.
         where: its stream.
         run: draws it, calling the progress that it is given after each look at the tokens.
+        policy: copies what it is drawn by.
     """
 
-    def __init__(self, turn: threading.RLock, unused: Callable[[], bool], where: SideStream, run: Run) -> None:
-        self._turn, self._unused, self._where, self._run = turn, unused, where, run
-        self._begun, self._stopped = threading.Event(), threading.Event()
+    def __init__(
+        self,
+        turn: threading.RLock,
+        unused: Callable[[], bool],
+        where: SideStream,
+        run: Run,
+        policy: Callable[[], KeptPolicy],
+    ) -> None:
+        self._turn, self._unused, self._where, self._run, self._policy = turn, unused, where, run, policy
+        self._begun = threading.Event()
+        self._stopped = self._keep = False  # no event: it has a lock, which a signal may find held by its own thread
 
     def __call__(self) -> list[RequestOutput]:
         try:
@@ -70,11 +79,14 @@ class Drawing:
             self._begun.set()
 
     def _look(self, finished: int, total: int, tokens: int) -> None:
-        if self._stopped.is_set():
-            raise DrawingStopped(f"stopped after {finished} of {total} completions")
+        if self._stopped:
+            # Copied here, while it has the engine: whoever asks next may be answered by another policy.
+            policy = self._policy() if self._keep else None
+            raise DrawingStopped(f"stopped after {finished} of {total} completions", policy)
 
     def wait_begun(self) -> None:
         self._begun.wait()
 
-    def stop(self) -> None:
-        self._stopped.set()
+    def stop(self, keep: bool = False) -> None:
+        self._keep = self._keep or keep  # first: the thread looks at it once it is stopped
+        self._stopped = True

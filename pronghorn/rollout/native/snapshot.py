@@ -7,6 +7,7 @@ calling a module of them. What does not train (base weights, embedding, norms, h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,6 +63,24 @@ class Snapshot:
     def refresh(self) -> None:
         """Round the masters as they stand now, into the same memory: the groups stay the same objects."""
         self._rounded.refresh()
+
+    def copies(self) -> list[torch.Tensor]:
+        """The rounded masters on the host, for :meth:`load`."""
+        return self._rounded.copies()
+
+    def load(self, copies: Sequence[torch.Tensor]) -> None:
+        """Be the policy that :meth:`copies` was taken of, until the next :meth:`refresh`.
+
+        Raises:
+            ConfigError: it was of another model or other adapters.
+        """
+        given, own = [tuple(c.shape) for c in copies], [tuple(p.shape) for p in self._rounded.pieces]
+        if given != own:
+            raise ConfigError(
+                f"a generation is to be drawn by {len(given)} LoRA matrices that do not fit the {len(own)} of this "
+                "model; resume with the model and the LoRA settings of the run that began it"
+            )
+        self._rounded.load(copies)
 
     @torch.no_grad()
     def hidden_states(self, input_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: Attention) -> torch.Tensor:
