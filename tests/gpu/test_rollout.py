@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pronghorn.config.sampling import SamplingParams
+from pronghorn.kernels import launch
 from pronghorn.models.attention import PackedAttention
 from pronghorn.models.forward import hidden_states, logits
 from pronghorn.rollout import base
@@ -102,6 +103,21 @@ def test_nothing_waits_for_the_gpu_between_two_looks(on_gpu, monkeypatch):
     monkeypatch.setattr(Decoder, "look", looking)
     assert [o.outputs for o in engine.generate(PROMPTS, params)] == expected
     assert looks == [[33] * 12, [27] * 12], "six chunks of 32 tokens and a burst, and the rest"
+
+
+def test_steps_that_begin_early_give_the_same_bits(on_gpu, monkeypatch):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("launches are chained from compute capability 9.0 on")
+    model, tokenizer = on_gpu
+    params = SamplingParams(n=4, max_tokens=100, temperature=0.8, top_p=0.95, seed=5, ignore_eos=True)
+    found, asked = {}, []
+    for chained in (True, False):
+        monkeypatch.setattr(launch, "_can_chain", lambda index, chained=chained: asked.append(chained) or chained)
+        engine = base.create("native", model, tokenizer)  # graphs of its own
+        found[chained] = [o.outputs for o in engine.generate(PROMPTS, params)]
+        engine.release()
+    assert {True, False} <= set(asked), "no launch asked whether it may be chained"
+    assert found[True] == found[False]
 
 
 def test_memory_is_released(on_gpu):
