@@ -106,7 +106,9 @@ class Drawing(Protocol):
         ...
 
     def stop(self, keep: bool = False) -> None:
-        """End it at its next report (a look at its tokens, or a chunk of a prefill). It takes no lock: a signal handler may call it.
+        """End it at its next report: a look at its tokens, or a chunk of a prefill.
+
+        It takes no lock: a signal handler may call it.
 
         Args:
             keep: let :class:`DrawingStopped` bring what it was drawn by.
