@@ -116,8 +116,14 @@ def choose_drawer(loop: SamplingLoop, tools: Tools | None, rollout_func: Any, tr
     """What makes the completions: one turn of the engine, a loop of turns with tools, or the user's function.
 
     Raises:
-        ConfigError: tools beside a ``rollout_func``, or a chat template that is not fit for tools.
+        ConfigError: tools beside a ``rollout_func``, a chat template that is not fit for tools, or a limit on calls
+            without anything that could be called.
     """
+    most = loop.args.max_tool_calling_iterations
+    if most is not None and tools is None and rollout_func is None:
+        raise ConfigError(
+            f"GRPOConfig: max_tool_calling_iterations={most} has no effect without tools; pass tools=, or leave it out"
+        )
     if rollout_func is not None:
         if tools is not None:
             raise ConfigError("tools and rollout_func are both given; rollout_func runs its own turns: give one")
