@@ -28,7 +28,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "multi_objective_aggregation": AGGREGATIONS,
     "router_aux_loss_coef": (None, 0.0),
     "cast_lm_head_to_fp32": (False,),
-    "disable_dropout": (False,),
     "cache_implementation": (None,),
     "use_transformers_continuous_batching": (False,),
     "use_transformers_paged": (False,),
