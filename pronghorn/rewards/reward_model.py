@@ -70,9 +70,18 @@ class RewardModel:
         self.model = model.eval()
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-        """The score of each completion after its prompt."""
+        """The score of each completion after its prompt.
+
+        Raises:
+            ValueError: prompts of token ids, which are another tokenizer's.
+        """
         if isinstance(prompts[0], str):
             texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
+        elif not isinstance(prompts[0][0], dict):
+            raise ValueError(
+                f"prompts[0]={prompts[0]!r} is neither text nor a chat, and a reward model has a tokenizer of its own; "
+                "give prompts as text or chats"
+            )
         else:
             texts = [
                 self.tokenizer.apply_chat_template(prompt + completion, tokenize=False, **self.template_kwargs)

@@ -140,6 +140,7 @@ def trainer(
     data = prompts() if data is None else data
     eval_data = overrides.pop("eval_dataset", None)
     callbacks = overrides.pop("callbacks", None)
+    reward_tokenizers = overrides.pop("reward_processing_classes", None)
     made = GRPOTrainer(
         model,
         rewards,
@@ -148,6 +149,7 @@ def trainer(
         eval_data,
         callbacks=callbacks,
         processing_class=tiny_tokenizer(),
+        reward_processing_classes=reward_tokenizers,
     )
     made.sampling._engine = FakeEngine(model, made.processing_class) if engine is None else engine
     return made

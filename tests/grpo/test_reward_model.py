@@ -164,6 +164,34 @@ def test_a_run_with_a_reward_model_and_a_function(tmp_path: Path, folder: Path, 
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_a_run_on_chats_with_a_tokenizer_of_its_own(tmp_path: Path, stranger: Path) -> None:
+    """Another template and another padding token than the policy's; the logged mean is that of the model's scores."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "<|end_of_text|>"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    data = Dataset.from_list([{"prompt": chat} for chat in CHATS[0] for _ in range(3)])
+    made = trainer(tmp_path, rewards=classifier(stranger), data=data, max_steps=1, reward_processing_classes=tokenizer)
+    (scorer,) = made.sampling.runner.funcs
+    seen: list[float] = []
+    forward = scorer.model.forward
+
+    def watched(**inputs: Any) -> Any:
+        assert (inputs["attention_mask"].diff(dim=1) <= 0).all()  # padded on the right
+        assert tokenizer.decode(inputs["input_ids"][0]).startswith("user: ")
+        result = forward(**inputs)
+        seen.extend(result.logits[:, 0].tolist())
+        return result
+
+    scorer.model.forward = watched
+    made.train()
+    assert len(seen) == 4 and made.state.log_history[0]["reward"] == pytest.approx(sum(seen) / 4, abs=1e-6)
+
+
+def test_prompts_of_token_ids_have_no_text(folder: Path) -> None:
+    with pytest.raises(ValueError, match="neither text nor a chat, .* give prompts as text or chats"):
+        with_reward_models(str(folder))[0]([[0, 9, 11]], ["yes"])
+
+
 def test_a_name_and_its_tokenizer_through_the_trainer(tmp_path: Path, folder: Path) -> None:
     made = GRPOTrainer(
         pronghorn_model(), [str(folder), letters], config(tmp_path), prompts(), processing_class=tiny_tokenizer(),

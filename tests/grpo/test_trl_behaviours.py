@@ -1,11 +1,12 @@
 """What TRL's own tests of its GRPOTrainer (text only) ask of one, asked of Pronghorn's, on models made here.
 
-Where Pronghorn refuses what TRL takes (reward models by name, streamed data sets, beam search, a float32 copy of the
-head), the refusal is the behaviour.
+Where Pronghorn refuses what TRL takes (streamed data sets, beam search, a float32 copy of the head), the refusal is the
+behaviour. `trl_test_map.py` says where each of TRL's tests is, here or in another file.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pronghorn.grpo.losses import LOSSES
 from pronghorn.grpo.trainer import GRPOTrainer
 from pronghorn.loader import from_pretrained
 from pronghorn.models.state import state_of
+from tests.grpo import trl_test_map
 from tests.grpo.support import FakeEngine, config, letters, prompts, pronghorn_model, trainer
 from tests.helpers import tiny_llama
 
@@ -300,6 +302,10 @@ def test_full_fine_tuning_moves_every_weight(tmp_path: Path, beta: float) -> Non
         ({"quantization_config": {"load_in_4bit": True}}, "quantization_config is not served; .*load_in_4bit="),
         ({"generation_kwargs": {"num_beams": 2}}, "num_beams"),
         ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32=True"),
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1"),
+        ({"use_transformers_paged": True}, "use_transformers_(paged|continuous_batching)=True"),
+        ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching=True"),
+        ({"vllm_structured_outputs_regex": "a+"}, r"vllm_structured_outputs_regex='a\+'"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True"),
         ({"rewards": [longer, variety], "reward_weights": [1.0]}, "reward_weights"),
     ],
@@ -312,3 +318,17 @@ def test_what_is_not_offered_is_refused_by_name(tmp_path: Path, wrong: dict[str,
     arguments = {name: settings.pop(name) for name in names if name in settings}
     with pytest.raises(ConfigError, match=named):
         GRPOTrainer(pronghorn_model(), rewards, config(tmp_path, **settings), data, **arguments)
+
+
+@pytest.mark.parametrize("part", ["TESTS", "SINCE", "REFUSED"])
+def test_the_map_of_trls_tests_names_tests_that_exist(part: str) -> None:
+    """And, in brackets, a setting that is among their parameters."""
+    for asked, answers in getattr(trl_test_map, part).items():
+        assert answers, asked
+        for answer in answers:
+            file, _, rest = answer.partition("::")
+            name, _, word = rest.rstrip("]").partition("[")
+            test = getattr(importlib.import_module(f"tests.grpo.{file}"), name, None)
+            assert callable(test), f"{asked}: {answer} does not exist"
+            given = [mark.args[1] for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+            assert word in str(given), f"{asked}: no parameter of {answer}"
