@@ -6,8 +6,6 @@ import math
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
-from trl.trainer.grpo_config import GRPOConfig as TRLGRPOConfig
-
 from ..config.errors import ConfigError
 from .losses import LOSSES
 
@@ -19,6 +17,7 @@ _CLIPPED = tuple(name for name, kind in LOSSES.items() if kind.clips)
 # Settings that act under some losses only.
 _ACTS_UNDER: dict[str, tuple[str, ...]] = {
     "delta": _CLIPPED,
+    "epsilon": (*_CLIPPED, "cispo"),
     "epsilon_high": (*_CLIPPED, "cispo"),
     "sapo_temperature_pos": ("sapo",),
     "sapo_temperature_neg": ("sapo",),
@@ -28,15 +27,30 @@ _ACTS_UNDER: dict[str, tuple[str, ...]] = {
     "vespo_lambda_neg": ("vespo",),
 }
 
-# Settings that act where another one is on.
-_ACTS_WITH: dict[str, str] = {
-    "ref_model_mixup_alpha": "sync_ref_model",
-    "ref_model_sync_steps": "sync_ref_model",
-    "entropy_coef_min": "use_adaptive_entropy",
-    "entropy_coef_max": "use_adaptive_entropy",
-    "entropy_coef_delta": "use_adaptive_entropy",
-    "entropy_target": "use_adaptive_entropy",
+# Settings that act where another one is on, or one of several.
+_ACTS_WITH: dict[str, tuple[str, ...]] = {
+    "ref_model_mixup_alpha": ("sync_ref_model",),
+    "ref_model_sync_steps": ("sync_ref_model",),
+    "use_bias_correction_kl": ("beta",),
+    "entropy_coef_min": ("use_adaptive_entropy",),
+    "entropy_coef_max": ("use_adaptive_entropy",),
+    "entropy_coef_delta": ("use_adaptive_entropy",),
+    "entropy_target": ("use_adaptive_entropy",),
+    "vllm_importance_sampling_mode": ("vllm_importance_sampling_correction",),
+    "vllm_importance_sampling_clip_min": ("vllm_importance_sampling_correction",),
+    "vllm_importance_sampling_clip_max": ("vllm_importance_sampling_correction",),
+    "dynamic_sampling_max_rounds": ("dynamic_sampling",),
+    "replay_max_age": ("replay_buffer_size",),
+    "curriculum_solved_at": ("curriculum",),
+    "curriculum_floor": ("curriculum",),
+    "outcome_reward": ("dynamic_sampling", "replay_buffer_size", "curriculum"),
+    "log_completions_steps": ("log_completions",),
+    "num_completions_to_print": ("log_completions",),
+    "log_unique_prompts": ("log_completions",),
 }
+
+# How a switch that is a number is said to be on.
+_ON = {"beta": "a beta above 0", "replay_buffer_size": "a replay_buffer_size of 1 or more"}
 
 # Lowest and highest value that a setting may have, and whether these themselves are allowed; None is never checked.
 _RANGES: dict[str, tuple[float, float, bool]] = {
@@ -59,10 +73,24 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
 }
 
 
-def _default(name: str) -> Any:
-    (field,) = [f for f in fields(TRLGRPOConfig) if f.name == name]
+def _default(config: GRPOConfig, name: str) -> Any:
+    (field,) = [f for f in fields(config) if f.name == name]
     assert field.default is not MISSING
     return field.default
+
+
+def check_finite(config: GRPOConfig) -> None:
+    """Refuse NaN and infinities in every field: a NaN passes each comparison that a range check is made of.
+
+    Raises:
+        ConfigError: naming the field, its value and the remedy.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name, None)
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            remedy = "0 to clip nothing" if field.name == "max_grad_norm" else "a finite number"
+            raise ConfigError(f"GRPOConfig: {field.name}={value!r} is out of range; give {remedy}, or leave it out")
 
 
 def check_combinations(config: GRPOConfig) -> None:
@@ -75,22 +103,36 @@ def check_combinations(config: GRPOConfig) -> None:
         value = getattr(config, name)
         if value is not None and not (low <= value <= high if inclusive else low < value < high):
             raise ConfigError(f"GRPOConfig: {name}={value} is out of range; give {_span(low, high, inclusive)}")
-    for name, losses in _ACTS_UNDER.items():
-        if config.loss_type not in losses and getattr(config, name) != _default(name):
-            raise ConfigError(
-                f"GRPOConfig: {name}={getattr(config, name)} has no effect with loss_type={config.loss_type!r}; leave "
-                f"it at {_default(name)}, or choose {' or '.join(map(repr, losses))}"
-            )
-    for name, switch in _ACTS_WITH.items():
-        if not getattr(config, switch) and getattr(config, name) != _default(name):
-            raise ConfigError(
-                f"GRPOConfig: {name}={getattr(config, name)} has no effect without {switch}=True; set that, or leave "
-                f"{name} at {_default(name)}"
-            )
+    _check_effects(config)
     _check_reference(config)
     _check_aggregation(config)
     _check_entropy(config)
     _check_correction(config)
+
+
+def _check_effects(config: GRPOConfig) -> None:
+    """A setting that is not at its default is one that acts."""
+    for name in dict.fromkeys([*_ACTS_UNDER, *_ACTS_WITH]):
+        value, default = getattr(config, name), _default(config, name)
+        if value == default:
+            continue
+        losses, switches = _ACTS_UNDER.get(name, tuple(LOSSES)), _ACTS_WITH.get(name, ())
+        if config.loss_type not in losses:
+            raise ConfigError(
+                f"GRPOConfig: {name}={value!r} has no effect with loss_type={config.loss_type!r}; leave it at "
+                f"{default!r}, or choose {' or '.join(map(repr, losses))}"
+            )
+        if switches and not any(getattr(config, switch) for switch in switches):
+            wanted = " or ".join(_ON.get(switch, f"{switch}=True") for switch in switches)
+            raise ConfigError(
+                f"GRPOConfig: {name}={value!r} has no effect without {wanted}; set that, or leave {name} at {default!r}"
+            )
+    epsilon, default = config.epsilon, _default(config, "epsilon")
+    if config.loss_type == "cispo" and config.epsilon_high is not None and epsilon != default:
+        raise ConfigError(
+            f"GRPOConfig: epsilon={epsilon} has no effect with loss_type='cispo' and "
+            f"epsilon_high={config.epsilon_high}, which is the bound; leave epsilon at {default}"
+        )
 
 
 def _span(low: float, high: float, inclusive: bool) -> str:

@@ -1,4 +1,4 @@
-"""``GRPOConfig``: TRL's, with what GRPO scripts still pass, and nothing accepted that would have no effect."""
+"""``GRPOConfig``: TRL's, with what GRPO scripts still pass, and nothing taken in silence that would have no effect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..config.errors import ConfigError, reject_unknown
 from ..config.watch import WatchConfig
 from ..rewards.policy import POLICIES
 from .advantages import AGGREGATIONS, SCALES
-from .combinations import advice, check_combinations
+from .combinations import advice, check_combinations, check_finite
 from .correction import MODES
 from .losses import LEVELS, LOSSES
 from .rollout_config import RolloutFields, check_rollouts
@@ -28,10 +28,13 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "multi_objective_aggregation": AGGREGATIONS,
     "router_aux_loss_coef": (None, 0.0),
     "cast_lm_head_to_fp32": (False,),
-    "disable_dropout": (False,),
     "cache_implementation": (None,),
     "use_transformers_continuous_batching": (False,),
     "use_transformers_paged": (False,),
+    "transformers_continuous_batching_config": (None,),
+    "pad_to_multiple_of": (None,),
+    "ds3_gather_for_generation": (True,),
+    "log_multimodal": (True,),
     "log_completions_hub_repo": (None,),
     "vllm_structured_outputs_regex": (None,),
     "use_liger_kernel": (False,),
@@ -123,13 +126,14 @@ class GRPOConfig(RolloutFields, SamplingFields, TRLGRPOConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         lines = before_checks(self)
         super().__post_init__()
         self._refuse_what_has_no_effect()
         WatchConfig.of(self.watch)
         check_rollouts(self)
-        check_combinations(self)
         self.check_sampling()
+        check_combinations(self)
         said = list(self.translations or [])
         for line in [*lines, *advice(self), batch_line(self)]:
             if line not in said:

@@ -23,7 +23,10 @@ def as_dataset(given: Any, name: str) -> Dataset:
     if isinstance(given, list | tuple) and given and all(isinstance(row, dict) for row in given):
         given = Dataset.from_list(list(given))
     if isinstance(given, IterableDataset):
-        raise ConfigError(f"{name} is an IterableDataset, whose rows cannot be revisited; pass a datasets.Dataset")
+        raise ConfigError(
+            f"{name} is an IterableDataset, whose rows cannot be revisited as resuming and the curriculum do; pass a "
+            "datasets.Dataset (load_dataset(..., streaming=False), or Dataset.from_list(list(stream.take(n))))"
+        )
     if not isinstance(given, Dataset):
         raise ConfigError(f"{name} is a {type(given).__name__}; pass a datasets.Dataset with a 'prompt' column")
     if "prompt" not in given.column_names:
@@ -33,6 +36,25 @@ def as_dataset(given: Any, name: str) -> Dataset:
     if len(given) == 0:
         raise ConfigError(f"{name} has no rows; pass at least one prompt")
     return given
+
+
+def as_datasets(train: Any, evaluation: Any, prompts: int) -> tuple[Dataset, Any]:
+    """The data sets of a run: one to train on, of at least ``prompts`` rows, and none, one or several by name.
+
+    Raises:
+        ConfigError: see :func:`as_dataset`; also too few rows.
+    """
+    train = as_dataset(train, "train_dataset")
+    if isinstance(evaluation, dict):
+        evaluation = {name: as_dataset(ds, f"eval_dataset[{name!r}]") for name, ds in evaluation.items()}
+    elif evaluation is not None:
+        evaluation = as_dataset(evaluation, "eval_dataset")
+    if len(train) < prompts:
+        raise ConfigError(
+            f"train_dataset has {len(train)} rows, fewer than the {prompts} prompts of one generation; add rows or "
+            "lower the batch size"
+        )
+    return train, evaluation
 
 
 class PromptEncoder:

@@ -85,9 +85,10 @@ class AccuracyResult:
 class AccuracyEval:
     """Problems with answers, how to find the answer in a response, and how to draw responses.
 
-    It generates with the engine of the model that is trained, on its weights as they stand, without dropout, whatever
-    mode the model is in; modules' training flags and all generators are afterwards as they were, so a run with it ends
-    with the weights of a run without. Every evaluation draws the same seeds, so that evaluations compare.
+    It generates with the native engine of the model that is trained (also where ``rollout_engine`` is another), on its
+    weights as they stand, without dropout, whatever mode the model is in; modules' training flags and all generators
+    are afterwards as they were, so a run with it ends with the weights of a run without. Every evaluation draws the
+    same seeds, so that evaluations compare.
 
     Attributes:
         dataset: rows with ``prompt`` (a string or a chat) and ``answer_column``; never rows that are trained on.

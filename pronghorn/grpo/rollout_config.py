@@ -9,6 +9,9 @@ from ..config.errors import ConfigError
 
 PRECISIONS = ("auto", "exact")
 
+# What the native engine alone acts on, with the values that ask for nothing.
+_NATIVE = {"rollout_precision": "auto", "rollout_oom_retry": False, "rollout_overlap": False, "rollout_keep_share": 0.1}
+
 
 @dataclass
 class RolloutFields:
@@ -57,7 +60,7 @@ def check_rollouts(args: Any) -> None:
         )
     if args.rollout_engine == "native":
         return
-    for name, off in {"rollout_precision": "auto", "rollout_oom_retry": False, "rollout_overlap": False}.items():
+    for name, off in _NATIVE.items():
         if getattr(args, name) != off:
             raise ConfigError(
                 f"GRPOConfig: {name}={getattr(args, name)!r} with rollout_engine={args.rollout_engine!r}, which does "

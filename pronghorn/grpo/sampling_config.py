@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from ..config.errors import ConfigError
@@ -68,7 +67,6 @@ class SamplingFields:
             "dynamic_sampling_max_rounds": (self.dynamic_sampling_max_rounds >= 1, "give 1 or more"),
             "replay_buffer_size": (self.replay_buffer_size >= 0, "give a number of groups, or 0 for none"),
             "replay_max_age": (self.replay_max_age >= 1, "give 1 or more generations"),
-            "curriculum_solved_at": (math.isfinite(self.curriculum_solved_at), "give a number"),
             "curriculum_floor": (0 < self.curriculum_floor <= 1, "give a share in (0, 1]"),
             "rollout_staleness": (self.rollout_staleness >= 0, "give 0 or a number of generations"),
         }

@@ -15,6 +15,8 @@ from ..config.load import LoadConfig
 from ..config.lora import LoraDefaults
 from ..lora.active import adapter_names
 from ..models.state import state_of
+from ..rewards.reward_model import with_reward_models
+from ..rewards.runner import RewardRunner
 from ..rollout import base as rollout
 from .config import GRPOConfig
 from .data import PromptEncoder
@@ -23,6 +25,7 @@ from .rollout_func import RolloutFuncDrawer
 from .sampling_loop import SamplingLoop
 from .tool_calls import Tools
 from .tool_loop import ToolLoop
+from .translate import plain
 
 
 def as_config(args: Any, model: Any) -> GRPOConfig:
@@ -51,7 +54,8 @@ def as_model(model: Any, tokenizer: Any, args: GRPOConfig, peft_config: Any) -> 
     if isinstance(model, str):
         from ..loader import from_pretrained
 
-        model, loaded = from_pretrained(LoadConfig.of(model_name=model, **(args.model_init_kwargs or {})))
+        settings = {"trust_remote_code": bool(args.trust_remote_code), **(args.model_init_kwargs or {})}
+        model, loaded = from_pretrained(LoadConfig.of(model_name=model, **settings))
         tokenizer = tokenizer or loaded
     elif args.model_init_kwargs:
         raise ConfigError("GRPOConfig: model_init_kwargs has no effect on a model that is already loaded; leave it out")
@@ -74,8 +78,57 @@ def as_model(model: Any, tokenizer: Any, args: GRPOConfig, peft_config: Any) -> 
             f"the model is on {device} but training would run on {args.device}; "
             f"{'pass use_cpu=True' if device.type == 'cpu' else 'choose the GPU by CUDA_VISIBLE_DEVICES'}"
         )
+    if args.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
     args._n_gpu = min(args.n_gpu, 1)  # transformers would spread the model over every GPU that it sees
     return model, tokenizer
+
+
+def refuse_arguments(environment_factory: Any, quantization_config: Any) -> None:
+    """Arguments of TRL's trainer that this one does not serve.
+
+    Raises:
+        ConfigError: one of them is given; with what serves in its place.
+    """
+    if environment_factory is not None:
+        raise ConfigError(
+            f"environment_factory={environment_factory!r} is not served; pass the environment's methods as tools=, or "
+            "run its turns in a rollout_func="
+        )
+    if quantization_config is not None:
+        raise ConfigError(
+            "quantization_config is not served; load the model with FastLanguageModel.from_pretrained("
+            "load_in_4bit=...), or give args.model_init_kwargs={'load_in_4bit': ...}"
+        )
+
+
+def reward_runner(reward_funcs: Any, processing_classes: Any, args: GRPOConfig) -> RewardRunner:
+    """The reward functions, with reward models made functions, on the training device and in its precision."""
+    mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    functions = with_reward_models(
+        reward_funcs,
+        processing_classes,
+        device=args.device,
+        autocast=mixed,
+        template_kwargs=_template_kwargs(args),
+        trust_remote_code=bool(args.trust_remote_code),
+    )
+    return RewardRunner(
+        functions,
+        weights=args.reward_weights,
+        workers=args.reward_workers,
+        timeout=args.reward_timeout,
+        on_error=plain(args.reward_on_error),
+    )
+
+
+def _template_kwargs(args: GRPOConfig) -> dict[str, Any]:
+    kwargs = args.chat_template_kwargs or {}
+    if not isinstance(kwargs, dict):
+        raise ConfigError(f"GRPOConfig: chat_template_kwargs={kwargs!r} is a {type(kwargs).__name__}; give a dict")
+    return kwargs
 
 
 def _lora_settings(config: Any, model: nn.Module) -> dict[str, Any]:
@@ -104,9 +157,7 @@ def prompt_encoder(args: GRPOConfig, model: nn.Module, tokenizer: Any, tools: To
             f"max_seq_length={limit} is too small for {wanted}max_completion_length={completion}"
             f"{f' = {prompt + completion}' if prompt else ''}; load with a larger max_seq_length, or lower them"
         )
-    kwargs = args.chat_template_kwargs or {}
-    if not isinstance(kwargs, dict):
-        raise ConfigError(f"GRPOConfig: chat_template_kwargs={kwargs!r} is a {type(kwargs).__name__}; give a dict")
+    kwargs = _template_kwargs(args)
     if tools is not None:
         kwargs = {**kwargs, "tools": tools.schemas}
     return PromptEncoder(tokenizer, prompt, limit - completion, kwargs)
@@ -116,8 +167,14 @@ def choose_drawer(loop: SamplingLoop, tools: Tools | None, rollout_func: Any, tr
     """What makes the completions: one turn of the engine, a loop of turns with tools, or the user's function.
 
     Raises:
-        ConfigError: tools beside a ``rollout_func``, or a chat template that is not fit for tools.
+        ConfigError: tools beside a ``rollout_func``, a chat template that is not fit for tools, or a limit on calls
+            without anything that could be called.
     """
+    most = loop.args.max_tool_calling_iterations
+    if most is not None and tools is None and rollout_func is None:
+        raise ConfigError(
+            f"GRPOConfig: max_tool_calling_iterations={most} has no effect without tools; pass tools=, or leave it out"
+        )
     if rollout_func is not None:
         if tools is not None:
             raise ConfigError("tools and rollout_func are both given; rollout_func runs its own turns: give one")

@@ -15,10 +15,9 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from ..config.errors import ConfigError
 from ..config.watch import WatchConfig
-from ..rewards.runner import RewardRunner
 from .accuracy_callback import AccuracyCallback
 from .config import GRPOConfig
-from .data import as_dataset
+from .data import as_dataset, as_datasets
 from .evaluation import AccuracyEval
 from .gradient_guard import GradientGuard
 from .guarding import GuardMixin
@@ -34,12 +33,20 @@ from .samples import print_samples
 from .sampling_loop import SamplingLoop
 from .saving import SavingMixin
 from .seeds import request_seed
-from .setup import as_config, as_model, check_overlap, check_precision, choose_drawer, prompt_encoder
+from .setup import (
+    as_config,
+    as_model,
+    check_overlap,
+    check_precision,
+    choose_drawer,
+    prompt_encoder,
+    refuse_arguments,
+    reward_runner,
+)
 from .stateful import StatefulParts
 from .stop_signal import StopSignal
 from .supply import Supply
 from .tool_calls import Tools
-from .translate import plain
 from .watch_callback import WatchCallback
 
 TRAIN, EVAL = "train", "eval"
@@ -56,14 +63,18 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
     Args:
         model: a model from ``FastLanguageModel`` with LoRA or fully trainable, or a name or folder to load.
         reward_funcs: one or several functions of TRL's contract: keyword arguments ``prompts``, ``completions``,
-            ``completion_ids`` and the data set's columns to one number or None a completion.
+            ``completion_ids`` and the data set's columns to one number or None a completion. Also reward models:
+            sequence classifiers of one label, or the name or folder of one.
         args: a :class:`GRPOConfig` (TRL's is converted).
         train_dataset, eval_dataset: data sets with a ``prompt`` column (strings or chats).
         processing_class: the tokenizer; by default the one that the model was loaded with.
+        reward_processing_classes: the reward models' tokenizers, one for each entry of ``reward_funcs`` and None for
+            functions; by default those that the models came with.
         callbacks, optimizers: as in transformers' Trainer.
         peft_config: a ``peft.LoraConfig`` to wrap the model with.
         tools: functions that the model may call in its turns, as in TRL: with type hints and docstrings.
         rollout_func: makes the completions in the engine's place, as in TRL: ``rollout_func(prompts, trainer)``.
+        quantization_config, environment_factory: TRL's; refused with what serves in their place.
         accuracy_eval: an :class:`AccuracyEval`: held-out accuracy before, every ``eval_steps``, and after training.
 
     Where it departs from TRL: gradient accumulation is exact by tokens (denominators, entropy quantile and bonus span
@@ -85,33 +96,22 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
         tools: list[Callable[..., Any]] | None = None,
         rollout_func: RolloutFunc | None = None,
+        environment_factory: Any = None,
         accuracy_eval: AccuracyEval | None = None,
     ) -> None:
         args = as_config(args, model)
         set_seed(args.seed)
-        runner = RewardRunner(
-            reward_funcs,
-            weights=args.reward_weights,
-            workers=args.reward_workers,
-            timeout=args.reward_timeout,
-            on_error=plain(args.reward_on_error),
-        )
-        train_dataset = as_dataset(train_dataset, "train_dataset")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: as_dataset(ds, f"eval_dataset[{name!r}]") for name, ds in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = as_dataset(eval_dataset, "eval_dataset")
+        refuse_arguments(environment_factory, quantization_config)
+        runner = reward_runner(reward_funcs, reward_processing_classes, args)
         prompts = args.generation_batch_size // args.num_generations
-        if len(train_dataset) < prompts:
-            raise ConfigError(
-                f"train_dataset has {len(train_dataset)} rows, fewer than the {prompts} prompts of one generation; "
-                "add rows or lower the batch size"
-            )
+        train_dataset, eval_dataset = as_datasets(train_dataset, eval_dataset, prompts)
         model, tokenizer = as_model(model, processing_class, args, peft_config)
         check_precision(model, args)
         known = Tools(tools) if tools else None

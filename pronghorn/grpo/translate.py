@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config.errors import ConfigError
+from .vllm_settings import vllm_lines
 
 if TYPE_CHECKING:
     from .config import GRPOConfig
@@ -37,7 +38,7 @@ def before_checks(config: GRPOConfig) -> list[str]:
         _vespo,
         _sigterm,
     )
-    return [line for step in steps if (line := step(config))]
+    return [*(line for step in steps if (line := step(config))), *vllm_lines(config)]
 
 
 def _engine(config: GRPOConfig) -> str | None:

@@ -23,6 +23,7 @@ from .isolation import TIMEOUT, IsolatedReward, isolated, with_zeros
 from .loop import BackgroundLoop
 from .policy import SEARCH_SECONDS, OnError, Scored, check_policy, first_fault, score_rows
 from .pool import PendingCall
+from .reward_model import RewardModel
 from .values import as_rewards
 
 logger = logging.getLogger("pronghorn")
@@ -39,11 +40,12 @@ class RewardRunner:
         names: under which they are logged; by default their own.
         weights: of each in the sum; by default ones.
         workers: 0 runs the functions that are not `isolated` in this process; else each of them gets so many workers.
+            Reward models stay in this process.
         timeout: of those workers' calls, in seconds (default 60).
         on_error: of a row that fails, for the functions that are not `isolated`, wherever they run.
 
     Attributes: `names` (F, unique), `weights_F` (float32, default ones). Raises `ConfigError` for no functions, one
-    that is not callable, is a reward model (wrap it in a function) or cannot travel to a worker, names or weights of
+    that is not callable, is a bare reward model or cannot travel to a worker, names or weights of
     another number, and a timeout without workers.
     """
 
@@ -63,8 +65,8 @@ class RewardRunner:
         for func in self.funcs:
             if isinstance(func, (str, torch.nn.Module)) or not callable(func):
                 raise ConfigError(
-                    f"reward_funcs has a {type(func).__name__}, which is not a plain callable: wrap a reward model in "
-                    "a function of (prompts, completions, **kwargs) that returns one number a completion"
+                    f"reward_funcs has a {type(func).__name__}, which is not a plain callable: give a function of "
+                    "(prompts, completions, **kwargs) that returns one number a completion (for a model: RewardModel)"
                 )
         F = len(self.funcs)
         if names is not None and len(names) != F:
@@ -79,11 +81,16 @@ class RewardRunner:
             )
         self.names = _unique(list(names) if names is not None else [name_of(func) for func in self.funcs])
         self.weights_F = torch.tensor(list(weights) if weights is not None else [1.0] * F, dtype=torch.float32)
+        if workers and all(isinstance(func, RewardModel) for func in self.funcs):
+            raise ConfigError(
+                f"reward_workers={workers} has no effect on reward models, which score in the trainer's process; leave "
+                "it out"
+            )
         if workers:
             seconds = TIMEOUT if timeout is None else timeout
             self.funcs = [
                 func
-                if isinstance(func, IsolatedReward)
+                if isinstance(func, IsolatedReward | RewardModel)  # a model stays beside the trainer's, on its device
                 else isolated(func, timeout=seconds, on_error=on_error, workers=workers, name=name)
                 for func, name in zip(self.funcs, self.names)
             ]

@@ -140,6 +140,7 @@ def trainer(
     data = prompts() if data is None else data
     eval_data = overrides.pop("eval_dataset", None)
     callbacks, accuracy_eval = overrides.pop("callbacks", None), overrides.pop("accuracy_eval", None)
+    reward_tokenizers = overrides.pop("reward_processing_classes", None)
     made = GRPOTrainer(
         model,
         rewards,
@@ -149,6 +150,7 @@ def trainer(
         callbacks=callbacks,
         processing_class=tiny_tokenizer(),
         accuracy_eval=accuracy_eval,
+        reward_processing_classes=reward_tokenizers,
     )
     made.sampling._engine = FakeEngine(model, made.processing_class) if engine is None else engine
     return made

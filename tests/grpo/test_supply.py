@@ -63,7 +63,7 @@ def test_values_out_of_range_are_refused(settings: dict[str, Any]) -> None:
 
 def test_an_unknown_outcome_reward_fails_at_construction(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="outcome_reward='leters' names no reward function; did you mean 'letters'"):
-        trainer(tmp_path, outcome_reward="leters")
+        trainer(tmp_path, outcome_reward="leters", curriculum=True)
 
 
 def test_flat_groups_are_replaced_by_further_prompts(tmp_path: Path) -> None:

@@ -202,6 +202,11 @@ def test_what_cannot_work_fails_at_construction(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two functions named 'add'"):
         made_with(tmp_path, tools=[add, add])
     model = tool_model()
+    with pytest.raises(ConfigError, match="max_tool_calling_iterations=2 has no effect without tools; pass tools="):
+        GRPOTrainer(
+            tool_model(), length, config(tmp_path, max_tool_calling_iterations=2), questions(),
+            processing_class=tool_tokenizer(),
+        )  # fmt: skip
     with pytest.raises(ConfigError, match="tools and rollout_func are both given"):
         GRPOTrainer(
             model, length, config(tmp_path), questions(), processing_class=tool_tokenizer(), tools=[add],

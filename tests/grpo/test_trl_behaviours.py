@@ -1,11 +1,12 @@
 """What TRL's own tests of its GRPOTrainer (text only) ask of one, asked of Pronghorn's, on models made here.
 
-Where Pronghorn refuses what TRL takes (reward models by name, streamed data sets, beam search, a float32 copy of the
-head), the refusal is the behaviour.
+Where Pronghorn refuses what TRL takes (streamed data sets, beam search, a float32 copy of the head), the refusal is the
+behaviour. `trl_test_map.py` says where each of TRL's tests is, here or in another file.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pronghorn.grpo.losses import LOSSES
 from pronghorn.grpo.trainer import GRPOTrainer
 from pronghorn.loader import from_pretrained
 from pronghorn.models.state import state_of
+from tests.grpo import trl_test_map
 from tests.grpo.support import FakeEngine, config, letters, prompts, pronghorn_model, trainer
 from tests.helpers import tiny_llama
 
@@ -99,6 +101,31 @@ def test_each_loss_with_accumulation(tmp_path: Path, loss_type: str) -> None:
 )
 def test_each_setting_trains(tmp_path: Path, settings: dict[str, Any]) -> None:
     trains(trainer(tmp_path, rewards=[longer, variety], **settings))
+
+
+def test_disabled_dropout_is_none_at_all(tmp_path: Path) -> None:
+    """To the last bit, and in the adapter's modules alone: its config still says what it was made with."""
+    ends = []
+    for dropout, settings in ((0.5, {"disable_dropout": True}), (0.0, {}), (0.5, {})):
+        made = trainer(tmp_path, pronghorn_model(dropout=dropout), **settings)
+        made.train()
+        ends.append(weights(made))
+    same, dropped = ([torch.equal(p, ends[i][name].view_as(p)) for name, p in ends[1].items()] for i in (0, 2))
+    assert all(same) and not all(dropped)
+    assert list(ends[0]) == list(ends[1])
+
+
+def test_remote_code_is_allowed_for_a_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[LoadConfig] = []
+
+    def load(settings: LoadConfig) -> Any:
+        seen.append(settings)
+        return pronghorn_model(), None
+
+    monkeypatch.setattr("pronghorn.loader.from_pretrained", load)
+    for allowed in (False, True):
+        GRPOTrainer("some/model", letters, config(tmp_path, trust_remote_code=allowed), prompts())
+    assert [settings.trust_remote_code for settings in seen] == [False, True]
 
 
 @pytest.mark.parametrize("scale_rewards", [False, "group", "batch", True, "none"])
@@ -263,11 +290,22 @@ def test_full_fine_tuning_moves_every_weight(tmp_path: Path, beta: float) -> Non
 @pytest.mark.parametrize(
     "wrong, named",
     [
-        ({"rewards": "some/reward-model"}, "reward_funcs"),
+        ({"rewards": "some/reward-model"}, "reward_funcs: 'some/reward-model' does not load"),
         ({"data": None}, "train_dataset"),
-        ({"data": prompts().to_iterable_dataset()}, "IterableDataset"),
+        ({"data": prompts().to_iterable_dataset()}, "IterableDataset.*streaming=False"),
+        ({"eval_dataset": prompts().to_iterable_dataset()}, "eval_dataset is an IterableDataset.*streaming=False"),
+        ({"eval_dataset": {"a": prompts().to_iterable_dataset()}}, r"eval_dataset\['a'\] is an IterableDataset"),
+        (
+            {"environment_factory": dict},
+            "environment_factory=.* is not served; pass .* as tools=",
+        ),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantization_config is not served; .*load_in_4bit="),
         ({"generation_kwargs": {"num_beams": 2}}, "num_beams"),
         ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32=True"),
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1"),
+        ({"use_transformers_paged": True}, "use_transformers_(paged|continuous_batching)=True"),
+        ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching=True"),
+        ({"vllm_structured_outputs_regex": "a+"}, r"vllm_structured_outputs_regex='a\+'"),
         ({"use_liger_kernel": True}, "use_liger_kernel=True"),
         ({"rewards": [longer, variety], "reward_weights": [1.0]}, "reward_weights"),
     ],
@@ -276,5 +314,21 @@ def test_full_fine_tuning_moves_every_weight(tmp_path: Path, beta: float) -> Non
 def test_what_is_not_offered_is_refused_by_name(tmp_path: Path, wrong: dict[str, Any], named: str) -> None:
     settings = dict(wrong)
     rewards, data = settings.pop("rewards", letters), settings.pop("data", prompts())
+    names = ("eval_dataset", "environment_factory", "quantization_config")
+    arguments = {name: settings.pop(name) for name in names if name in settings}
     with pytest.raises(ConfigError, match=named):
-        GRPOTrainer(pronghorn_model(), rewards, config(tmp_path, **settings), data)
+        GRPOTrainer(pronghorn_model(), rewards, config(tmp_path, **settings), data, **arguments)
+
+
+@pytest.mark.parametrize("part", ["TESTS", "SINCE", "REFUSED"])
+def test_the_map_of_trls_tests_names_tests_that_exist(part: str) -> None:
+    """And, in brackets, a setting that is among their parameters."""
+    for asked, answers in getattr(trl_test_map, part).items():
+        assert answers, asked
+        for answer in answers:
+            file, _, rest = answer.partition("::")
+            name, _, word = rest.rstrip("]").partition("[")
+            test = getattr(importlib.import_module(f"tests.grpo.{file}"), name, None)
+            assert callable(test), f"{asked}: {answer} does not exist"
+            given = [mark.args[1] for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+            assert word in str(given), f"{asked}: no parameter of {answer}"

@@ -94,7 +94,7 @@ def _compare(
     tmp_path: Path, correct: bool = True, drift: float = 0.0, reference: str = "base", fused: bool = False, **given: Any
 ) -> tuple[Any, Metrics]:
     """Run both from the same completions; ``drift`` moves the weights after old log-probabilities are known."""
-    if given.get("loss_type") == "vespo":  # the two modes that it goes with
+    if given.get("loss_type") == "vespo" and correct:  # the two modes that it goes with
         given = {"vllm_importance_sampling_mode": "token_truncate", **given}
     dtype = torch.float32 if fused else torch.float64
     trl, ours, batch, rollouts = _pair(tmp_path, correct, reference, dtype, given)
