@@ -127,6 +127,7 @@ class Engine(Protocol):
 
         Raises:
             ConfigError: as ``generate``; or the engine, or this model, cannot be drawn from while it trains.
+            torch.OutOfMemoryError: with the remedy; nothing is tried again.
         """
         ...
 

@@ -100,6 +100,20 @@ def test_mixed_requests_share_a_batch(loaded):
     assert_same(*both(model, tokenizer), params)
 
 
+def test_alternatives_take_the_loop_that_looks_at_all_and_one_line_says_so(loaded, capsys):
+    model, tokenizer = loaded
+    ahead, stepwise = both(model, tokenizer)
+    asked = SamplingParams(max_tokens=5, seed=1, logprobs=2)
+    plain = SamplingParams(max_tokens=5, seed=1)
+    line = "rollouts launch their steps one by one, slower than graphs, because of alternatives (logprobs=)"
+    assert said(ahead.generate(PROMPTS, plain)) == said(stepwise.generate(PROMPTS, asked))
+    assert capsys.readouterr().out == ""
+    for _ in range(2):  # one request that asks is enough
+        outputs = ahead.generate(PROMPTS, [plain, asked, plain, plain])
+        assert [o.outputs[0].logprobs is not None for o in outputs] == [False, True, False, False]
+    assert capsys.readouterr().out == f"Pronghorn: {line}\n"
+
+
 def test_a_seed_gives_the_same_samples_in_any_company(loaded):
     model, tokenizer = loaded
     params = [SamplingParams(n=3, max_tokens=30, seed=100 + i, top_p=0.9) for i in range(len(PROMPTS))]
