@@ -19,8 +19,10 @@ from pronghorn.lora.projection import row_columns
 from pronghorn.models.attention import PackedAttention
 from pronghorn.models.forward import hidden_states, logits
 from pronghorn.rollout import base
-from pronghorn.rollout.native import decode_walk
+from pronghorn.rollout.native import decode_walk, dense, products
+from pronghorn.rollout.native import decoder as decoder_module
 from pronghorn.rollout.native.decoder import Decoder, Launched, bucket_of
+from pronghorn.rollout.native.paged import PagedDecode
 from pronghorn.rollout.native.plan import make_sequences
 from tests.helpers import tiny_llama
 from tests.rollout.conftest import load
@@ -340,22 +342,56 @@ def test_four_bit_layers(tmp_path, monkeypatch, hold):
     assert_same(ahead, stepwise, SETTINGS["drawn"])
 
 
-@pytest.mark.parametrize("kernel", ["glu_forward", "add_norm_forward", "norm_forward", "head_logits"])
+KERNELS: dict[str, Any] = {
+    "glu_forward": decode_walk,
+    "add_norm_forward": decode_walk,
+    "norm_forward": decode_walk,
+    "head_logits": decode_walk,
+    "rotate_and_attend": PagedDecode,
+    "project": dense,
+    "sample_step": decoder_module,
+}
+
+
+def perturb(monkeypatch: pytest.MonkeyPatch, owner: Any, kernel: str) -> list[str]:
+    """Every second number that ``kernel`` gives is one part in a thousand larger. Its calls so far."""
+    honest, calls = getattr(owner, kernel), []
+
+    def perturbed(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kernel)
+        out = honest(*args, **kwargs)
+        first = out[0] if isinstance(out, tuple) else out
+        if first is None:  # the sampling kernel writes into its rows' state
+            first = args[1].out_policy_logps_BT
+        first[:, ::2].mul_(1.001)
+        return out
+
+    monkeypatch.setattr(owner, kernel, perturbed)
+    return calls
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_perturbed_kernel_of_the_decode_step_shows(loaded, monkeypatch, kernel):
     """One part in a thousand of one kernel's output is more than the tolerance of the comparisons above."""
     model, tokenizer = loaded
     ahead, stepwise = both(model, tokenizer)
-    honest = getattr(decode_walk, kernel)
-
-    def perturbed(*args: Any) -> Any:
-        out = honest(*args)
-        first = out[0] if isinstance(out, tuple) else out
-        first[:, ::2].mul_(1.001)
-        return out
-
-    monkeypatch.setattr(decode_walk, kernel, perturbed)
+    calls = perturb(monkeypatch, KERNELS[kernel], kernel)
     with pytest.raises(AssertionError):
         assert_same(ahead, stepwise, SETTINGS["drawn"])
+    assert calls
+
+
+def test_a_perturbed_product_of_the_adapters_shows(tmp_path, monkeypatch):
+    model, tokenizer = from_pretrained(LoadConfig(str(tiny_llama(tmp_path)), load_in_4bit=True, max_seq_length=256))
+    model = add_lora(model, r=8)
+    fill(model, 3)
+    ahead, stepwise = both(model, tokenizer)
+    assert_same(ahead, stepwise, SETTINGS["drawn"])
+    assert ahead._decoder.hold
+    calls = perturb(monkeypatch, products, "low_rank")
+    with pytest.raises(AssertionError):
+        assert_same(ahead, stepwise, SETTINGS["drawn"])
+    assert calls
 
 
 def test_weights_that_were_replaced_are_read(tmp_path):
