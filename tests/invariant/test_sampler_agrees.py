@@ -31,7 +31,13 @@ def _native(folder: Path, **settings: Any) -> Any:
 
 @pytest.mark.parametrize(
     "sampling",
-    [{}, {"temperature": 0.7}, {"top_p": 0.8, "top_k": 20, "temperature": 1.3}, {"repetition_penalty": 1.2}],
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_p": 0.8, "top_k": 20, "temperature": 1.3},
+        {"repetition_penalty": 1.2},
+        {"generation_kwargs": {"presence_penalty": 0.5, "frequency_penalty": 0.3}},
+    ],
     ids=str,
 )
 def test_sampler_logps_are_the_trainers(tmp_path: Path, sampling: dict[str, Any]) -> None:

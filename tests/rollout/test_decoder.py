@@ -69,6 +69,7 @@ SETTINGS = {
     "greedy": SamplingParams(n=3, max_tokens=50, temperature=0),
     "truncated": SamplingParams(n=4, max_tokens=45, seed=2, top_p=0.8, top_k=20, min_p=0.01, temperature=0.7),
     "penalised": SamplingParams(n=4, max_tokens=60, seed=2, top_k=50, repetition_penalty=1.3),
+    "tallied": SamplingParams(n=4, max_tokens=60, seed=2, presence_penalty=0.7, frequency_penalty=0.9, top_p=0.9),
     "held": SamplingParams(n=5, max_tokens=60, seed=4, min_tokens=21),
 }
 OPTIONS: dict[str, dict[str, int]] = {
@@ -97,7 +98,7 @@ def test_mixed_requests_share_a_batch(loaded):
         SamplingParams(n=2, max_tokens=3, seed=1, repetition_penalty=1.2),
         SamplingParams(max_tokens=33, temperature=0),
         SamplingParams(n=3, max_tokens=17, seed=3, top_p=0.7, stop_token_ids=list(range(60, 90))),
-        SamplingParams(n=2, max_tokens=1, seed=4, min_p=0.02),
+        SamplingParams(n=2, max_tokens=1, seed=4, min_p=0.02, frequency_penalty=-0.5),
     ]
     assert_same(*both(model, tokenizer), params)
 
@@ -296,6 +297,10 @@ def test_slots_serve_again_where_they_are_large_enough(loaded):
     assert engine._decoder is decoder
     engine.generate(PROMPTS, SamplingParams(n=4, max_tokens=20, seed=1, repetition_penalty=1.1))
     assert engine._decoder is not decoder, "a penalty needs room to remember what was said"
+    decoder = engine._decoder
+    assert decoder.state.seen_BW.numel() > 0 == decoder.state.tally_BV.numel()
+    engine.generate(PROMPTS, SamplingParams(n=4, max_tokens=20, seed=1, presence_penalty=0.1))
+    assert engine._decoder is not decoder and engine._decoder.state.tally_BV.numel() > 0, "and one to count it"
     decoder = engine._decoder
     engine.release()
     engine.generate(PROMPTS, SamplingParams(n=4, max_tokens=20, seed=1))
