@@ -18,6 +18,7 @@ from pronghorn.kernels.reference import sample as reference
 from pronghorn.kernels.row_stats_triton import Partition
 from pronghorn.kernels.sample import sample_step
 from pronghorn.kernels.sample_state import RowSettings, SampleState, Variant
+from tests.helpers import chi_square
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V = 301  # 5 blocks of 64 lanes, the last not full; 2 groups, 10 chunks of 32
@@ -121,6 +122,37 @@ def test_both_paths_draw_the_same_tokens(path: str) -> None:
     assert len(ours.tokens_B.unique()) > 15
     torch.testing.assert_close(ours.token_logps_B, theirs.token_logps_B, rtol=0, atol=3e-6)
     assert torch.equal(ours.seen_BW, theirs.seen_BW) and torch.equal(ours.tally_BV, theirs.tally_BV)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.6},
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"min_p": 0.1},
+        {"temperature": 1.4, "top_k": 9, "top_p": 0.85, "min_p": 0.04},
+        {"temperature": 0.8, "top_k": 10, "repetition_penalty": 1.4, "seen": (0, 3, 8)},
+        {"presence_penalty": 0.9, "frequency_penalty": -0.6, "generated": (2, 2, 2, 5, 11), "top_p": 0.9},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("steps", [1, 100])
+def test_the_reference_draws_the_exact_distribution(settings: dict[str, Any], steps: int) -> None:
+    """Chi-square over 20,000 draws, so many in a row with one key. At a temperature a fifth higher it would be another
+    distribution."""
+    draws, few = 20_000, 12
+    x = torch.randn(few, generator=torch.Generator().manual_seed(3)) * 1.5
+    state = SampleState(draws, few, steps, 4)
+    rows = [RowSettings(**settings, key=7919 * (b // steps), count=b % steps) for b in range(draws)]
+    state.load(range(draws), rows)
+    variant = Variant.of(rows[:1], few)
+    reference.sample_step(x.expand(draws, few), state, variant, None, None, 1.0, None)
+    counts = torch.bincount(state.tokens_B, minlength=few).double()
+    assert chi_square(counts, exact(x, rows[0])) > 1e-4
+    warmer = {**settings, "temperature": settings.get("temperature", 1.0) * 1.2}
+    assert chi_square(counts, exact(x, RowSettings(**warmer))) < 1e-4
 
 
 def kept(x: torch.Tensor, rows: Sequence[RowSettings]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from pronghorn.rollout.native import random as counter
 from pronghorn.rollout.native.request import Prompt, Sequence
 from pronghorn.rollout.native.sampler import sample
 from pronghorn.rollout.native.sampling_rows import SamplingRows
+from tests.helpers import chi_square
 
 V = 12
 
@@ -80,16 +81,6 @@ def test_logprobs_are_those_of_the_exact_distribution(params, seed):
         assert drawn.token_logps_B[b].item() == pytest.approx(math.log(probs[token]), abs=2e-5)
         policy = (logits[b] / p.temperature).log_softmax(-1)[token]
         assert drawn.policy_logps_B[b].item() == pytest.approx(policy.item(), abs=1e-6)
-
-
-def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
-    """Upper-tail probability of Pearson's statistic (regularised incomplete gamma)."""
-    keep = probs > 0
-    assert counts[~keep].sum() == 0
-    expected = probs[keep] * counts.sum()
-    statistic = ((counts[keep] - expected) ** 2 / expected).sum()
-    freedom = keep.sum() - 1
-    return torch.special.gammaincc(freedom.double() / 2, statistic.double() / 2).item()
 
 
 @pytest.mark.parametrize(
