@@ -48,7 +48,7 @@ def test_log_probs_are_close_to_the_trainers(on_gpu):
 
 
 def test_greedy_takes_a_likeliest_token(on_gpu):
-    """Exactly equal logits are common in 16 bits, so: at least 98% the argmax, never far from it."""
+    """Exactly equal logits are common in 16 bits, so: at least 95% the argmax, never far from it."""
     model, tokenizer = on_gpu
     outputs = base.create("native", model, tokenizer).generate(
         PROMPTS, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)

@@ -319,6 +319,7 @@ def test_logits_that_are_no_numbers_raise(tmp_path):
         weight[3] = float("nan")
     with pytest.raises(FloatingPointError, match="not numbers"):
         engine.generate(PROMPTS, params)
+    assert engine.cache is None, "dropped"
     with torch.no_grad():
         weight.copy_(kept)
     assert said(engine.generate(PROMPTS, params)) == expected, "no NaN stays behind"
