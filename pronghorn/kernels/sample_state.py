@@ -182,8 +182,10 @@ class SampleState:
                 bits_W = _bits(r.seen, self.seen_BW.shape[1])
                 self.seen_BW[b].copy_(on_device(bits_W, torch.int32, self.tokens_B.device))
             if r.tallied:
-                ids = self._to(list(r.generated), torch.int64)
-                self.tally_BV[b].zero_().index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+                tally_V = self.tally_BV[b].zero_()
+                if len(r.generated):
+                    ids = self._to(list(r.generated), torch.int64)
+                    tally_V.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
     def clear(self, at: Sequence[int]) -> None:
         """Nobody owns the rows ``at`` any more: they draw nothing, and padding is all that the cache gets of them."""

@@ -80,7 +80,7 @@ def test_nothing_waits_for_the_gpu_between_two_looks(on_gpu, monkeypatch):
     """Many chunks, shared blocks that are copied, penalties and bursts: torch raises where the host would wait."""
     model, tokenizer = on_gpu
     engine = base.create("native", model, tokenizer, max_prefill_tokens=32)
-    params = SamplingParams(n=3, max_tokens=60, seed=2, ignore_eos=True, repetition_penalty=1.1)
+    params = SamplingParams(n=3, max_tokens=60, seed=2, ignore_eos=True, repetition_penalty=1.1, presence_penalty=0.2)
     expected = [o.outputs for o in engine.generate(PROMPTS, params)]  # compiles, and captures graphs
     run, look, looks = engine_module.run_ahead, Decoder.look, []
 
