@@ -119,3 +119,13 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest absolute difference over the largest absolute value of ``expected``."""
     got, expected = got.detach(), expected.detach()
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    """Upper-tail probability of Pearson's statistic (regularised incomplete gamma)."""
+    keep = probs > 0
+    assert counts[~keep].sum() == 0
+    expected = probs[keep] * counts.sum()
+    statistic = ((counts[keep] - expected) ** 2 / expected).sum()
+    freedom = keep.sum() - 1
+    return torch.special.gammaincc(freedom.double() / 2, statistic.double() / 2).item()

@@ -17,9 +17,8 @@ _VLLM_INERT = {
 }  # fmt: skip
 # vLLM fields that change the output, with the value that means "off": any other value is refused.
 _VLLM_OFF: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0.0,), "frequency_penalty": (0.0,), "logit_bias": (None,), "allowed_token_ids": (None,),
-    "bad_words": (None, []), "prompt_logprobs": (None,), "structured_outputs": (None,), "logits_processors": (None,),
-    "logprob_token_ids": (None,),
+    "logit_bias": (None,), "allowed_token_ids": (None,), "bad_words": (None, []), "prompt_logprobs": (None,),
+    "structured_outputs": (None,), "logits_processors": (None,), "logprob_token_ids": (None,),
 }  # fmt: skip
 
 
@@ -35,6 +34,8 @@ class SamplingParams:
         min_p: least probability relative to the likeliest token, in [0, 1] (arXiv:2407.01082).
         repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or completion
             (Keskar et al., 2019, arXiv:1909.05858); 1 is off.
+        presence_penalty: taken from the logits of every token that the completion holds, in [-2, 2]; 0 is off.
+        frequency_penalty: taken from them once for each time that it holds the token, in [-2, 2]; 0 is off.
         max_tokens: most new tokens; None runs to the model's maximum length.
         min_tokens: no end before so many new tokens.
         stop: strings that end a completion; they are left out of the text unless ``include_stop_str_in_output``.
@@ -54,6 +55,8 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     max_tokens: int | None = 16
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
@@ -76,6 +79,8 @@ class SamplingParams:
             "top_k": self.top_k >= -1,
             "min_p": 0 <= self.min_p <= 1,
             "repetition_penalty": math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "presence_penalty": -2 <= self.presence_penalty <= 2,
+            "frequency_penalty": -2 <= self.frequency_penalty <= 2,
             "max_tokens": self.max_tokens is None or self.max_tokens >= 1,
             "min_tokens": self.min_tokens >= 0 and (self.max_tokens is None or self.min_tokens <= self.max_tokens),
             "stop": all(isinstance(s, str) and s for s in stop),
@@ -90,6 +95,11 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def tallied(self) -> bool:
+        """Whether it matters how often the completion holds a token."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @classmethod
     def from_any(cls, given: Any) -> SamplingParams:
@@ -124,6 +134,8 @@ _RANGES = {
     "top_k": "give 0 or -1 (off) or a positive count",
     "min_p": "give a fraction in [0, 1]",
     "repetition_penalty": "give a positive number; 1 is off",
+    "presence_penalty": "give a number in [-2, 2]; 0 is off",
+    "frequency_penalty": "give a number in [-2, 2]; 0 is off",
     "max_tokens": "give 1 or more, or None for the model's maximum length",
     "min_tokens": "give 0 or more, at most max_tokens",
     "stop": "give non-empty strings",

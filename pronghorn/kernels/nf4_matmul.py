@@ -25,6 +25,7 @@ cost. Byte permutes in place of half of the reads, and ``wgmma``, gained little 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
@@ -38,6 +39,15 @@ MAX_ROWS = 64
 """Rows of x up to which this is the faster way; above, make the weight and call cuBLAS."""
 
 _COLUMNS = 256  # inputs of one stage
+
+
+def _path(tensor: torch.Tensor) -> ModuleType:
+    """The module that does the work for ``tensor``; CUDA's compiler is imported only where it is used."""
+    if not tensor.is_cuda:
+        return reference
+    from pronghorn.kernels import nf4_matmul_cuda
+
+    return nf4_matmul_cuda
 
 
 def why_not(weights: Sequence[NF4Weight], dtype: torch.dtype, device: torch.device, ranks: Sequence[int] = ()) -> str:
@@ -92,12 +102,7 @@ def nf4_matmul(
     """
     out_MO = output(x_MI, sum(member.weight.shape[0] for member in members), out_MO)
     _check(x_MI, members, low_MR)
-    if x_MI.is_cuda:
-        from pronghorn.kernels import nf4_matmul_cuda
-
-        nf4_matmul_cuda.nf4_matmul(x_MI, members, low_MR, out_MO, overlap=overlap)
-    else:
-        reference.nf4_matmul(x_MI, members, low_MR, out_MO)
+    _path(x_MI).nf4_matmul(x_MI, members, low_MR, out_MO, overlap=overlap)
     return out_MO
 
 

@@ -7,6 +7,7 @@ not change from one time to the next is decided once, and one launch writes all 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,13 +15,16 @@ import torch
 from pronghorn.kernels.reference import nf4_table as reference
 
 
-def table_writer(codes: torch.Tensor, *args: Any, **options: Any) -> Callable[..., None]:
-    """``writer(table_OK, b_Or)`` for one weight; arguments, and what it writes, are the reference ``TableWriter``'s.
-
-    Triton is imported only where it is used.
-    """
-    if not codes.is_cuda:
-        return reference.TableWriter(codes, *args, **options)
+def _path(tensor: torch.Tensor) -> ModuleType:
+    """The module that does the work for ``tensor``; Triton is imported only where it is used."""
+    if not tensor.is_cuda:
+        return reference
     from pronghorn.kernels import nf4_table_triton
 
-    return nf4_table_triton.TableWriter(codes, *args, **options)
+    return nf4_table_triton
+
+
+def table_writer(codes: torch.Tensor, *args: Any, **options: Any) -> Callable[..., None]:
+    """``writer(table_OK, b_Or)`` for one weight; its arguments, and what it writes, are those of the reference."""
+    writer: Callable[..., None] = _path(codes).TableWriter(codes, *args, **options)
+    return writer

@@ -22,6 +22,7 @@ are better left to cuBLAS.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
@@ -38,6 +39,15 @@ MAX_RANK = 128
 """An adapter's largest rank."""
 
 _ALIGNED = 8  # elements of 16 bits in 16 bytes
+
+
+def _path(tensor: torch.Tensor) -> ModuleType:
+    """The module that does the work for ``tensor``; Triton is imported only where it is used."""
+    if not tensor.is_cuda:
+        return reference
+    from pronghorn.kernels import ordered_matmul_triton
+
+    return ordered_matmul_triton
 
 
 def why_not(members: Sequence[DenseMember], dtype: torch.dtype) -> str:
@@ -82,12 +92,7 @@ def ordered_matmul(
     """
     out_MO = output(x_MI, sum(m.weight_OI.shape[0] for m in members), out_MO)
     _check(x_MI, members, low_MR)
-    if not x_MI.is_cuda:
-        reference.ordered_matmul(x_MI, members, low_MR, out_MO)
-        return out_MO
-    from pronghorn.kernels import ordered_matmul_triton  # imported only where it is used
-
-    ordered_matmul_triton.ordered_matmul(x_MI, members, low_MR, out_MO, overlap=overlap)
+    _path(x_MI).ordered_matmul(x_MI, members, low_MR, out_MO, overlap=overlap)
     return out_MO
 
 

@@ -2,7 +2,8 @@ r"""One sampling step: from raw logits to the next token of each row, its log-pr
 
 With raw logits x (a head's product), the policy is :math:`\operatorname{softmax}(z)`,
 :math:`z = \operatorname{cap}(s (x + b)) / \tau` (``logits.py``). What is drawn from is z after, in vLLM's order, a
-minimum length (stop ids are forbidden), repetition penalty (Keskar et al. 2019, arXiv:1909.05858), min-p
+minimum length (stop ids are forbidden), repetition penalty (Keskar et al. 2019, arXiv:1909.05858), frequency and
+presence penalties (:math:`(f n_v + p [n_v > 0]) / \tau` less for a token v drawn n_v times), min-p
 (arXiv:2407.01082), top-k and top-p (Holtzman et al. 2020, arXiv:1904.09751; equal logits stay together, and the token
 that crosses p stays). The draw inverts the cumulative distribution, in the order of ids, at a uniform number that
 SplitMix64 makes from the row's key and count alone (Steele, Lea and Flood 2014, doi:10.1145/2714064.2660195).
@@ -71,4 +72,6 @@ def sample_step(
         raise ValueError(f"softcap={softcap} bounds nothing; give a positive number, or None for no bound")
     if variant.penalised and not state.seen_BW.shape[1]:
         raise ValueError("the variant is penalised and the state has no room for what was seen; penalties=True")
+    if variant.tallied and not state.tally_BV.shape[1]:
+        raise ValueError("the variant is tallied and the state has no room to count what was drawn; tallies=True")
     _path(x_NV).sample_step(x_NV, state, variant, rows_N, bias_V, scale, softcap)

@@ -98,7 +98,7 @@ def _from_chunks(
 
 @triton.jit
 def _record(
-    token, token_logp, policy_logp, known, row, count, stops_row, seen_row, tokens_ptr, token_logps_ptr,
+    token, token_logp, policy_logp, known, row, count, stops_row, seen_row, tally_row, tokens_ptr, token_logps_ptr,
     policy_logps_ptr, out_tokens_ptr, out_token_logps_ptr, out_policy_logps_ptr, counts_ptr, min_tokens_ptr,
     max_tokens_ptr, positions_ptr, slots_ptr, lengths_ptr, finished_ptr, T, PENALTY: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
@@ -119,9 +119,11 @@ def _record(
     tl.store(out_token_logps_ptr + at, token_logp, mask=count < T)
     tl.store(out_policy_logps_ptr + at, policy_logp, mask=count < T)
     tl.store(tokens_ptr + row, token.to(tl.int64), mask=known)
-    if PENALTY:
+    if PENALTY % 2 == 1:
         word = seen_row + token // 32
         tl.store(word, tl.load(word) | (1 << (token % 32)), mask=known)
+    if PENALTY >= 2:
+        tl.store(tally_row + token, tl.load(tally_row + token, mask=known, other=0) + 1, mask=known)
     position = tl.load(positions_ptr + row) + 1
     tl.store(counts_ptr + row, drawn)
     tl.store(positions_ptr + row, position)
@@ -133,10 +135,10 @@ def _record(
 @triton.jit(do_not_specialize=["T"])  # one compilation serves all lengths
 def draw(
     x_ptr, bias_ptr, rows_ptr, finished_ptr, inverse_temperature_ptr, greedy_ptr, counts_ptr, min_tokens_ptr,
-    max_tokens_ptr, stops_ptr, seen_ptr, penalty_ptr, top_k_ptr, top_p_ptr, log_min_p_ptr, keys_ptr, tops_ptr,
-    totals_ptr, chunk_tops_ptr, chunk_peaks_ptr, chunk_masses_ptr, above_ptr, list_ptr, values_ptr, ids_ptr, cuts_ptr,
-    tokens_ptr, token_logps_ptr, policy_logps_ptr, out_tokens_ptr, out_token_logps_ptr, out_policy_logps_ptr,
-    positions_ptr, slots_ptr, lengths_ptr, scale, softcap, T,
+    max_tokens_ptr, stops_ptr, seen_ptr, penalty_ptr, tally_ptr, presence_ptr, frequency_ptr, top_k_ptr, top_p_ptr,
+    log_min_p_ptr, keys_ptr, tops_ptr, totals_ptr, chunk_tops_ptr, chunk_peaks_ptr, chunk_masses_ptr, above_ptr,
+    list_ptr, values_ptr, ids_ptr, cuts_ptr, tokens_ptr, token_logps_ptr, policy_logps_ptr, out_tokens_ptr,
+    out_token_logps_ptr, out_policy_logps_ptr, positions_ptr, slots_ptr, lengths_ptr, scale, softcap, T,
     V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, CHUNKS_P2: tl.constexpr, BIAS: tl.constexpr,
     CAP: tl.constexpr, ROWS: tl.constexpr, TRUNCATED: tl.constexpr, PENALTY: tl.constexpr, STOPS: tl.constexpr,
     S: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr, ROOM: tl.constexpr,
@@ -150,11 +152,12 @@ def draw(
         runs = tl.load(finished_ptr + b) == 0
     if runs:
         greedy, penalty, count = tl.load(greedy_ptr + b) != 0, tl.load(penalty_ptr + b), tl.load(counts_ptr + b)
+        presence, frequency = tl.load(presence_ptr + b), tl.load(frequency_ptr + b)
         early = count < tl.load(min_tokens_ptr + b)
         number = uniform(tl.load(keys_ptr + b), count)
-        stops_row, seen_row = stops_ptr + b * S, seen_ptr + b * WORDS
+        stops_row, seen_row, tally_row = stops_ptr + b * S, seen_ptr + b * WORDS, tally_ptr + b * V
         row = (x_ptr + n * V, bias_ptr, scale, softcap, tl.load(inverse_temperature_ptr + b), seen_row, penalty,
-               stops_row, early)  # fmt: skip
+               tally_row, presence, frequency, stops_row, early)  # fmt: skip
         group = tl.arange(0, P)
         peak, _total, log_total = join_groups(tl.load(tops_ptr + n * P + group), tl.load(totals_ptr + n * P + group))
         chunk = tl.arange(0, CHUNKS_P2)
@@ -193,15 +196,17 @@ def draw(
         policy_logp = (z - peak) - log_total
         token_logp = (y - top) - tl.log(whole.to(tl.float32) * (1.0 / ONE))
         shaped = cut
-        if PENALTY:
+        if PENALTY % 2 == 1:
             shaped = shaped | (penalty != 1.0)
+        if PENALTY >= 2:
+            shaped = shaped | (presence != 0.0) | (frequency != 0.0)
         if STOPS > 0:
             shaped = shaped | early
         token_logp = tl.where(shaped, token_logp, policy_logp)
         known = (policy_logp == policy_logp) & (token_logp == token_logp) & (whole > 0) & (token < V)
         tl.debug_barrier()  # every warp has read the counters that change now
         _record(
-            token, token_logp, policy_logp, known, b, count, stops_row, seen_row, tokens_ptr, token_logps_ptr,
-            policy_logps_ptr, out_tokens_ptr, out_token_logps_ptr, out_policy_logps_ptr, counts_ptr, min_tokens_ptr,
-            max_tokens_ptr, positions_ptr, slots_ptr, lengths_ptr, finished_ptr, T, PENALTY, S,
+            token, token_logp, policy_logp, known, b, count, stops_row, seen_row, tally_row, tokens_ptr,
+            token_logps_ptr, policy_logps_ptr, out_tokens_ptr, out_token_logps_ptr, out_policy_logps_ptr, counts_ptr,
+            min_tokens_ptr, max_tokens_ptr, positions_ptr, slots_ptr, lengths_ptr, finished_ptr, T, PENALTY, S,
         )  # fmt: skip

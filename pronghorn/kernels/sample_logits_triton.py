@@ -1,8 +1,10 @@
 """A row's logits as the sampling kernels see them: what is drawn from, and an order-preserving integer of each.
 
-A row is read through a tuple ``row = (x, bias, scale, softcap, inverse_temperature, seen, penalty, stops, early)``: the
-start of its logits, what :func:`pronghorn.kernels.row_stats_triton.logit` takes, the bits of the ids that it holds, its
-repetition penalty, its stop ids, and whether it may not end yet.
+A row is read through a tuple ``row = (x, bias, scale, softcap, inverse_temperature, seen, penalty, tally, presence,
+frequency, stops, early)``: the start of its logits, what :func:`pronghorn.kernels.row_stats_triton.logit` takes, the
+bits of the ids that it holds, its repetition penalty, how often it drew each id, its presence and frequency penalties,
+its stop ids, and whether it may not end yet. ``PENALTY`` says which penalties are read: 1 the repetition penalty, 2 the
+other two, 3 all.
 """
 
 # mypy: allow-untyped-defs
@@ -20,17 +22,22 @@ OUTSIDE = tl.constexpr(-2147483648)  # key of what is no column of the row: belo
 
 @triton.jit
 def load_logits(row, column, inside, BIAS: tl.constexpr, CAP: tl.constexpr, PENALTY: tl.constexpr, STOPS: tl.constexpr):
-    """``(z, y)`` at ``column``: the policy's logits, and after minimum length and penalty; -inf outside."""
-    x_ptr, bias_ptr, scale, softcap, inverse_temperature, seen_ptr, penalty, stops_ptr, early = row
+    """``(z, y)`` at ``column``: the policy's logits, and after minimum length and penalties; -inf outside."""
+    (x_ptr, bias_ptr, scale, softcap, inverse_temperature, seen_ptr, penalty, tally_ptr, presence, frequency, stops_ptr,
+     early) = row  # fmt: skip
     x = tl.load(x_ptr + column, mask=inside, other=0.0)
     z, _slope = logit(x, bias_ptr, column, inside, scale, softcap, inverse_temperature, BIAS, CAP)
     y = z
     for s in range(STOPS):
         y = tl.where(early & (column == tl.load(stops_ptr + s)), float("-inf"), y)
-    if PENALTY:
+    if PENALTY % 2 == 1:
         word = tl.load(seen_ptr + (column >> 5), mask=inside, other=0)
         penalised = tl.where(y > 0, tl.div_rn(y, penalty), y * penalty)
         y = tl.where(((word >> (column & 31)) & 1) != 0, penalised, y)
+    if PENALTY >= 2:
+        count = tl.load(tally_ptr + column, mask=inside, other=0)
+        less = frequency * count.to(tl.float32) + tl.where(count > 0, presence, 0.0)
+        y -= less * inverse_temperature
     return z, y
 
 

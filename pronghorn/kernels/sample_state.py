@@ -33,6 +33,8 @@ class RowSettings:
         max_tokens: the row ends with so many; None for as many as the state holds.
         stop_ids: ids that end the row.
         seen: ids of prompt and output; only a row with a repetition penalty needs them.
+        presence_penalty, frequency_penalty: 0 is off.
+        generated: ids of the output, each as often as it stands there; only a row with one of these two needs them.
     """
 
     temperature: float = 1.0
@@ -47,6 +49,13 @@ class RowSettings:
     max_tokens: int | None = None
     stop_ids: Sequence[int] = ()
     seen: Sequence[int] = field(default=())
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    generated: Sequence[int] = field(default=())
+
+    @property
+    def tallied(self) -> bool:
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 class Variant(NamedTuple):
@@ -58,6 +67,7 @@ class Variant(NamedTuple):
     truncated: bool = False
     penalised: bool = False
     held: bool = False
+    tallied: bool = False
 
     @classmethod
     def of(cls, rows: Sequence[RowSettings], vocab: int) -> Variant:
@@ -67,6 +77,7 @@ class Variant(NamedTuple):
             any(0 < r.top_k < vocab or r.top_p < 1 or r.min_p > 0 for r in drawn),
             any(r.repetition_penalty != 1 for r in rows),
             any(r.count < r.min_tokens and r.stop_ids for r in rows),
+            any(r.tallied for r in rows),
         )
 
 
@@ -76,7 +87,8 @@ class SampleState:
     Settings: ``temperature_B`` and ``inverse_temperature_B`` (float32, 1 for greedy rows), ``greedy_B`` (int32),
     ``top_k_B`` (int32, V for off), ``top_p_B``, ``log_min_p_B`` (-inf for off), ``penalty_B`` (float32), ``keys_B``
     (int64), ``min_tokens_B``, ``max_tokens_B`` (int32), ``stop_ids_BS`` (int32, -1 for none), ``seen_BW`` (int32: bit
-    ``v % 32`` of word ``v // 32``).
+    ``v % 32`` of word ``v // 32``), ``presence_B``, ``frequency_B`` (float32), ``tally_BV`` (int32: how often the row
+    drew each token, where it has one of the two penalties).
 
     Counters, int32: ``counts_B`` (tokens drawn), ``positions_B`` (of the token to read next), ``slots_B`` (where the
     cache is to be written: the position, or -1 for a row that does not run), ``lengths_B`` (tokens to attend to: the
@@ -93,6 +105,8 @@ class SampleState:
         stop_ids: S, most stop ids of a row.
         device: where.
         penalties: whether rows may have a repetition penalty: ``seen_BW`` is empty otherwise.
+        tallies: whether rows may have a presence or frequency penalty: ``tally_BV``, 4 bytes a token of the vocabulary
+            and row, is empty otherwise.
     """
 
     def __init__(
@@ -103,6 +117,7 @@ class SampleState:
         stop_ids: int = 8,
         device: torch.device | str = "cpu",
         penalties: bool = True,
+        tallies: bool = True,
     ) -> None:
         self.rows, self.vocab, self.max_tokens = rows, vocab, max_tokens
 
@@ -114,6 +129,8 @@ class SampleState:
         self.greedy_B = full(0, i32)
         self.top_k_B, self.top_p_B, self.log_min_p_B = full(vocab, i32), full(1, f32), full(-math.inf, f32)
         self.penalty_B, self.seen_BW = full(1, f32), full(0, i32, -(-vocab // 32) if penalties else 0)
+        self.presence_B, self.frequency_B = full(0, f32), full(0, f32)
+        self.tally_BV = full(0, i32, vocab if tallies else 0)
         self.keys_B = full(0, i64)
         self.min_tokens_B, self.max_tokens_B = full(0, i32), full(0, i32)
         self.stop_ids_BS = full(-1, i32, stop_ids)
@@ -145,6 +162,8 @@ class SampleState:
             "top_p_B": [r.top_p for r in rows],
             "log_min_p_B": [math.log(r.min_p) if r.min_p > 0 else -math.inf for r in rows],
             "penalty_B": [r.repetition_penalty for r in rows],
+            "presence_B": [r.presence_penalty for r in rows],
+            "frequency_B": [r.frequency_penalty for r in rows],
             "keys_B": [r.key for r in rows],
             "min_tokens_B": [r.min_tokens for r in rows],
             "max_tokens_B": [self._most(r) for r in rows],
@@ -162,6 +181,11 @@ class SampleState:
             if r.repetition_penalty != 1:
                 bits_W = _bits(r.seen, self.seen_BW.shape[1])
                 self.seen_BW[b].copy_(on_device(bits_W, torch.int32, self.tokens_B.device))
+            if r.tallied:
+                tally_V = self.tally_BV[b].zero_()
+                if len(r.generated):
+                    ids = self._to(list(r.generated), torch.int64)
+                    tally_V.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
     def clear(self, at: Sequence[int]) -> None:
         """Nobody owns the rows ``at`` any more: they draw nothing, and padding is all that the cache gets of them."""
@@ -188,6 +212,11 @@ class SampleState:
             raise ValueError(f"a row has {len(r.stop_ids)} stop ids; make the state with stop_ids={len(r.stop_ids)}")
         if r.repetition_penalty != 1 and not self.seen_BW.shape[1]:
             raise ValueError(f"repetition_penalty={r.repetition_penalty}: make the state with penalties=True")
+        if r.tallied and not self.tally_BV.shape[1]:
+            raise ValueError(
+                f"presence_penalty={r.presence_penalty}, frequency_penalty={r.frequency_penalty}: make the state with "
+                "tallies=True"
+            )
 
 
 def _bits(ids: Sequence[int], words: int) -> torch.Tensor:

@@ -69,7 +69,8 @@ def _scratch(state: SampleState, V: int) -> Scratch:
 @triton.jit
 def _sweep(
     x_ptr, bias_ptr, rows_ptr, finished_ptr, inverse_temperature_ptr, counts_ptr, min_tokens_ptr, stops_ptr, seen_ptr,
-    penalty_ptr, tops_ptr, totals_ptr, chunk_tops_ptr, chunk_peaks_ptr, chunk_masses_ptr, above_ptr, scale, softcap,
+    penalty_ptr, tally_ptr, presence_ptr, frequency_ptr, tops_ptr, totals_ptr, chunk_tops_ptr, chunk_peaks_ptr,
+    chunk_masses_ptr, above_ptr, scale, softcap,
     V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCKS_P2: tl.constexpr, BIAS: tl.constexpr,
     CAP: tl.constexpr, ROWS: tl.constexpr, TRUNCATED: tl.constexpr, PENALTY: tl.constexpr, STOPS: tl.constexpr,
     S: tl.constexpr, WORDS: tl.constexpr,
@@ -102,7 +103,8 @@ def _sweep(
         blocks = tl.arange(0, BLOCKS_P2)
         column = blocks[:, None] * BLOCK + lanes[None, :]
         row = (x_row, bias_ptr, scale, softcap, inverse_temperature, seen_ptr + b * WORDS, tl.load(penalty_ptr + b),
-               stops_ptr + b * S, tl.load(counts_ptr + b) < tl.load(min_tokens_ptr + b))  # fmt: skip
+               tally_ptr + b * V, tl.load(presence_ptr + b), tl.load(frequency_ptr + b), stops_ptr + b * S,
+               tl.load(counts_ptr + b) < tl.load(min_tokens_ptr + b))  # fmt: skip
         _z, y = load_logits(row, column, column < V, BIAS, CAP, PENALTY, STOPS)
         chunk_peaks = tl.max(y, axis=1)
         chunk_top = tl.maximum(tl.max(chunk_peaks, axis=0), LOWEST)
@@ -139,20 +141,22 @@ def sample_step(
     chunks_p2 = int(triton.next_power_of_2(blocks * (block // group)))
     stops = S if variant.held else 0
     maps = float(scale), float(softcap or 1)
-    flags = bias_V is not None, softcap is not None, rows_N is not None, variant.truncated, variant.penalised, stops
+    penalty = variant.penalised + 2 * variant.tallied
+    flags = bias_V is not None, softcap is not None, rows_N is not None, variant.truncated, penalty, stops
     with torch.cuda.device_of(x_NV):
         _launch_sweep(
             (block // group, N), x_NV, bias_V, rows_N, state.finished_B, state.inverse_temperature_B, state.counts_B,
-            state.min_tokens_B, state.stop_ids_BS, state.seen_BW, state.penalty_B, s.tops, s.totals, s.chunk_tops,
-            s.chunk_peaks, s.chunk_masses, s.above, *maps, V, block, group, blocks_p2, *flags, S, words,
-            num_warps=8 if variant.penalised else 4, enable_fp_fusion=False,
+            state.min_tokens_B, state.stop_ids_BS, state.seen_BW, state.penalty_B, state.tally_BV, state.presence_B,
+            state.frequency_B, s.tops, s.totals, s.chunk_tops, s.chunk_peaks, s.chunk_masses, s.above, *maps, V, block,
+            group, blocks_p2, *flags, S, words, num_warps=8 if penalty else 4, enable_fp_fusion=False,
         )  # fmt: skip
         _launch_draw(
             (N,), x_NV, bias_V, rows_N, state.finished_B, state.inverse_temperature_B, state.greedy_B, state.counts_B,
-            state.min_tokens_B, state.max_tokens_B, state.stop_ids_BS, state.seen_BW, state.penalty_B, state.top_k_B,
-            state.top_p_B, state.log_min_p_B, state.keys_B, s.tops, s.totals, s.chunk_tops, s.chunk_peaks,
-            s.chunk_masses, s.above, s.listed, s.values, s.ids, s.cuts, state.tokens_B, state.token_logps_B,
-            state.policy_logps_B, state.out_tokens_BT, state.out_token_logps_BT, state.out_policy_logps_BT,
-            state.positions_B, state.slots_B, state.lengths_B, *maps, state.max_tokens, V, block, group, chunks_p2,
-            *flags, S, words, blocks_p2, _ROOM, num_warps=8 if variant.truncated else 4, enable_fp_fusion=False,
+            state.min_tokens_B, state.max_tokens_B, state.stop_ids_BS, state.seen_BW, state.penalty_B, state.tally_BV,
+            state.presence_B, state.frequency_B, state.top_k_B, state.top_p_B, state.log_min_p_B, state.keys_B, s.tops,
+            s.totals, s.chunk_tops, s.chunk_peaks, s.chunk_masses, s.above, s.listed, s.values, s.ids, s.cuts,
+            state.tokens_B, state.token_logps_B, state.policy_logps_B, state.out_tokens_BT, state.out_token_logps_BT,
+            state.out_policy_logps_BT, state.positions_B, state.slots_B, state.lengths_B, *maps, state.max_tokens, V,
+            block, group, chunks_p2, *flags, S, words, blocks_p2, _ROOM, num_warps=8 if variant.truncated else 4,
+            enable_fp_fusion=False,
         )  # fmt: skip

@@ -43,8 +43,8 @@ class CompletionOutput:
         token_ids: every generated id, the ending one included.
         logprobs: with ``SamplingParams.logprobs=k``, for each token the k likeliest ids and the drawn one, under
             softmax of the raw logits (vLLM's default); else None.
-        token_logprobs: for each token, its log-prob under the distribution it was drawn from: repetition penalty,
-            minimum length, temperature, and top-k, top-p and min-p renormalised over what they keep. At temperature 0
+        token_logprobs: for each token, its log-prob under the distribution it was drawn from: penalties, minimum
+            length, temperature, and top-k, top-p and min-p renormalised over what they keep. At temperature 0
             nothing is drawn, and it is log softmax of the penalised logits at temperature 1.
         policy_logprobs: for each token, log softmax(raw logits / temperature) over the full vocabulary, from the same
             decode logits (temperature 0: log softmax(raw logits)). What an importance ratio compares with.
@@ -153,6 +153,7 @@ class Engine(Protocol):
         Raises:
             ConfigError: as ``generate``; or the engine, or this model, cannot be drawn from while it trains; or
                 ``policy`` is none of this model.
+            torch.OutOfMemoryError: with the remedy; nothing is tried again.
         """
         ...
 

@@ -18,8 +18,8 @@ from .base import CompletionOutput, Drawing, KeptPolicy, Logprob, Progress, Requ
 
 # SamplingParams fields that vLLM takes under the same name.
 _SHARED = (
-    "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "min_tokens",
-    "include_stop_str_in_output", "ignore_eos", "seed", "skip_special_tokens", "detokenize",
+    "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "max_tokens", "min_tokens", "include_stop_str_in_output", "ignore_eos", "seed", "skip_special_tokens", "detokenize",
 )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ class VLLMEngine:
 
     def _params(self, ours: SamplingParams) -> Any:
         for name, off in {"top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,),
-                          "min_tokens": (0,)}.items():  # fmt: skip
+                          "presence_penalty": (0,), "frequency_penalty": (0,), "min_tokens": (0,)}.items():  # fmt: skip
             if getattr(ours, name) not in off:
                 raise ConfigError(
                     f"SamplingParams: {name}={getattr(ours, name)!r} with the engine 'vllm': vLLM cannot report the "

@@ -84,8 +84,10 @@ def test_fast_generate_takes_strings_ids_chats_and_vllms_params(folder: Path) ->
             self.__dict__.update(given)
 
     assert model.fast_generate([ids], VLLMParams())[0].outputs[0].token_ids == outputs[0].outputs[0].token_ids
-    with pytest.raises(ConfigError, match="presence_penalty=0.5"):
-        model.fast_generate([ids], VLLMParams(presence_penalty=0.5))
+    with pytest.raises(ConfigError, match="allowed_token_ids=.7."):
+        model.fast_generate([ids], VLLMParams(allowed_token_ids=[7]))
+    changed = model.fast_generate([ids], VLLMParams(presence_penalty=2.0))[0].outputs[0].token_ids
+    assert changed != outputs[0].outputs[0].token_ids
     with_logprobs = model.fast_generate([ids], greedy(logprobs=2))[0].outputs[0]
     assert with_logprobs.finish_reason == "length"
     assert with_logprobs.token_ids[0] in with_logprobs.logprobs[0]

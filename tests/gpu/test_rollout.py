@@ -49,7 +49,7 @@ def test_log_probs_are_close_to_the_trainers(on_gpu):
 
 
 def test_greedy_takes_a_likeliest_token(on_gpu):
-    """Exactly equal logits are common in 16 bits, so: at least 98% the argmax, never far from it."""
+    """Exactly equal logits are common in 16 bits, so: at least 95% the argmax, never far from it."""
     model, tokenizer = on_gpu
     outputs = base.create("native", model, tokenizer).generate(
         PROMPTS, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
@@ -81,7 +81,7 @@ def test_nothing_waits_for_the_gpu_between_two_looks(on_gpu, monkeypatch):
     """Many chunks, shared blocks that are copied, penalties and bursts: torch raises where the host would wait."""
     model, tokenizer = on_gpu
     engine = base.create("native", model, tokenizer, max_prefill_tokens=32)
-    params = SamplingParams(n=3, max_tokens=60, seed=2, ignore_eos=True, repetition_penalty=1.1)
+    params = SamplingParams(n=3, max_tokens=60, seed=2, ignore_eos=True, repetition_penalty=1.1, presence_penalty=0.2)
     expected = [o.outputs for o in engine.generate(PROMPTS, params)]  # compiles, and captures graphs
     run, look, looks = engine_module.run_ahead, Decoder.look, []
 

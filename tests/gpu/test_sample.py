@@ -15,7 +15,7 @@ from pronghorn.kernels.sample import sample_step
 from pronghorn.kernels.sample_state import FULL, NOT_A_NUMBER, RUNS, RowSettings, SampleState, Variant
 
 V = 128256
-ALL = Variant(True, True, True)
+ALL = Variant(True, True, True, True)
 PLAIN = RowSettings(temperature=0.8)
 KINDS = [
     PLAIN,
@@ -26,6 +26,7 @@ KINDS = [
     RowSettings(temperature=0.0),
     RowSettings(repetition_penalty=1.2, seen=range(0, V, 3), top_p=0.7),
     RowSettings(min_tokens=3, stop_ids=(5, V - 1)),
+    RowSettings(presence_penalty=0.7, frequency_penalty=-0.4, generated=(7, 7, V - 1), temperature=0.9, top_p=0.9),
 ]
 
 
@@ -45,9 +46,10 @@ def _rows(B: int) -> list[RowSettings]:
 
 
 def _step(x: torch.Tensor, rows: list[RowSettings], variant: Variant | None = None, **options: Any) -> SampleState:
-    state = SampleState(len(rows), x.shape[1], 4, 4, "cuda")
+    wanted = Variant.of(rows, x.shape[1]) if variant is None else variant
+    state = SampleState(len(rows), x.shape[1], 4, 4, "cuda", tallies=wanted.tallied)
     state.load(range(len(rows)), rows)
-    sample_step(x, state, Variant.of(rows, x.shape[1]) if variant is None else variant, **options)
+    sample_step(x, state, wanted, **options)
     return state
 
 
@@ -158,7 +160,7 @@ def test_a_row_is_the_same_in_any_batch_twenty_times() -> None:
 
 def test_a_graph_serves_rows_that_change_hands() -> None:
     """Captured once; settings written between replays hold; no wait for the device inside."""
-    B = 6
+    B = len(KINDS)
     x, rows = _logits(B), _rows(B)
     state = SampleState(B, V, 4, 4, "cuda")
     state.load(range(B), rows)
@@ -182,6 +184,7 @@ def test_a_graph_serves_rows_that_change_hands() -> None:
             sample_step(x, other, ALL)
         assert torch.equal(state.out_tokens_BT, other.out_tokens_BT)
         assert torch.equal(state.out_token_logps_BT, other.out_token_logps_BT)
+        assert torch.equal(state.tally_BV[-1], other.tally_BV[-1]) and state.tally_BV[-1].sum() == 3 + 4
         kept = state.out_tokens_BT.clone()
         assert (state.finished_B == FULL).all()
         x.fill_(math.nan)

@@ -18,10 +18,11 @@ from pronghorn.kernels.reference import sample as reference
 from pronghorn.kernels.row_stats_triton import Partition
 from pronghorn.kernels.sample import sample_step
 from pronghorn.kernels.sample_state import RowSettings, SampleState, Variant
+from tests.helpers import chi_square
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V = 301  # 5 blocks of 64 lanes, the last not full; 2 groups, 10 chunks of 32
-ALL = Variant(True, True, True)
+ALL = Variant(True, True, True, True)
 RUNS, STOPPED, FULL = sample_state.RUNS, sample_state.STOPPED, sample_state.FULL
 NOT_A_NUMBER, EMPTY = sample_state.NOT_A_NUMBER, sample_state.EMPTY
 
@@ -56,6 +57,8 @@ def exact(x: torch.Tensor, r: RowSettings) -> torch.Tensor:
         y[list(r.stop_ids)] = -math.inf
     for i in set(r.seen) if r.repetition_penalty != 1 else ():
         y[i] = y[i] / r.repetition_penalty if y[i] > 0 else y[i] * r.repetition_penalty
+    for i in set(r.generated) if r.tallied else ():
+        y[i] -= r.frequency_penalty * list(r.generated).count(i) + r.presence_penalty
     y = y / (r.temperature or 1.0)
     if r.temperature == 0:
         return y.softmax(-1)
@@ -82,7 +85,14 @@ ROWS = [
     RowSettings(top_p=1e-6),
     RowSettings(top_k=1),
     RowSettings(top_p=0.999),
-]
+    RowSettings(presence_penalty=1.5, generated=(300, 7, 7, 31), temperature=0.6),
+    RowSettings(frequency_penalty=-0.7, generated=(5, 9, 9, 9), top_k=50),
+    RowSettings(
+        repetition_penalty=1.2, seen=range(0, V, 3), presence_penalty=-0.5, frequency_penalty=0.8,
+        generated=(0, 3, 3, 64, 64, 64), top_p=0.9, temperature=1.4, count=6, max_tokens=8,
+    ),
+    RowSettings(temperature=0.0, frequency_penalty=2.0, presence_penalty=2.0, generated=range(0, V, 2)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("spread", [0.02, 1.0, 4.0])
@@ -111,7 +121,38 @@ def test_both_paths_draw_the_same_tokens(path: str) -> None:
     assert torch.equal(ours.tokens_B, theirs.tokens_B)
     assert len(ours.tokens_B.unique()) > 15
     torch.testing.assert_close(ours.token_logps_B, theirs.token_logps_B, rtol=0, atol=3e-6)
-    assert torch.equal(ours.seen_BW, theirs.seen_BW)
+    assert torch.equal(ours.seen_BW, theirs.seen_BW) and torch.equal(ours.tally_BV, theirs.tally_BV)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.6},
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"min_p": 0.1},
+        {"temperature": 1.4, "top_k": 9, "top_p": 0.85, "min_p": 0.04},
+        {"temperature": 0.8, "top_k": 10, "repetition_penalty": 1.4, "seen": (0, 3, 8)},
+        {"presence_penalty": 0.9, "frequency_penalty": -0.6, "generated": (2, 2, 2, 5, 11), "top_p": 0.9},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("steps", [1, 100])
+def test_the_reference_draws_the_exact_distribution(settings: dict[str, Any], steps: int) -> None:
+    """Chi-square over 20,000 draws, so many in a row with one key. At a temperature a fifth higher it would be another
+    distribution."""
+    draws, few = 20_000, 12
+    x = torch.randn(few, generator=torch.Generator().manual_seed(3)) * 1.5
+    state = SampleState(draws, few, steps, 4)
+    rows = [RowSettings(**settings, key=7919 * (b // steps), count=b % steps) for b in range(draws)]
+    state.load(range(draws), rows)
+    variant = Variant.of(rows[:1], few)
+    reference.sample_step(x.expand(draws, few), state, variant, None, None, 1.0, None)
+    counts = torch.bincount(state.tokens_B, minlength=few).double()
+    assert chi_square(counts, exact(x, rows[0])) > 1e-4
+    warmer = {**settings, "temperature": settings.get("temperature", 1.0) * 1.2}
+    assert chi_square(counts, exact(x, RowSettings(**warmer))) < 1e-4
 
 
 def kept(x: torch.Tensor, rows: Sequence[RowSettings]) -> torch.Tensor:
@@ -344,6 +385,46 @@ def test_a_penalty_sees_what_was_drawn(path: str) -> None:
     assert reference.seen(state.seen_BW.cpu(), V)[0].nonzero().flatten().tolist() == sorted([5, *order])
 
 
+@pytest.mark.parametrize(
+    "penalty, expected",
+    [
+        ("presence_penalty", [31, 300, 31, 31, 31, 31]),  # 8, 7, 6; then 6.5, 7, 6; then 6.5, 5.5, 6 for ever
+        ("frequency_penalty", [31, 300, 31, 64, 300, 31]),  # and 5, 5.5, 6; 5, 5.5, 4.5; 5, 4, 4.5
+    ],
+)
+def test_presence_counts_once_and_frequency_each_time(path: str, penalty: str, expected: list[int]) -> None:
+    """Three tokens one apart, 1.5 less for what was said. A prompt says nothing. A row that joins later with what it
+    said before, in a used row at that, goes on as it would have.
+    """
+    x = torch.full((1, V), -99.0, device=DEVICE)
+    x[0, [31, 300, 64]] = torch.tensor([8.0, 7.0, 6.0], device=DEVICE)
+    settings: dict[str, Any] = {"temperature": 0.0, "seen": (31, 31), penalty: 1.5}
+    rows = [RowSettings(**settings)]
+    state = step(x, rows)
+    for _ in range(5):
+        sample_step(x, state, Variant.of(rows, V))
+    assert state.out_tokens_BT[0, :6].tolist() == expected
+    assert {v: n for v, n in enumerate(state.tally_BV[0].tolist()) if n} == {v: expected.count(v) for v in expected}
+    for at in range(1, 6):
+        later = RowSettings(**settings, count=at, generated=expected[:at])
+        state.load([0], [later])
+        sample_step(x, state, Variant.of([later], V))
+        assert state.tokens_B.tolist() == [expected[at]]
+
+
+def test_a_row_without_penalties_is_the_same_beside_rows_that_have_them(path: str) -> None:
+    """Also where the one before it in its row had them, and drew."""
+    x = logits(2, 13)
+    state = step(x, [RowSettings(frequency_penalty=2.0, generated=range(V // 2), key=b) for b in range(2)])
+    assert (state.token_logps_B != state.policy_logps_B).all()
+    plain = [RowSettings(key=8), RowSettings(key=9)]
+    state.load([0, 1], plain)
+    sample_step(x, state, ALL)
+    alone = step(x, plain)
+    assert [results(state, b) for b in range(2)] == [results(alone, b) for b in range(2)]
+    assert torch.equal(state.token_logps_B, state.policy_logps_B)
+
+
 def test_rows_of_the_state_are_named(path: str) -> None:
     """Logits of rows 3 and 1, one left out: the others keep what they have."""
     rows = [RowSettings(key=b, position=b) for b in range(4)]
@@ -374,12 +455,14 @@ def test_rows_change_hands_in_place(path: str) -> None:
 
 
 def test_the_least_variant_that_serves() -> None:
-    assert Variant.of([RowSettings(), RowSettings(temperature=0.0, top_k=3)], V) == (False, False, False)
+    assert Variant.of([RowSettings(), RowSettings(temperature=0.0, top_k=3)], V) == (False, False, False, False)
     assert Variant.of([RowSettings(top_k=V, top_p=1.0)], V) == Variant()
     assert Variant.of([RowSettings(top_k=V - 1)], V).truncated
-    assert Variant.of([RowSettings(repetition_penalty=1.1, temperature=0.0)], V) == (False, True, False)
+    assert Variant.of([RowSettings(repetition_penalty=1.1, temperature=0.0)], V) == (False, True, False, False)
     assert Variant.of([RowSettings(min_tokens=2, stop_ids=(1,))], V).held
     assert not Variant.of([RowSettings(min_tokens=2, stop_ids=(1,), count=2)], V).held
+    for penalty in ({"presence_penalty": -0.1}, {"frequency_penalty": 0.1}):
+        assert Variant.of([RowSettings(), RowSettings(temperature=0.0, **penalty)], V) == (False, False, False, True)
 
 
 @pytest.mark.parametrize(
@@ -393,10 +476,11 @@ def test_the_least_variant_that_serves() -> None:
         ({"bias_V": torch.zeros(3)}, "bias has shape"),
         ({"softcap": 0.0}, "softcap=0"),
         ({"variant": Variant(penalised=True)}, "penalties=True"),
+        ({"variant": Variant(tallied=True)}, "tallies=True"),
     ],
 )
 def test_what_does_not_fit_is_refused(bad: dict[str, Any], message: str) -> None:
-    state = SampleState(2, V, 8, 2, penalties=False)
+    state = SampleState(2, V, 8, 2, penalties=False, tallies=False)
     with pytest.raises(ValueError, match=message):
         sample_step(**{"x_NV": torch.ones(2, V), "state": state, "variant": Variant(), **bad})
 
@@ -408,8 +492,9 @@ def test_what_does_not_fit_is_refused(bad: dict[str, Any], message: str) -> None
         (RowSettings(count=8), "max_tokens=9"),
         (RowSettings(stop_ids=(1, 2, 3)), "stop_ids=3"),
         (RowSettings(repetition_penalty=1.1), "penalties=True"),
+        (RowSettings(presence_penalty=1.1), "presence_penalty=1.1, frequency_penalty=0.0.*tallies=True"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(row: RowSettings, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SampleState(2, V, 8, 2, penalties=False).load([0], [row])
+        SampleState(2, V, 8, 2, penalties=False, tallies=False).load([0], [row])

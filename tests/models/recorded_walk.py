@@ -1,7 +1,9 @@
 """Run by ``test_dry_run.py`` in a process of its own, where Triton's interpreter is off: on the CPU with no kernel run.
 
-Every path that a GPU would take goes to its Triton kernel, whose launches are recorded. Prints one line of JSON: the
-specializations, under Triton's own keys for an H200, that the dry run foresaw, and those that real steps asked for.
+Every path that a GPU would take goes to its own kernel, whose launches are recorded. Rollouts are the engine's own,
+from prefill to the last burst; only what they drew is made up, as nothing is drawn. Prints one line of JSON: the
+specializations, by kernel under Triton's own keys for an H200, and the CUDA sources with their macros, that the dry run
+foresaw, and those that real steps asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from pronghorn import FastLanguageModel, GRPOConfig
+from pronghorn import FastLanguageModel, GRPOConfig, SamplingParams
 from pronghorn.kernels import (
     adamw8bit_triton,
     attention_merge,
@@ -26,7 +28,12 @@ from pronghorn.kernels import (
     logits,
     low_rank,
     nf4,
+    nf4_matmul,
+    nf4_matmul_cuda,
+    nf4_table,
+    nf4_triton,
     ordered_attention,
+    ordered_matmul,
     rms_norm,
     rope,
     rope_kv,
@@ -34,14 +41,16 @@ from pronghorn.kernels import (
 )  # fmt: skip
 from pronghorn.kernels.adamw8bit import BLOCK, Slot, rule
 from pronghorn.kernels.launch import Recorded, recording
-from pronghorn.kernels.sample_state import SampleState, Variant
+from pronghorn.loader import pretrained
 from pronghorn.models import attention, dry_run
-from pronghorn.models.packed_layer import prepared, prepared_layers
-from pronghorn.models.tree import unwrap
-from pronghorn.rollout.native.decode_walk import DecodeWalk
+from pronghorn.models.packed_layer import prepared
+from pronghorn.rollout import base
+from pronghorn.rollout.native import attention as prefill_attention
+from pronghorn.rollout.native import engine as engine_module
+from pronghorn.rollout.native import products
+from pronghorn.rollout.native.decoder import BUCKETS, Decoder, Drawn
 from pronghorn.rollout.native.dry_run import rollout_steps
-from pronghorn.rollout.native.kv_cache import KVCache, KVShape
-from pronghorn.rollout.native.paged import PagedDecode
+from pronghorn.rollout.native.request import Sequence
 
 
 class H200:
@@ -58,16 +67,21 @@ class H200:
 
 
 def as_on_a_gpu() -> None:
-    """Every kernel's Triton side, and attention in the sampler's order."""
+    """Every kernel's own side, products for few rows, and attention in the sampler's order."""
     driver.set_active(H200())  # type: ignore[arg-type]
     kernels = (
-        attention_merge, decode_attention, glu, logits, low_rank, nf4, ordered_attention, rms_norm, rope, rope_kv,
-        sample,
+        attention_merge, decode_attention, glu, logits, low_rank, nf4, nf4_table, ordered_attention, ordered_matmul,
+        rms_norm, rope, rope_kv, sample,
     )  # fmt: skip
     for module in kernels:
         own: ModuleType = __import__(f"{module.__name__}_triton", fromlist=["_"])
         module._path = lambda tensor, own=own: own  # type: ignore[attr-defined]
-    attention.in_order = lambda *_, **__: True  # type: ignore[assignment]
+    nf4_matmul._path = lambda tensor: nf4_matmul_cuda
+    nf4_triton._has_asm = lambda tensor: True
+    torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
+    products._on_gpu = lambda tensor: True
+    products._LONG_SUM = 512  # the down projection's here: of an 8B model's it is 8,192
+    attention.in_order = prefill_attention.in_order = lambda *_, **__: True  # type: ignore[assignment]
     cpu = attention.choose(None, torch.bfloat16, 64, None)  # of flash, which has no kernels of ours
     attention.PackedAttention.choice = lambda *_, **__: cpu  # type: ignore[method-assign]
     dry_run.table = adamw8bit_triton.Table
@@ -76,14 +90,17 @@ def as_on_a_gpu() -> None:
 def keys(recorded: Recorded) -> set[str]:
     """Triton's own keys of what was recorded: every lookup that finds nothing asks the hook, which says stop."""
     found: set[str] = set()
-
-    def seen(*, repr: str, key: Any, **_: Any) -> bool:
-        found.add(f"{repr} {key}")
-        return True
-
-    triton.knobs.runtime.jit_cache_hook = seen
     for kernel, args, options in recorded.launches:
+
+        def seen(*, repr: str, key: Any, name: str = kernel.fn.__name__, **_: Any) -> bool:
+            found.add(f"{name} {repr} {key}")
+            return True
+
+        triton.knobs.runtime.jit_cache_hook = seen
         kernel.warmup(*args, grid=(1,), **options)
+    for text, defines, chip in recorded.sources:
+        assert text == nf4_matmul_cuda._source()
+        found.add(f"nf4_matmul.cu {sorted(defines.items())} {chip}")
     return found
 
 
@@ -107,20 +124,38 @@ def scored(model: Any, completions: int, length: int) -> None:
     step(step.pack(made), window_of(made), Metrics()).backward()
 
 
-@torch.no_grad()
-def decoded(model: Any, rows: int, positions: int) -> None:
-    base = unwrap(model)
-    with prepared(model):
-        found = prepared_layers(model)
-        assert found is not None
-        cache = KVCache(KVShape.of(base), 8, 16)
-        counts = torch.zeros(rows, dtype=torch.int32)
-        table = torch.zeros(rows, -(-positions // 16), dtype=torch.int32)
-        walk = DecodeWalk(model, found, rows, positions)
-        walk(torch.zeros(rows, dtype=torch.int64), PagedDecode(cache, table, counts, counts, 4))
-    vocab = base.config.vocab_size
-    state = SampleState(rows, vocab, 77, penalties=False)
-    sample.sample_step(torch.zeros(rows, vocab), state, Variant(truncated=True))
+def made_up(self: Decoder, sequences: list[Sequence]) -> list[Drawn]:
+    """What the host sees where nothing was drawn: the same token over and over, up to each row's length."""
+    found = []
+    for s in sequences:
+        n = min(s.unseen, s.max_new - len(s.output))
+        s.unseen = 0
+        found.append(Drawn([7] * n, [0.0] * n, [0.0] * n, len(s.output) + n == s.max_new))
+    return found
+
+
+def rolled_out(model: Any, tokenizer: Any, hold: bool) -> set[int]:
+    """Rollouts of every number of rows that there is a graph for, their prompts of any length, in chunks; the numbers
+    of rows that were decoded.
+
+    ``hold``: whether there is memory to keep weights in 16 bits.
+    """
+    step, seen = Decoder._step, set()
+
+    def watched(self: Decoder, rows: int) -> None:
+        seen.add(rows)
+        step(self, rows)
+
+    Decoder.look, Decoder._step = made_up, watched  # type: ignore[method-assign, assignment]
+    engine_module.memory_budget = lambda *_: hold << 40
+    engine = base.create("native", model, tokenizer, ahead=True, max_num_seqs=BUCKETS[-1], max_prefill_tokens=384)
+    params = SamplingParams(n=1, max_tokens=3, ignore_eos=True, seed=0, top_p=0.9)
+    for rows in BUCKETS:
+        engine.generate([[5 + rows % 300], [*range(5, 34)]][: min(rows, 2)] * -(-rows // 2), params)
+    plain = SamplingParams(n=2, max_tokens=40, ignore_eos=True, seed=0)
+    engine.generate([[*range(5, 5 + n)] for n in (1, 16, 37, 200, 450)], plain)
+    Decoder._step = step  # type: ignore[method-assign]
+    return seen
 
 
 def optimized(model: Any) -> None:
@@ -138,8 +173,11 @@ def optimized(model: Any) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    model, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=512, dtype=torch.bfloat16)
+    folder, in_4bit = Path(sys.argv[1]), sys.argv[2] == "nf4"
+    pretrained.resolve_dtype = lambda *_: (torch.bfloat16, None)  # a CPU's own would be float32
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=512, dtype=torch.bfloat16, load_in_4bit=in_4bit
+    )
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32)
     as_on_a_gpu()
     with recording() as recorded, prepared(model):
@@ -152,9 +190,10 @@ def main() -> None:
         supervised(model, 3, 200)
         scored(model, 3, 21)
         optimized(model)
-        for rows, positions in ((1, 320), (6, 700), (7, 64)):
-            decoded(model, rows, positions)
-    print(json.dumps({"foreseen": sorted(foreseen), "asked": sorted(keys(recorded))}))
+        decoded = rolled_out(model, tokenizer, hold=True)
+        assert decoded == rolled_out(model, tokenizer, hold=False)
+    asked = keys(recorded)
+    print(json.dumps({"foreseen": sorted(foreseen), "asked": sorted(asked), "decoded": sorted(decoded)}))
 
 
 if __name__ == "__main__":

@@ -10,18 +10,29 @@ from pathlib import Path
 
 import pytest
 
+from pronghorn.rollout.native.decoder import BUCKETS
 from tests.helpers import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_kernel_of_real_steps_was_foreseen(tmp_path: Path) -> None:
+KERNELS = {
+    "nf4": ["nf4_matmul.cu", "_dequantize_half_kernel", "_ordered_matmul"],
+    "bf16": ["_ordered_matmul"],
+}
+"""What the products of each kind of base launch."""
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_every_kernel_of_real_steps_was_foreseen(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("triton")
-    folder = tiny_llama(tmp_path, hidden_size=256, num_hidden_layers=2, vocab_size=16384)
+    folder = tiny_llama(tmp_path, hidden_size=256, intermediate_size=512, num_hidden_layers=2, vocab_size=16384)
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.models.recorded_walk", str(folder)]
+    command = [sys.executable, "-m", "tests.models.recorded_walk", str(folder), kind]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found["asked"]) > 20
+    assert len(found["asked"]) > 20 and found["decoded"] == list(BUCKETS)
+    for kernel in KERNELS[kind]:
+        assert any(key.startswith(f"{kernel} ") for key in found["asked"]), kernel
     assert sorted(set(found["asked"]) - set(found["foreseen"])) == []

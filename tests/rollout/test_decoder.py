@@ -19,8 +19,10 @@ from pronghorn.lora.projection import row_columns
 from pronghorn.models.attention import PackedAttention
 from pronghorn.models.forward import hidden_states, logits
 from pronghorn.rollout import base
-from pronghorn.rollout.native import decode_walk
+from pronghorn.rollout.native import decode_walk, dense, products
+from pronghorn.rollout.native import decoder as decoder_module
 from pronghorn.rollout.native.decoder import Decoder, Launched, bucket_of
+from pronghorn.rollout.native.paged import PagedDecode
 from pronghorn.rollout.native.plan import make_sequences
 from tests.helpers import tiny_llama
 from tests.rollout.conftest import load
@@ -67,6 +69,7 @@ SETTINGS = {
     "greedy": SamplingParams(n=3, max_tokens=50, temperature=0),
     "truncated": SamplingParams(n=4, max_tokens=45, seed=2, top_p=0.8, top_k=20, min_p=0.01, temperature=0.7),
     "penalised": SamplingParams(n=4, max_tokens=60, seed=2, top_k=50, repetition_penalty=1.3),
+    "tallied": SamplingParams(n=4, max_tokens=60, seed=2, presence_penalty=0.7, frequency_penalty=0.9, top_p=0.9),
     "held": SamplingParams(n=5, max_tokens=60, seed=4, min_tokens=21),
 }
 OPTIONS: dict[str, dict[str, int]] = {
@@ -95,9 +98,23 @@ def test_mixed_requests_share_a_batch(loaded):
         SamplingParams(n=2, max_tokens=3, seed=1, repetition_penalty=1.2),
         SamplingParams(max_tokens=33, temperature=0),
         SamplingParams(n=3, max_tokens=17, seed=3, top_p=0.7, stop_token_ids=list(range(60, 90))),
-        SamplingParams(n=2, max_tokens=1, seed=4, min_p=0.02),
+        SamplingParams(n=2, max_tokens=1, seed=4, min_p=0.02, frequency_penalty=-0.5),
     ]
     assert_same(*both(model, tokenizer), params)
+
+
+def test_alternatives_take_the_loop_that_looks_at_all_and_one_line_says_so(loaded, capsys):
+    model, tokenizer = loaded
+    ahead, stepwise = both(model, tokenizer)
+    asked = SamplingParams(max_tokens=5, seed=1, logprobs=2)
+    plain = SamplingParams(max_tokens=5, seed=1)
+    line = "rollouts launch their steps one by one, slower than graphs, because of alternatives (logprobs=)"
+    assert said(ahead.generate(PROMPTS, plain)) == said(stepwise.generate(PROMPTS, asked))
+    assert capsys.readouterr().out == ""
+    for _ in range(2):  # one request that asks is enough
+        outputs = ahead.generate(PROMPTS, [plain, asked, plain, plain])
+        assert [o.outputs[0].logprobs is not None for o in outputs] == [False, True, False, False]
+    assert capsys.readouterr().out == f"Pronghorn: {line}\n"
 
 
 def test_a_seed_gives_the_same_samples_in_any_company(loaded):
@@ -281,6 +298,10 @@ def test_slots_serve_again_where_they_are_large_enough(loaded):
     engine.generate(PROMPTS, SamplingParams(n=4, max_tokens=20, seed=1, repetition_penalty=1.1))
     assert engine._decoder is not decoder, "a penalty needs room to remember what was said"
     decoder = engine._decoder
+    assert decoder.state.seen_BW.numel() > 0 == decoder.state.tally_BV.numel()
+    engine.generate(PROMPTS, SamplingParams(n=4, max_tokens=20, seed=1, presence_penalty=0.1))
+    assert engine._decoder is not decoder and engine._decoder.state.tally_BV.numel() > 0, "and one to count it"
+    decoder = engine._decoder
     engine.release()
     engine.generate(PROMPTS, SamplingParams(n=4, max_tokens=20, seed=1))
     assert engine._decoder is not decoder, "its cache had been given back"
@@ -298,6 +319,7 @@ def test_logits_that_are_no_numbers_raise(tmp_path):
         weight[3] = float("nan")
     with pytest.raises(FloatingPointError, match="not numbers"):
         engine.generate(PROMPTS, params)
+    assert engine.cache is None, "dropped"
     with torch.no_grad():
         weight.copy_(kept)
     assert said(engine.generate(PROMPTS, params)) == expected, "no NaN stays behind"
@@ -326,22 +348,56 @@ def test_four_bit_layers(tmp_path, monkeypatch, hold):
     assert_same(ahead, stepwise, SETTINGS["drawn"])
 
 
-@pytest.mark.parametrize("kernel", ["glu_forward", "add_norm_forward", "norm_forward", "head_logits"])
+KERNELS: dict[str, Any] = {
+    "glu_forward": decode_walk,
+    "add_norm_forward": decode_walk,
+    "norm_forward": decode_walk,
+    "head_logits": decode_walk,
+    "rotate_and_attend": PagedDecode,
+    "project": dense,
+    "sample_step": decoder_module,
+}
+
+
+def perturb(monkeypatch: pytest.MonkeyPatch, owner: Any, kernel: str) -> list[str]:
+    """Every second number that ``kernel`` gives is one part in a thousand larger. Its calls so far."""
+    honest, calls = getattr(owner, kernel), []
+
+    def perturbed(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kernel)
+        out = honest(*args, **kwargs)
+        first = out[0] if isinstance(out, tuple) else out
+        if first is None:  # the sampling kernel writes into its rows' state
+            first = args[1].out_policy_logps_BT
+        first[:, ::2].mul_(1.001)
+        return out
+
+    monkeypatch.setattr(owner, kernel, perturbed)
+    return calls
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_perturbed_kernel_of_the_decode_step_shows(loaded, monkeypatch, kernel):
     """One part in a thousand of one kernel's output is more than the tolerance of the comparisons above."""
     model, tokenizer = loaded
     ahead, stepwise = both(model, tokenizer)
-    honest = getattr(decode_walk, kernel)
-
-    def perturbed(*args: Any) -> Any:
-        out = honest(*args)
-        first = out[0] if isinstance(out, tuple) else out
-        first[:, ::2].mul_(1.001)
-        return out
-
-    monkeypatch.setattr(decode_walk, kernel, perturbed)
+    calls = perturb(monkeypatch, KERNELS[kernel], kernel)
     with pytest.raises(AssertionError):
         assert_same(ahead, stepwise, SETTINGS["drawn"])
+    assert calls
+
+
+def test_a_perturbed_product_of_the_adapters_shows(tmp_path, monkeypatch):
+    model, tokenizer = from_pretrained(LoadConfig(str(tiny_llama(tmp_path)), load_in_4bit=True, max_seq_length=256))
+    model = add_lora(model, r=8)
+    fill(model, 3)
+    ahead, stepwise = both(model, tokenizer)
+    assert_same(ahead, stepwise, SETTINGS["drawn"])
+    assert ahead._decoder.hold
+    calls = perturb(monkeypatch, products, "low_rank")
+    with pytest.raises(AssertionError):
+        assert_same(ahead, stepwise, SETTINGS["drawn"])
+    assert calls
 
 
 def test_weights_that_were_replaced_are_read(tmp_path):

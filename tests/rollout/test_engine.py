@@ -24,19 +24,26 @@ def test_weights_are_the_models_own(tmp_path):
     model = with_lora(model)
     pointers = [p.data_ptr() for p in model.parameters()]
     values = [p.detach().clone() for p in model.parameters()]
+    shapes = {p.shape for p in model.parameters() if p.dim() == 2}
+
+    def like_weights() -> list[torch.Tensor]:
+        gc.collect()
+        each = (t for t in gc.get_objects() if type(t) is torch.Tensor)
+        return [t for t in each if t.shape in shapes and t.dtype == torch.float32]
+
+    before = like_weights()  # other tests' as well; held here, so that no new tensor can take their place
+    known = {*pointers, *(t.data_ptr() for t in before)}
+
+    def copies() -> list[torch.Size]:
+        return [t.shape for t in like_weights() if t.data_ptr() not in known]
+
     engine = base.create("native", model, tokenizer)
     engine.generate([PROMPT] * 3, SamplingParams(n=2, max_tokens=10))
     assert [p.data_ptr() for p in model.parameters()] == pointers
     assert all(torch.equal(a, b) for a, b in zip(values, model.parameters()))
-    shapes = {p.shape for p in model.parameters() if p.dim() == 2}
-    own = {*pointers, *(v.data_ptr() for v in values)}
-    gc.collect()
-    copies = [
-        t
-        for t in gc.get_objects()
-        if type(t) is torch.Tensor and t.shape in shapes and t.data_ptr() not in own and t.dtype == torch.float32
-    ]
-    assert copies == []
+    assert copies() == []
+    copy = model.get_input_embeddings().weight.detach().clone()
+    assert copies() == [copy.shape], "a copy would have been seen"
 
 
 def test_a_new_kv_cache_takes_the_place_of_training_s_dequantized_weights(tmp_path):
@@ -297,6 +304,7 @@ def test_logits_that_are_no_numbers_raise(tmp_path):
         weight[3] = float("nan")
     with pytest.raises(FloatingPointError, match="not numbers"):
         engine.generate([PROMPT], params)
+    assert engine.cache is None, "dropped"
     with torch.no_grad():
         weight.copy_(kept)
     assert [c.token_ids for c in engine.generate([PROMPT], params)[0].outputs] == expected, "no NaN stays behind"

@@ -10,8 +10,10 @@ import torch
 from pronghorn.config.errors import ConfigError
 from pronghorn.config.sampling import SamplingParams
 from pronghorn.rollout import base
+from pronghorn.rollout.native import engine as engine_module
 from pronghorn.rollout.native import kv_cache
 from pronghorn.rollout.native.runner import LivePolicy
+from tests.grpo.support import pronghorn_model
 from tests.helpers import tiny_llama
 from tests.rollout.conftest import load
 
@@ -177,6 +179,88 @@ def test_a_smaller_batch_is_tried_where_the_user_asked(engine, monkeypatch, caps
     assert_clean(engine, expected)
 
 
+def full_at(monkeypatch: pytest.MonkeyPatch, what: str) -> list[int]:
+    """The first making of the cache, the slots and graphs, or the adapters' roundings finds the memory full. The calls
+    so far."""
+    owner, name = {
+        "cache": (torch, "zeros"),
+        "decoder": (engine_module, "Decoder"),
+        "adapters": (engine_module, "prepared"),
+        "snapshot": (engine_module, "Snapshot"),
+    }[what]
+    make, calls = getattr(owner, name), []
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        if what != "cache" or (isinstance(args[0], tuple) and len(args[0]) == 4):  # keys or values of a layer
+            calls.append(len(calls))
+            if len(calls) == 1:
+                raise torch.OutOfMemoryError(OUT)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, full)
+    return calls
+
+
+@pytest.mark.parametrize("what", ["cache", "decoder", "adapters"])
+def test_out_of_memory_before_the_first_step_is_the_same_error(engine, monkeypatch, what):
+    if what == "decoder" and not engine.ahead:
+        pytest.skip("no slots and graphs here")
+    expected = ids(engine.generate([PROMPT], PARAMS))
+    engine.release()
+    with monkeypatch.context() as patch:
+        calls = full_at(patch, what)
+        why = "the KV cache of 352 tokens needs 0.00 GiB, .*7 GiB" if what == "cache" else "tried to allocate 7 GiB"
+        with pytest.raises(torch.OutOfMemoryError, match=f"of 4 .*lower gpu_memory_utilization.*max_tokens: {why}"):
+            engine.generate([PROMPT], PARAMS)
+        assert len(calls) == 1, "nothing was tried again: nobody asked"
+    assert engine.cache is None and engine._decoder is None
+    assert_clean(engine, expected)
+
+
+@pytest.mark.parametrize("what", ["cache", "decoder"])
+def test_a_cache_or_graphs_that_do_not_fit_are_made_for_fewer_rows(engine, monkeypatch, capsys, what):
+    if what == "decoder" and not engine.ahead:
+        pytest.skip("no slots and graphs here")
+    engine.oom_retry = True
+    expected = ids(engine.generate([PROMPT], PARAMS))
+    blocks = engine.cache.num_blocks
+    engine.release()
+    with monkeypatch.context() as patch:
+        full_at(patch, what)
+        assert ids(engine.generate([PROMPT], PARAMS)) == expected
+    assert engine.max_num_seqs == 2 and engine.cache.num_blocks < blocks
+    assert capsys.readouterr().out.count("again with max_num_seqs=2") == 1
+
+
+@pytest.mark.parametrize("what", ["snapshot", "cache", "decoder"])
+def test_out_of_memory_while_a_drawing_is_made_ready(monkeypatch, what):
+    """With the remedy, nothing held, nothing tried again; and what was ready before is not drawn from a cache that is
+    gone."""
+    model = pronghorn_model()
+    engine = base.create("native", model, model.get_base_model().pronghorn_state.tokenizer, ahead=True, oom_retry=True)
+    expected = ids(engine.ready([PROMPT], PARAMS, 1.0)())
+    before = engine.ready([PROMPT], PARAMS, 1.0)
+    if what != "snapshot":
+        engine.release()
+    else:
+        engine._snapshot = None
+    with monkeypatch.context() as patch:
+        calls = full_at(patch, what)
+        with pytest.raises(torch.OutOfMemoryError, match="of 4 completions.*lower gpu_memory_utilization.*7 GiB"):
+            engine.ready([PROMPT], PARAMS, 1.0)
+        assert len(calls) == 1
+    assert engine.cache is None and engine._decoder is None and engine.max_num_seqs == 256
+    with pytest.raises(RuntimeError, match="another generation ran"):
+        before()
+    assert ids(engine.ready([PROMPT], PARAMS, 1.0)()) == expected
+    drawing = engine.ready([PROMPT], PARAMS, 1.0)
+    with monkeypatch.context() as patch:
+        fail_at(patch, engine, 5, torch.OutOfMemoryError(OUT))
+        with pytest.raises(torch.OutOfMemoryError, match="lower gpu_memory_utilization.*7 GiB"):
+            drawing()
+    assert engine.cache is None and ids(engine.ready([PROMPT], PARAMS, 1.0)()) == expected
+
+
 def test_a_retry_gives_up_at_one_row(engine, loaded):
     engine.oom_retry = True
 
@@ -205,9 +289,7 @@ def test_rest_gives_back_what_is_more_than_its_share(engine, monkeypatch):
     expected = ids(engine.generate([PROMPT], PARAMS))
     held = engine.held_bytes
     assert held == engine.cache.bytes > 0
-    from pronghorn.rollout.native import engine as module
-
-    monkeypatch.setattr(module, "total_memory", lambda device: 10 * held)
+    monkeypatch.setattr(engine_module, "total_memory", lambda device: 10 * held)
     cache = engine.cache
     assert engine.rest(0.1) is False and engine.cache is cache
     assert engine.rest(0.09) is True and engine.cache is None and engine._decoder is None and engine.held_bytes == 0

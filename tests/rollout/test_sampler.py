@@ -14,6 +14,7 @@ from pronghorn.rollout.native import random as counter
 from pronghorn.rollout.native.request import Prompt, Sequence
 from pronghorn.rollout.native.sampler import sample
 from pronghorn.rollout.native.sampling_rows import SamplingRows
+from tests.helpers import chi_square
 
 V = 12
 
@@ -28,13 +29,19 @@ def rows(sequences: list[Sequence], vocab: int = V) -> SamplingRows:
     return SamplingRows(sequences, vocab, torch.device("cpu"))
 
 
-def exact(logits: torch.Tensor, p: SamplingParams, seen: set[int], forbidden: set[int]) -> torch.Tensor:
+def exact(
+    logits: torch.Tensor, p: SamplingParams, seen: set[int], forbidden: set[int], output: tuple[int, ...] = ()
+) -> torch.Tensor:
     """The distribution by the definitions, one row, float64, with sorting."""
     x = logits.double().clone()
     for i in forbidden:
         x[i] = -math.inf
     for i in seen:
         x[i] = x[i] / p.repetition_penalty if x[i] > 0 else x[i] * p.repetition_penalty
+    for i in output:
+        x[i] -= p.frequency_penalty
+    for i in set(output):
+        x[i] -= p.presence_penalty
     x = x / p.temperature
     probs = x.softmax(-1)
     x[probs < p.min_p * probs.max()] = -math.inf
@@ -53,6 +60,8 @@ settings_of_a_request = st.builds(
     top_k=st.sampled_from([0, -1, 1, 3, 50]),
     min_p=st.sampled_from([0.0, 0.1, 0.5]),
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.7]),
+    presence_penalty=st.sampled_from([0.0, 1.1, -0.4]),
+    frequency_penalty=st.sampled_from([0.0, 0.6, -0.3]),
     min_tokens=st.sampled_from([0, 2]),
 )
 
@@ -62,26 +71,16 @@ settings_of_a_request = st.builds(
 def test_logprobs_are_those_of_the_exact_distribution(params, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(params), V, generator=generator) * 2
-    sequences = [row(p, seed=seed, index=b, output=(5, 6)[: b % 3]) for b, p in enumerate(params)]
+    sequences = [row(p, seed=seed, index=b, output=(5, 6, 5)[: b % 4]) for b, p in enumerate(params)]
     drawn = sample(logits, rows(sequences))
     for b, (p, s) in enumerate(zip(params, sequences)):
         forbidden = {3, 4} if len(s.output) < p.min_tokens else set()
-        probs = exact(logits[b], p, {0, 1, *s.output}, forbidden)
+        probs = exact(logits[b], p, {0, 1, *s.output}, forbidden, tuple(s.output))
         token = int(drawn.tokens_B[b])
         assert probs[token] > 0
         assert drawn.token_logps_B[b].item() == pytest.approx(math.log(probs[token]), abs=2e-5)
         policy = (logits[b] / p.temperature).log_softmax(-1)[token]
         assert drawn.policy_logps_B[b].item() == pytest.approx(policy.item(), abs=1e-6)
-
-
-def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
-    """Upper-tail probability of Pearson's statistic (regularised incomplete gamma)."""
-    keep = probs > 0
-    assert counts[~keep].sum() == 0
-    expected = probs[keep] * counts.sum()
-    statistic = ((counts[keep] - expected) ** 2 / expected).sum()
-    freedom = keep.sum() - 1
-    return torch.special.gammaincc(freedom.double() / 2, statistic.double() / 2).item()
 
 
 @pytest.mark.parametrize(
@@ -160,6 +159,23 @@ def test_greedy_rows_take_the_likeliest_penalised_token():
         logits.repeat(3, 1), rows([row(greedy), row(SamplingParams(seed=1)), row(SamplingParams(temperature=0))])
     )
     assert mixed.tokens_B[0] == 2 and mixed.tokens_B[2] == 3
+
+
+def test_presence_counts_once_and_frequency_each_time():
+    """Over what was said, not the prompt; the same for a row that joins the batch with what it said before."""
+    logits = torch.full((1, V), -99.0)
+    logits[0, [7, 8, 9]] = torch.tensor([8.0, 7.0, 6.0])
+    for penalty, expected in {"presence": [7, 8, 7, 7, 7, 7], "frequency": [7, 8, 7, 9, 8, 7]}.items():
+        params = SamplingParams(temperature=0, **{f"{penalty}_penalty": 1.5})
+        batch, said = rows([row(params, prompt=(7, 7))]), []
+        for _ in expected:
+            drawn = sample(logits, batch)
+            batch.advance(drawn.tokens_B)
+            said += drawn.tokens_B.tolist()
+        assert said == expected
+        for at in range(6):
+            joined = rows([row(params, prompt=(7, 7), output=expected[:at]), row(SamplingParams(temperature=0))])
+            assert sample(logits.expand(2, V), joined).tokens_B.tolist() == [expected[at], 7]
 
 
 def test_min_tokens_forbids_the_end_only_until_then():

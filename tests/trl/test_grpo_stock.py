@@ -144,7 +144,7 @@ def test_unequal_prompts_get_one_completion_each_in_order(tmp_path: Path) -> Non
         ({"vllm_mode": "server"}, "vllm_mode='server'.*'colocate'"),
         ({"vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex='a\\+'"),
         ({"vllm_max_model_length": 10_000}, "vllm_max_model_length=10000.*at most 256"),
-        ({"generation_kwargs": {"presence_penalty": 1.0}}, "presence_penalty"),
+        ({"generation_kwargs": {"presence_penalty": 3.0}}, "presence_penalty=3.0.*-2, 2"),
         ({"generation_kwargs": {"n": 4}}, "num_generations"),
         ({"temperature": -1.0}, "temperature"),
     ],

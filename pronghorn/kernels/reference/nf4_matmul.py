@@ -50,9 +50,16 @@ class Member:
 
 
 def nf4_matmul(
-    x_MI: torch.Tensor, members: Sequence[Member], low_MR: torch.Tensor | None, out_MO: torch.Tensor
+    x_MI: torch.Tensor,
+    members: Sequence[Member],
+    low_MR: torch.Tensor | None,
+    out_MO: torch.Tensor,
+    overlap: bool = False,
 ) -> None:
-    """As :func:`pronghorn.kernels.nf4_matmul.nf4_matmul`, which checked the arguments, into ``out_MO``."""
+    """As :func:`pronghorn.kernels.nf4_matmul.nf4_matmul`, which checked the arguments, into ``out_MO``.
+
+    ``overlap`` means nothing here.
+    """
     column = 0
     for member in members:
         w = member.weight

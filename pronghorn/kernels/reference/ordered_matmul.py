@@ -32,9 +32,16 @@ class DenseMember:
 
 
 def ordered_matmul(
-    x_MI: torch.Tensor, members: Sequence[DenseMember], low_MR: torch.Tensor | None, out_MO: torch.Tensor
+    x_MI: torch.Tensor,
+    members: Sequence[DenseMember],
+    low_MR: torch.Tensor | None,
+    out_MO: torch.Tensor,
+    overlap: bool = False,
 ) -> None:
-    """As :func:`pronghorn.kernels.ordered_matmul.ordered_matmul`, which checked the arguments, into ``out_MO``."""
+    """As :func:`pronghorn.kernels.ordered_matmul.ordered_matmul`, which checked the arguments, into ``out_MO``.
+
+    ``overlap`` means nothing here.
+    """
     dtype, wide = x_MI.dtype, torch.promote_types(x_MI.dtype, torch.float32)
     column = 0
     for m in members:

@@ -91,6 +91,11 @@ def sample_step(
             seen(state.seen_BW[at], V), torch.where(y_BV > 0, y_BV / penalty_B1, y_BV * penalty_B1), y_BV
         )
         shaped_B |= penalty_B1.squeeze(1) != 1
+    if variant.tallied:
+        tally_BV, presence_B, frequency_B = state.tally_BV[at], state.presence_B[at], state.frequency_B[at]
+        less_BV = frequency_B.unsqueeze(1) * tally_BV + presence_B.unsqueeze(1) * (tally_BV > 0)
+        y_BV = y_BV - less_BV / state.temperature_B[at].unsqueeze(1)
+        shaped_B |= (presence_B != 0) | (frequency_B != 0)
     greedy_B = state.greedy_B[at] != 0
     if variant.truncated:
         y_BV = cut_(y_BV, state, at)
@@ -132,6 +137,8 @@ def _record(
         rows, ids = at[known_B], tokens_B[known_B]
         bit = torch.ones_like(ids).int() << (ids % 32).int()
         state.seen_BW[rows, ids // 32] |= bit
+    if variant.tallied:
+        state.tally_BV[at[known_B], tokens_B[known_B]] += 1
     positions_B = state.positions_B[at] + 1
     state.counts_B[at], state.positions_B[at] = drawn_B.int(), positions_B
     state.slots_B[at] = torch.where(ends_B == RUNS, positions_B, -1)

@@ -65,6 +65,7 @@ class Sizes(NamedTuple):
     positions: int
     stop_ids: int
     penalties: bool
+    tallies: bool
 
     def holds(self, other: Sizes) -> bool:
         return all(own >= its for own, its in zip(self, other))
@@ -85,7 +86,8 @@ class Decoder:
         model: the model.
         found: its layers, prepared.
         cache: keys and values.
-        sizes: most rows at once, most new tokens and most tokens of one row, most stop ids, whether any is penalised.
+        sizes: most rows at once, most new tokens and most tokens of one row, most stop ids, whether any is penalised
+            for repeating, or by how often it says a token.
         spare_bytes: memory that it may take to keep 4-bit weights in 16 bits, where batches are large.
         stream: what graphs are captured on; its own where None.
     """
@@ -107,7 +109,7 @@ class Decoder:
         device, base = cache.shape.device, unwrap(model)
         rows = bucket_of(sizes.rows)
         self.state = SampleState(
-            rows, base.config.vocab_size, sizes.tokens, sizes.stop_ids, device, penalties=sizes.penalties
+            rows, base.config.vocab_size, sizes.tokens, sizes.stop_ids, device, sizes.penalties, sizes.tallies
         )
         self.width = -(-sizes.positions // cache.block_size)
         self.table_BN = torch.zeros(rows, self.width, dtype=torch.int32, device=device)
@@ -344,6 +346,7 @@ def sizes_of(sequences: Seq[Sequence], max_rows: int) -> Sizes:
         positions=_rounded(max(s.longest for s in sequences)),
         stop_ids=max(8, *(len(s.stop_ids) for s in sequences)),
         penalties=any(s.params.repetition_penalty != 1 for s in sequences),
+        tallies=any(s.params.tallied for s in sequences),
     )
 
 
@@ -367,4 +370,7 @@ def _settings(s: Sequence) -> RowSettings:
         max_tokens=s.max_new,
         stop_ids=sorted(s.stop_ids),
         seen=s.tokens(0, len(s)) if p.repetition_penalty != 1 else (),
+        presence_penalty=p.presence_penalty,
+        frequency_penalty=p.frequency_penalty,
+        generated=s.output if p.tallied else (),
     )

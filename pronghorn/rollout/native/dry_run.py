@@ -78,7 +78,7 @@ def _sample(model: nn.Module) -> None:
     """After a prefill rows are named, in a decode step they are the first ones."""
     base = unwrap(model)
     device, vocab = base.model.embed_tokens.weight.device, base.config.vocab_size
-    state = SampleState(1, vocab, _BLOCK, device=device, penalties=False)
+    state = SampleState(1, vocab, _BLOCK, device=device, penalties=False, tallies=False)
     x_1V = torch.zeros(1, vocab, device=device)
     out = head(model)
     for variant in (Variant(), Variant(truncated=True)):

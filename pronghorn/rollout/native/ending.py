@@ -11,7 +11,7 @@ from .stopping import Stopper
 
 
 class Ending:
-    """Finds ended sequences, lets them leave at once, and reports progress."""
+    """Finds ended sequences where the host looks, lets them leave, and reports progress."""
 
     def __init__(self, scheduler: Scheduler, tokenizer: Any, total: int, progress: Progress | None) -> None:
         self.scheduler, self.total, self.progress = scheduler, total, progress

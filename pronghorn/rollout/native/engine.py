@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -118,14 +118,16 @@ class NativeEngine:
 
         Raises:
             ConfigError: an empty or too long prompt, an id outside the vocabulary, a request too large for the cache.
-            torch.OutOfMemoryError: with the remedy, when a step does not fit the device.
+            torch.OutOfMemoryError: with the remedy, when the cache, the graphs or a step do not fit the device.
             FloatingPointError: the model gave logits that are not numbers.
         """
         sequences = self._sequences(prompts, params)
         if sequences:
-            with self._turn, self._on_device(), self._policy(adapter):
+            with self._turn, self._on_device(), ExitStack() as policy:
                 self._turns += 1
-                compile_ahead(self.model, {"rollouts": rollout_steps})
+                with self._remedied(sequences):
+                    policy.enter_context(self._policy(adapter))
+                    compile_ahead(self.model, {"rollouts": rollout_steps})
                 sequences = self._run_or_retry(sequences, progress)
         return request_outputs(sequences, len(prompts), self._requests, self.tokenizer)
 
@@ -138,11 +140,14 @@ class NativeEngine:
     ) -> Drawing:
         """See :class:`pronghorn.rollout.base.Engine`. Cache, slots and every graph that the drawing can ask for are
         made here: while another thread trains, a capture would be broken by whatever waits for the whole GPU.
+
+        Raises:
+            ConfigError, torch.OutOfMemoryError: as :meth:`generate`; ``oom_retry`` has no say here.
         """
         sequences = self._sequences(prompts, params)
         if not sequences:
             raise ConfigError("rollout engine: prompts is empty; give at least one to draw from")
-        with self._turn, self._on_device(), inference(self.model):
+        with self._turn, self._on_device(), inference(self.model), self._remedied(sequences):
             self._keep_share = keep_share
             if self._snapshot is not None and self._snapshot.serves(self.model):
                 self._snapshot.refresh()
@@ -161,7 +166,8 @@ class NativeEngine:
             turn = self._turns
 
         def run(progress: Progress) -> list[RequestOutput]:
-            self._run(sequences, progress, cache)
+            with self._remedied(sequences):
+                self._run(sequences, progress, cache)
             return request_outputs(sequences, len(prompts), self._requests, self.tokenizer)
 
         def policy_of_now() -> KeptPolicy:
@@ -205,7 +211,8 @@ class NativeEngine:
         while True:
             rows = min(self.max_num_seqs, len(sequences))
             try:
-                self._run(sequences, progress, self._ready_cache(sequences))
+                with self._remedied(sequences):
+                    self._run(sequences, progress, self._ready_cache(sequences))
                 return sequences
             except torch.OutOfMemoryError as error:
                 if not self.oom_retry or rows == 1:
@@ -215,6 +222,22 @@ class NativeEngine:
             self.max_num_seqs = rows // 2
             print(f"Pronghorn: {line}; running it again with max_num_seqs={self.max_num_seqs}", flush=True)
             sequences = [s.anew() for s in sequences]
+
+    @contextmanager
+    def _remedied(self, sequences: list[Sequence]) -> Iterator[None]:
+        """Running out of memory within is one error that says what to lower, and leaves no cache, graphs or weights."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            device = unwrap(self.model).get_input_embeddings().weight.device
+            _finish_queued(device)
+            held = "" if self.cache is None else f" with a KV cache of {self.cache.bytes / 2**30:.2f} GiB"
+            self._turns += 1  # what was ready before cannot be drawn any more
+            self.cache, self._decoder, self._buffers = None, None, Buffers()
+            raise torch.OutOfMemoryError(
+                f"generation of {len(sequences)} completions ran out of memory on {device}{held}; lower "
+                f"gpu_memory_utilization (now {self.utilization}), the number of samples, or max_tokens: {error}"
+            ) from error
 
     def _run(self, sequences: list[Sequence], progress: Progress | None, cache: KVCache) -> None:
         blocks = BlockManager(cache.num_blocks, self.block_size)
@@ -232,14 +255,6 @@ class NativeEngine:
                 run_stepwise(scheduler, runner, ending, vocab, self.tokenizer)
             else:
                 run_ahead(scheduler, runner, ending, decoder)
-        except torch.OutOfMemoryError as error:
-            _finish_queued(cache.shape.device)
-            self.cache, self._decoder, self._buffers = None, None, Buffers()
-            raise torch.OutOfMemoryError(
-                f"generation of {len(sequences)} completions ran out of memory on {cache.shape.device} with a KV cache "
-                f"of {cache.bytes / 2**30:.2f} GiB; lower gpu_memory_utilization (now {self.utilization}), the number "
-                f"of samples, or max_tokens: {error}"
-            ) from error
         except FloatingPointError:
             _finish_queued(cache.shape.device)
             self.release()  # masked or not, a NaN left in the cache would spread
@@ -250,12 +265,14 @@ class NativeEngine:
     def _ready_decoder(self, sequences: list[Sequence], cache: KVCache) -> Decoder | None:
         """The graphs that decode on a GPU, made anew where these do not serve; None where steps go one by one."""
         ahead = cache.shape.device.type == "cuda" if self.ahead is None else self.ahead
-        if not ahead or any(s.params.logprobs is not None for s in sequences):
+        if not ahead:
             return None
         found = prepared_layers(self.model) if self._snapshot is None else self._snapshot.found
         reason = "layers that run by their own modules" if found is None else why_no_walk(self.model)
         if self.ahead is None and cache.shape.dtype not in (torch.bfloat16, torch.float16):
             reason = f"a model in {cache.shape.dtype}"
+        if any(s.params.logprobs is not None for s in sequences):
+            reason = "alternatives (logprobs=)"
         if reason or found is None:
             if reason not in self._said:
                 self._said.add(reason)

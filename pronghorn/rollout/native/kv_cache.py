@@ -57,6 +57,9 @@ class KVCache:
     """Per layer, keys and values ``[num_blocks, block_size, K, E]``.
 
     Zeroed when made: padded gathers read slots that nobody wrote, and a mask does not hide a NaN.
+
+    Raises:
+        torch.OutOfMemoryError: naming its size; the engine adds the remedy, and may try again with fewer rows.
     """
 
     def __init__(self, shape: KVShape, num_blocks: int, block_size: int) -> None:
@@ -69,9 +72,8 @@ class KVCache:
             self.values = [torch.zeros(size, dtype=shape.dtype, device=shape.device) for _ in range(shape.layers)]
         except (torch.OutOfMemoryError, MemoryError) as error:
             need = num_blocks * block_size * shape.token_bytes / 2**30
-            raise ConfigError(
-                f"the KV cache of {num_blocks * block_size} tokens needs {need:.2f} GiB on {shape.device}, which are "
-                "not free; lower gpu_memory_utilization, max_seq_length or max_tokens, or the number of samples"
+            raise torch.OutOfMemoryError(
+                f"the KV cache of {num_blocks * block_size} tokens needs {need:.2f} GiB, which are not free: {error}"
             ) from error
 
     @property

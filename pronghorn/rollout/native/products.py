@@ -119,7 +119,7 @@ class HeldProduct:
         weight = both[: self.held.outputs]
         self.right = weight.T if group.rank else weight[:, : self.inputs].T
         self.member = DenseMember(self.right.T)
-        long = self.inputs >= _LONG_SUM and both.is_cuda and not ordered.why_not([self.member], dtype)
+        long = self.inputs >= _LONG_SUM and _on_gpu(both) and not ordered.why_not([self.member], dtype)
         self.few = ordered.MAX_ROWS if long else 0
 
     def place(self, rows: int) -> torch.Tensor | None:
@@ -140,12 +140,17 @@ class HeldProduct:
         return torch.mm(self.table_TK[: max(M, self.least)], self.right)[:M]
 
 
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether there are kernels of our own for products with ``tensor``."""
+    return tensor.is_cuda
+
+
 def takes_nf4(group: Group, dtype: torch.dtype) -> bool:
     """Whether the 4-bit kernel multiplies few rows of ``group``."""
     weights = [p.nf4 for p in group.members if p.nf4 is not None]
     if not weights or len(weights) < len(group.members):
         return False
-    return weights[0].codes.is_cuda and not why_not(weights, dtype, weights[0].codes.device)
+    return _on_gpu(weights[0].codes) and not why_not(weights, dtype, weights[0].codes.device)
 
 
 def product_of(group: Group, dtype: torch.dtype, rows: int, most_in_nf4: int, held: Tables | None) -> Product:
@@ -156,7 +161,7 @@ def product_of(group: Group, dtype: torch.dtype, rows: int, most_in_nf4: int, he
         held: tables of inputs, where there is memory to keep weights in 16 bits; else None.
     """
     weights = [p.nf4 for p in group.members if p.nf4 is not None]
-    if not weights and group.members[0].base.weight.is_cuda:
+    if not weights and _on_gpu(group.members[0].base.weight):
         fits = not ordered.why_not(dense_members(group, dtype), dtype) and agrees(group, dtype)
         return DenseProduct(group, dtype) if fits else TrainerProduct(group)
     if len(weights) < len(group.members):

@@ -1,6 +1,6 @@
 """Drawing the next token of every row at once, with the log-probs of what was drawn. Pure tensor functions.
 
-The order is vLLM's: minimum length, repetition penalty, temperature, min-p, top-k, top-p.
+The order is vLLM's: minimum length, repetition, frequency and presence penalties, temperature, min-p, top-k, top-p.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def _shape(raw_BV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     if rows.seen_BV is not None and rows.penalty_B1 is not None:
         penalised_BV = torch.where(x_BV > 0, x_BV / rows.penalty_B1, x_BV * rows.penalty_B1)
         x_BV = torch.where(rows.seen_BV, penalised_BV, x_BV)
+    if rows.tally_BV is not None:
+        x_BV = x_BV - (rows.frequency_B1 * rows.tally_BV + rows.presence_B1 * (rows.tally_BV > 0))
     x_BV = x_BV / rows.temperature_B1
     if rows.log_min_p_B1 is not None:
         floor_B1 = x_BV.amax(-1, keepdim=True) + rows.log_min_p_B1

@@ -19,6 +19,7 @@ class SamplingRows:
         keys_B, positions_B: int64 random stream of each row, and tokens generated so far.
         top_k_B1, top_p_B1, log_min_p_B1: or None when no row uses it.
         penalty_B1, seen_BV: repetition penalty and which ids prompt and output hold, or None.
+        presence_B1, frequency_B1, tally_BV: those penalties, and how often (int32) the output holds each id, or None.
         early: ``(rows, ids, min_tokens)`` of the ids forbidden while fewer tokens are out, or None.
         alternatives: most alternatives that a row wants reported; -1 for none.
     """
@@ -55,6 +56,12 @@ class SamplingRows:
             for b, s in enumerate(sequences):
                 seen[b, torch.tensor(s.tokens(0, len(s)))] = True
             self.seen_BV = seen.to(device)
+        self.tally_BV: torch.Tensor | None = None
+        self.presence_B1 = column([p.presence_penalty for p in params])
+        self.frequency_B1 = column([p.frequency_penalty for p in params])
+        if any(p.tallied for p in params):
+            tally = [torch.bincount(torch.tensor(s.output, dtype=torch.int64), minlength=vocab) for s in sequences]
+            self.tally_BV = torch.stack(tally).to(device, torch.int32)
         held = [(b, i, s.params.min_tokens) for b, s in enumerate(sequences) for i in sorted(s.stop_ids)
                 if i < vocab and len(s.output) < s.params.min_tokens]  # fmt: skip
         self.early = tuple(integers(list(c)) for c in zip(*held)) if held else None
@@ -63,7 +70,10 @@ class SamplingRows:
     @property
     def shaped(self) -> bool:
         """Whether any row's distribution differs from softmax(raw logits / temperature)."""
-        return any(x is not None for x in (self.top_k_B1, self.top_p_B1, self.log_min_p_B1, self.seen_BV, self.early))
+        return any(
+            x is not None
+            for x in (self.top_k_B1, self.top_p_B1, self.log_min_p_B1, self.seen_BV, self.tally_BV, self.early)
+        )
 
     def serves(self, sequences: Seq[Sequence]) -> bool:
         """Whether these are the rows, in order."""
@@ -74,3 +84,6 @@ class SamplingRows:
         self.positions_B += 1
         if self.seen_BV is not None:
             self.seen_BV.scatter_(1, tokens_B.unsqueeze(1), True)
+        if self.tally_BV is not None:
+            one_B1 = torch.ones_like(tokens_B, dtype=torch.int32).unsqueeze(1)
+            self.tally_BV.scatter_add_(1, tokens_B.unsqueeze(1), one_B1)
