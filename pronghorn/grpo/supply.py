@@ -125,6 +125,7 @@ class Supply:
             rows = self._rows(picks)
         made = Pending(index, opened, picks)
         seen = copy.copy(state)  # the run's own moves on while the reward functions look at it
+        seen.log_history = list(state.log_history)
         if self.args.rollout_overlap and index != opened:
             made.start = partial(self._launch, made, rows, seen)
             self.pending.append(made)
