@@ -6,6 +6,7 @@ unpack a thousand entries.
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,5 +79,12 @@ class StateReceiver:
         if news is None:
             return SimpleNamespace(**others)
         begin, fresh = news
-        self._history[begin:] = fresh
+        self._history[begin:] = map(_interned, fresh)
         return SimpleNamespace(**others, **{HISTORY: list(self._history)})
+
+
+def _interned(entry: Any) -> Any:
+    """Metric names come out of every message as strings of their own, which would be most of what a worker keeps."""
+    if not isinstance(entry, dict):
+        return entry
+    return {sys.intern(name) if isinstance(name, str) else name: value for name, value in entry.items()}
