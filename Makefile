@@ -39,11 +39,13 @@ test-oldest:
 test-gpu:
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/gpu
 
-# Long forms of the fault tests, then 1,000 steps whose memory must be flat. A model on a GPU:
-# python -m benchmarks.soak --model FOLDER --steps 200
+# Every test marked slow (kills and SIGTERMs again and again, all kernels under all losses, 500 steps' memory), then
+# twice 1,000 steps whose memory must be flat: plain, and with threads and worker processes beside the training.
+# A model on a GPU: python -m benchmarks.soak --model FOLDER --steps 200
 soak: setup
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m "slow or not slow"
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --steps 1000
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --steps 1000 --length 12
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --steps 1000 --length 12 --everything
 
 clean:
 	rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

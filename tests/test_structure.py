@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,53 @@ def test_files_and_functions_stay_short_and_honest(path: Path) -> None:
             assert node.type is not None and not swallowed, f"{path}:{node.lineno}: an exception is swallowed"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("eval", "exec"), f"{path}:{node.lineno}: {node.func.id}"
+
+
+# Modules of algorithms, with what in them is none: plain statistics, records, and what belongs to our own layout.
+ALGORITHMS: dict[str, set[str]] = {
+    "grpo/advantages.py": {"Advantages", "weighted_sum", "nanstd"},
+    "grpo/correction.py": {"Correction"},
+    "grpo/curriculum.py": set(),
+    "grpo/entropy.py": set(),
+    "grpo/masks.py": set(),
+    "grpo/objectives.py": set(),
+    "grpo/old_policy.py": {"comparable"},
+    "grpo/reference.py": {"is_fresh"},
+    "grpo/replay.py": set(),
+    "grpo/spread.py": {"Outcome"},
+    "grpo/token_weights.py": set(),
+    "rewards/overlong.py": {"get_soft_overlong_punishment"},
+    "stats.py": set(),
+}
+PARTS_OF_A_CLASS = {"grpo/supply.py": {"_refill"}, "grpo/spread.py": {"spread"}}
+"""Methods that are an algorithm by themselves."""
+
+PAPER = re.compile(r"arXiv:\d{4}\.\d{5}|https?://\S+|JASA \d+:\d+")
+
+
+def without_paper(nodes: list[ast.AST], needed: Callable[[str], bool]) -> list[str]:
+    """Names of the functions and classes that name no paper in their own docstring."""
+    return [
+        node.name
+        for node in nodes
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and needed(node.name)
+        and not PAPER.search(ast.get_docstring(node) or "")
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) | set(PARTS_OF_A_CLASS)))
+def test_every_algorithm_names_its_paper(name: str) -> None:
+    tree = ast.parse((PACKAGE / name).read_text())
+    if name in ALGORITHMS:
+        others = ALGORITHMS[name]
+        assert others <= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        found = without_paper([*tree.body], lambda part: not part.startswith("_") and part not in others)
+        assert not found, f"{name}: {', '.join(found)} of no paper; name it in its own docstring"
+    methods = PARTS_OF_A_CLASS.get(name, set())
+    inside = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in methods]
+    assert {node.name for node in inside} == methods
+    assert not without_paper([*inside], lambda _: True), f"{name}: {', '.join(methods)}"
 
 
 def test_import_pronghorn_is_light() -> None:

@@ -18,12 +18,15 @@ from .segments import row_sum
 
 
 def truncate(ratio: torch.Tensor, low: float | None, high: float | None) -> torch.Tensor:
-    """Ratios clipped to ``[low, high]``; None leaves a side open."""
+    """Ratios clipped to ``[low, high]``; None leaves a side open (truncated importance sampling, Yao et al. 2025,
+    https://fengyao.notion.site/off-policy-rl)."""
     return ratio if low is None and high is None else torch.clamp(ratio, min=low, max=high)
 
 
 def mask(ratio: torch.Tensor, low: float | None, high: float | None) -> torch.Tensor:
-    """Ratios outside ``[low, high]`` become 0, which takes their tokens out of the policy term."""
+    """Ratios outside ``[low, high]`` become 0, which takes their tokens out of the policy term (masked importance
+    sampling, Liu et al. 2025, https://yingru.notion.site/When-Speed-Kills-Stability-271211a558b7808d8b12d403fd15edda).
+    """
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
 
@@ -68,7 +71,9 @@ def correct(
 ) -> Correction:
     """Weights of N tokens in ``rows`` rows under ``mode`` (a key of :data:`MODES`) with bounds ``[low, high]``.
 
-    A NaN in ``sampler_logps_N`` (a token that the sampler could not score) counts as no mismatch.
+    A NaN in ``sampler_logps_N`` (a token that the sampler could not score) counts as no mismatch. By token the ratio is
+    that of Yao et al. 2025 (https://fengyao.notion.site/off-policy-rl), by sequence that of Liu et al. 2025
+    (https://yingru.notion.site/When-Speed-Kills-Stability-271211a558b7808d8b12d403fd15edda).
     """
     by_sequence, bound = MODES[mode]
     difference_N = trainer_logps_N.detach() - sampler_logps_N

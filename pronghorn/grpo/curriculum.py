@@ -19,7 +19,8 @@ DECAY = 0.5
 
 
 class Curriculum:
-    """Solve rates of a data set's rows, and rows drawn by them.
+    """Solve rates of a data set's rows, and rows drawn by them: by learnability p (1 - p) (Foster et al. 2025,
+    arXiv:2502.12272).
 
     A row's rate is estimated as ``(solved + 1) / (seen + 2)`` over decayed counts, so a row never seen stands at 1/2
     and is tried early. Draw number d of a run is a function of (seed, d, rates), nothing else.

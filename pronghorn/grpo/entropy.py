@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def mean_entropy(entropy_N: torch.Tensor, kept_N: torch.Tensor | None, count: int | torch.Tensor) -> torch.Tensor:
-    """The share of the step's mean entropy that these tokens hold, 0-d, in nats.
+    """The share of the step's mean entropy that these tokens hold, 0-d, in nats: what the bonus is of (A3C, Mnih et al.
+    2016, arXiv:1602.01783).
 
     Args:
         entropy_N: entropy of each scored token's distribution.

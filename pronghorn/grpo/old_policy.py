@@ -14,7 +14,7 @@ from .batch import PackedRollouts
 
 
 def old_policy(batch: PackedRollouts, logps_N: torch.Tensor, on_policy: bool) -> torch.Tensor:
-    """``[N]`` log-probabilities under the old policy, without gradient.
+    """``[N]`` log-probabilities under the old policy of PPO's ratio (arXiv:1707.06347), without gradient.
 
     Args:
         logps_N: under the policy being trained.

@@ -75,6 +75,7 @@ class Pending:
         the drawing first began, where that was cut short.
         """
         seen = copy.copy(state)
+        seen.log_history = list(state.log_history)
         vars(seen).update(self.seen or {})
         self.seen = {name: value for name, value in vars(seen).items() if type(value) in _PLAIN}
         return seen

@@ -38,7 +38,8 @@ def _copies_its_original(wrapper: Any, names: list[str]) -> bool:
 
 
 class Reference:
-    """What the policy is held to by beta: itself as the trainer got it (TRL's rule), or that moved along by syncs.
+    """What the policy is held to by beta (GRPO, arXiv:2402.03300, eq. 3): itself as the trainer got it (TRL's rule), or
+    that moved along by syncs.
 
     Under a fresh adapter that is the base model, at no cost. Where an adapter already adds something, where all weights
     train, and with ``sync_ref_model``, it is a frozen copy of the trained weights: for LoRA a second copy of the
@@ -144,7 +145,8 @@ def _exchange(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 class SyncReference(TrainerCallback):
-    """Syncs the reference after every ``ref_model_sync_steps`` optimizer steps, as TRL's callback does."""
+    """Syncs the reference after every ``ref_model_sync_steps`` optimizer steps, as TRL's callback does (TR-DPO,
+    arXiv:2404.09656)."""
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference

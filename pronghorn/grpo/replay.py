@@ -17,6 +17,8 @@ from .rollouts import Rollout
 class ReplayBuffer:
     """Up to ``size`` groups, none older than ``max_age`` generations.
 
+    As Selective Sample Replay (VL-Rethinker, Wang et al. 2025, arXiv:2504.08837) it keeps what has an advantage for the
+    place of what has none; that one draws by the size of the advantage, this one takes the youngest, each once.
     Advantages stay what they were: a group's rewards do not change.
     """
 

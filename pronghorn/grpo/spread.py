@@ -30,7 +30,7 @@ class Outcome:
         return weighted_sum(rewards_BF, self.weights_F) if self.column is None else rewards_BF[:, self.column]
 
     def spread(self, rewards_BF: torch.Tensor, group: int) -> list[bool]:
-        """For each group, whether two of its completions differ in outcome."""
+        """For each group, whether two of its completions differ in outcome (DAPO, arXiv:2503.14476, section 3.2)."""
         std_P = nanstd(self(rewards_BF).view(-1, group), dim=1).flatten()
         return (std_P.nan_to_num(nan=0.0) > 1e-8).tolist()
 
@@ -40,7 +40,8 @@ class Outcome:
 
 
 def refill_size(missing: int, kept: int, drawn: int, most: int) -> int:
-    """How many prompts to draw next, so that ``missing`` groups with spread may be expected among them.
+    """How many prompts to draw next, so that ``missing`` groups with spread may be expected among them, in the dynamic
+    sampling of DAPO (arXiv:2503.14476, section 3.2).
 
     The share of groups with spread so far is taken as the chance of the next; never more than ``most`` at once, as one
     round then takes no more memory than a generation without refills.

@@ -214,7 +214,9 @@ class Supply:
         state: Any,
         annotate: Meanwhile,
     ) -> list[bool]:
-        """Draw further prompts until enough groups have spread, or the rounds are used up (DAPO, section 3.2)."""
+        """Draw further prompts until enough groups have spread, or the rounds are used up (dynamic sampling, DAPO,
+        arXiv:2503.14476, section 3.2).
+        """
         rounds = 0
         while sum(spread) < self.prompts and rounds < self.args.dynamic_sampling_max_rounds:
             count = refill_size(self.prompts - sum(spread), sum(spread), len(spread), self.prompts)

@@ -15,6 +15,7 @@ from .calling import CallFailed, Rows, no_log
 from .errors import RewardError
 from .policy import OnError, Scored, score_rows, shifted
 from .process import WorkerProcess
+from .state import StateSender, Update, plain_state
 
 logger = logging.getLogger("pronghorn")
 
@@ -24,12 +25,11 @@ ALONE = 0.5
 SEARCH = 2.0
 """All rows tried alone get so many times `timeout`: four that hang fit."""
 
-_PLAIN = (bool, int, float, str, type(None))
-
 
 @dataclass
 class _Slot:
     process: WorkerProcess | None = None
+    sender: StateSender = field(default_factory=StateSender)
 
 
 @dataclass
@@ -158,8 +158,9 @@ class WorkerPool:
             self._idle.put(slot)
 
     def _ask(self, slot: _Slot, rows: Rows, state: dict[str, Any] | None, alone: bool) -> Any:
-        request = _packed_request(self.name, rows, state, self.on_error != "raise", alone)
         process = self._started(slot)
+        update = slot.sender.update(state)
+        request = _packed_request(self.name, rows, update, self.on_error != "raise", alone)
         try:
             answer = process.ask(request, self.timeout * ALONE if alone else self.timeout)
         except CallFailed:
@@ -167,6 +168,7 @@ class WorkerPool:
             raise
         if isinstance(answer, (CallFailed, RewardError)):
             raise answer
+        slot.sender.arrived(state, update)
         return answer
 
     def _started(self, slot: _Slot) -> WorkerProcess:
@@ -181,6 +183,7 @@ class WorkerPool:
             if self._closing:
                 raise RewardError(self.name, "was stopped: its workers were closed")
             process = slot.process = WorkerProcess(self.name, self._packed)
+            slot.sender = StateSender()
         try:
             process.start()
         except CallFailed as failed:  # of no row, so no policy forgives it
@@ -189,9 +192,9 @@ class WorkerPool:
         return process
 
 
-def _packed_request(name: str, rows: Rows, state: dict[str, Any] | None, collect: bool, alone: bool) -> bytes:
+def _packed_request(name: str, rows: Rows, update: Update | None, collect: bool, alone: bool) -> bytes:
     try:
-        return pickle.dumps((rows, state, collect, alone), protocol=pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps((rows, update, collect, alone), protocol=pickle.HIGHEST_PROTOCOL)
     except Exception as error:  # whatever a value's own __reduce__ raises
         for key, column in rows.items():
             try:
@@ -199,18 +202,3 @@ def _packed_request(name: str, rows: Rows, state: dict[str, Any] | None, collect
             except Exception as cause:
                 raise RewardError(name, f"column {key!r} cannot be sent to a worker process: {cause!r}") from cause
         raise RewardError(name, f"its rows cannot be sent to a worker process: {error!r}") from error
-
-
-def plain_state(state: Any) -> dict[str, Any] | None:
-    """The attributes of a `TrainerState` that are numbers, strings, or lists and dicts of them: a copy to read."""
-    if state is None:
-        return None
-    return {name: value for name, value in vars(state).items() if _is_plain(value)}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_is_plain(k) and _is_plain(v) for k, v in value.items())
-    if isinstance(value, list):
-        return all(_is_plain(v) for v in value)
-    return type(value) in _PLAIN

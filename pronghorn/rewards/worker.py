@@ -13,7 +13,6 @@ import signal
 import threading
 import traceback
 from multiprocessing.connection import Connection
-from types import SimpleNamespace
 from typing import Any
 
 from .calling import CallFailed, call, check_arguments, no_log
@@ -21,6 +20,7 @@ from .carry import unpack
 from .errors import RewardError
 from .kill import kill_descendants, tie_to_parent
 from .policy import Scored
+from .state import StateReceiver
 from .values import as_rewards
 
 
@@ -37,22 +37,23 @@ def main(fd: int, parent: int) -> None:
         return
     connection.send(None)
     loop = asyncio.new_event_loop()  # one for good: clients that the function keeps stay bound to it
+    receiver = StateReceiver()
     while True:
         try:
             request = connection.recv_bytes()
         except EOFError:
             return
-        connection.send_bytes(_answer(func, name, loop, request))
+        connection.send_bytes(_answer(func, name, loop, receiver, request))
 
 
-def _answer(func: Any, name: str, loop: asyncio.AbstractEventLoop, request: bytes) -> bytes:
+def _answer(func: Any, name: str, loop: asyncio.AbstractEventLoop, receiver: StateReceiver, request: bytes) -> bytes:
     """`Scored` with what was logged, or the exception that says why there are no rewards."""
     extra: list[tuple[str, list[Any]]] = []
     metrics: list[tuple[Any, ...]] = []
     try:
-        rows, state, collect, alone = pickle.loads(request)
+        rows, update, collect, alone = pickle.loads(request)
         extras = {
-            "trainer_state": SimpleNamespace(**state) if state is not None else None,
+            "trainer_state": receiver.state(update),
             "log_extra": no_log if alone else lambda column, values: extra.append((column, list(values))),
             "log_metric": no_log if alone else lambda *given: metrics.append(given),
         }

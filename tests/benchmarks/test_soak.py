@@ -20,8 +20,17 @@ def test_growth_is_named() -> None:
     assert growth([first, dataclasses.replace(first, step=40, rss=1020, gpu=510)], 0.02) == []
     grown = dataclasses.replace(first, step=40, rss=1021, gpu=400, files=10, threads=7, children=1)
     assert growth([first, grown], 0.02) == [
-        "rss grew by 2.10% from step 20", "files: 9 at step 20, 10 at the end", "threads: 6 at step 20, 7 at the end",
-        "children: 0 at step 20, 1 at the end",
+        "rss grew by 2.10% from step 20", "files: 9 at step 20, 10 later", "threads: 6 at step 20, 7 later",
+        "children: 0 at step 20, 1 later",
+    ]  # fmt: skip
+
+
+def test_growth_that_the_end_of_the_run_gives_back_is_seen() -> None:
+    first = Usage(step=20, seconds=1.0, rss=1000, gpu=500, files=9, threads=6, children=2, children_rss=100)
+    within = dataclasses.replace(first, step=40, threads=7, children_rss=103)
+    behind = dataclasses.replace(first, step=60, threads=4, children=0, children_rss=0)
+    assert growth([first, within, behind], 0.02) == [
+        "children_rss grew by 3.00% from step 20", "threads: 6 at step 20, 7 later"
     ]  # fmt: skip
 
 
@@ -43,6 +52,7 @@ def test_usage_counts() -> None:
         after.files - before.files == 2
         and after.threads - before.threads == 1
         and after.children == before.children + 1
+        and after.children_rss > before.children_rss + (1 << 20)
     )
 
 
@@ -53,3 +63,14 @@ def test_forty_steps_leave_nothing_behind(tmp_path: Path) -> None:
     first, *_, last = soak(str(shipped_model()), 40, str(tmp_path), length=8)
     assert (first.step, last.step) == (20, 40)
     assert growth([first, last], 0.05) == []
+
+
+@pytest.mark.timeout(280)
+def test_sixty_steps_with_threads_and_workers_leave_nothing_behind(tmp_path: Path) -> None:
+    """Generations drawn ahead, and six reward functions with a worker each, counted within the run and behind it."""
+    before = Usage.now(0, 0.0)
+    first, within, behind = soak(str(shipped_model()), 60, str(tmp_path), length=4, everything=True)
+    assert (first.step, within.step, behind.step) == (20, 40, 60)
+    assert first.children == within.children == before.children + 6
+    assert behind.children == before.children and behind.threads <= first.threads and behind.files <= first.files
+    assert growth([first, within, behind], 0.05) == []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from pronghorn.grpo.checkpoint import is_whole, whole_checkpoints
@@ -143,6 +144,58 @@ def test_a_run_whose_metrics_find_no_room(small_disk: Path, whole: Path) -> None
     (small_disk / "ballast").unlink()
     made(folder).train(resume_from_checkpoint=True)
     assert_same(result(small_disk), result(whole))
+
+
+class NoRoom(TrainerCallback):
+    """From a step's begin on, the nth call of a function finds no room, and every later one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, step: int, nth: int) -> None:
+        self.step, self.left, self.armed = step, nth, False
+        self._call = getattr(module, name)
+        monkeypatch.setattr(module, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.left -= self.armed
+        if not self.armed or self.left > 0:
+            return self._call(*args, **kwargs)
+        if self._call is torch.save:  # half of the file finds room
+            self._call(*args, **kwargs)
+            os.truncate(args[1], Path(args[1]).stat().st_size // 2)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.armed = self.armed or state.global_step == self.step
+
+
+@pytest.mark.parametrize(
+    "module, name, nth, what",
+    [
+        (os, "write", 1, "completions.jsonl"),
+        (os, "write", 2, "metrics.jsonl"),
+        (os, "fsync", 1, "checkpoint-3"),  # of what was written before: a disk may say so late
+        (os, "fsync", 6, "checkpoint-3"),
+        (torch, "save", 1, "checkpoint-3"),
+        (torch, "save", 4, "checkpoint-3"),
+        (os, "rename", 1, "checkpoint-3"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_call_that_finds_no_room(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, nth: int, what: str
+) -> None:
+    """Without a file system of its own: what a full one would say, from one call of the third save on."""
+    folder = tmp_path / "run"
+    trainer = made(folder, save_total_limit=1)
+    full = NoRoom(monkeypatch, module, name, 2, nth)
+    trainer.add_callback(full)
+    with pytest.raises(DiskFull, match=f"{what} could not be written; .*free space") as raised:
+        trainer.train()
+    assert raised.value.errno == errno.ENOSPC and full.left <= 0
+    assert [path.name for path in whole_checkpoints(folder)] == ["checkpoint-2"]
+    assert not list(folder.glob(".*"))
+    full.armed = False
+    made(folder).train(resume_from_checkpoint=True)
+    assert_same(result(tmp_path), result(whole))
 
 
 def test_files_that_may_not_grow(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from pronghorn.grpo.checkpoint import clean, whole_checkpoints
 from pronghorn.grpo.trainer import GRPOTrainer
+from pronghorn.rewards import isolated
 from pronghorn.rollout.base import create
 from tests.grpo.support import config, letters, prompts, pronghorn_model
 from tests.helpers import tiny_tokenizer
@@ -32,14 +33,39 @@ tiny_tokenizer()  # made once, for all children
 gc.freeze()  # the collection that begins each training need not go through what the imports made
 
 
-def made(folder: Path, **overrides: Any) -> GRPOTrainer:
+def many_vowels(completions: list[Any], **kwargs: Any) -> list[float]:
+    """1 or 0, so that some groups have no spread: the replay buffer and the curriculum have work."""
+    return [float(sum(ch in "aeiou" for ch in text) > 0.12 * len(text)) for text in completions]
+
+
+many_vowels.__module__ = "__main__"  # carried by value: a worker that imported this module would import torch
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "everything": {
+        "rollout_staleness": 1, "rollout_overlap": True, "curriculum": True, "replay_buffer_size": 3,
+        "per_device_train_batch_size": 8, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4,
+    },
+}  # fmt: skip
+"""What the victim trains with: TRL's defaults, or all that has threads, processes or a state of its own."""
+
+
+def made(folder: Path, configuration: str = "plain", **overrides: Any) -> GRPOTrainer:
     """A trainer with the native engine; dropout draws from torch's generator, so a lost state of it would show."""
     settings: dict[str, Any] = {
         "max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "log_completions": True,
-        "log_completions_steps": 1000, "steps_per_generation": 2, **overrides,
+        "log_completions_steps": 1000, "steps_per_generation": 2, **CONFIGURATIONS[configuration], **overrides,
     }  # fmt: skip
     model = pronghorn_model(dropout=0.2)
-    trainer = GRPOTrainer(model, letters, config(folder, **settings), prompts(), processing_class=tiny_tokenizer())
+    everything = configuration == "everything"
+    trainer = GRPOTrainer(
+        model,
+        isolated(many_vowels) if everything else letters,
+        config(folder, **settings),
+        prompts(),
+        prompts(2) if everything else None,
+        processing_class=tiny_tokenizer(),
+    )
     trainer.sampling._engine = create("native", model, trainer.processing_class, max_seq_length=256)
     return trainer
 
@@ -59,11 +85,33 @@ class _Operations:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(folder: str, kill_at: int | None = None, file_limit: int | None = None, **overrides: Any) -> None:
+def _kill_in_evaluation(trainer: GRPOTrainer, batch: int) -> None:
+    """Kill the process within that evaluation batch, once it is sampled and scored."""
+    step = trainer.prediction_step
+    seen: list[None] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        seen.append(None)
+        if len(seen) == batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    trainer.prediction_step = watched  # type: ignore[method-assign]
+
+
+def run(
+    folder: str,
+    kill_at: int | None = None,
+    kill_in_evaluation: int | None = None,
+    file_limit: int | None = None,
+    **overrides: Any,
+) -> None:
     """Train in this process. ``folder/ready`` appears when training begins, ``folder/operations`` when it has ended.
 
     Args:
         kill_at: number of the change to the file system before which the process kills itself.
+        kill_in_evaluation: number of the evaluation batch in which the process kills itself.
         file_limit: most bytes of a file that it writes from then on.
     """
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))  # as any new process: nothing may depend on it
@@ -74,6 +122,8 @@ def run(folder: str, kill_at: int | None = None, file_limit: int | None = None, 
         trainer = made(path / "run", **overrides)
         clean(path / "run")
         resume = bool(whole_checkpoints(path / "run"))
+        if kill_in_evaluation is not None:
+            _kill_in_evaluation(trainer, kill_in_evaluation)
         operations = _Operations(kill_at)
         sys.addaudithook(operations)
         if file_limit is not None:

@@ -281,6 +281,18 @@ def test_resumed_is_uninterrupted(tmp_path: Path, settings: dict[str, Any]) -> N
     assert samples[0] == samples[1] != ""
 
 
+def test_reward_functions_see_the_history_of_the_time_of_sampling(tmp_path: Path) -> None:
+    """Whatever has been logged while they run, or since."""
+    seen: list[Any] = []
+
+    def looking(completions: list[str], trainer_state: Any, **kwargs: Any) -> list[float]:
+        seen.append(trainer_state)
+        return letters(completions)
+
+    trainer(tmp_path, rewards=looking, rollout_staleness=1, max_steps=4).train()
+    assert [(state.global_step, len(state.log_history)) for state in seen] == [(0, 0), (0, 0), (1, 1), (2, 2), (3, 3)]
+
+
 def test_an_option_that_moves_the_cursor_may_not_change_on_resume(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ConfigError, match="written with dynamic_sampling=False, now it is True"):

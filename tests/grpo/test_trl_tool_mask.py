@@ -21,7 +21,7 @@ from pronghorn.grpo.metrics import Metrics
 from pronghorn.grpo.rollout_func import RolloutFuncDrawer
 from pronghorn.grpo.rollouts import Rollout
 from tests.grpo.support import pronghorn_model
-from tests.grpo.test_trl_loss import _gradients, _move
+from tests.grpo.test_trl_loss import gradients, move
 from tests.grpo.trl_oracle import GROUP, case, our_trainer, trl_trainer
 
 TOLERANCE = 1e-10
@@ -72,15 +72,15 @@ def compare(tmp_path: Path, correct: bool = True, drift: float = 0.0, **settings
         assert r.advantage == pytest.approx(theirs, abs=1e-6)
         r.advantage = theirs
     if drift:
-        _move(trl.model, drift)
-        _move(ours.model, drift)
+        move(trl.model, drift)
+        move(ours.model, drift)
     their_loss = trl._compute_loss(trl.model, batch)
     their_loss.backward()
     our_loss = ours.loss_step(ours.loss_step.pack(rollouts), window_of(rollouts), Metrics())
     our_loss.backward()
     assert our_loss.dtype == torch.float64
     assert our_loss.item() == pytest.approx(their_loss.item(), abs=TOLERANCE)
-    theirs, mine = _gradients(trl.model), _gradients(ours.model)
+    theirs, mine = gradients(trl.model), gradients(ours.model)
     assert set(theirs) == set(mine) and len(mine) == 28
     for name, gradient in theirs.items():
         torch.testing.assert_close(mine[name], gradient, rtol=0, atol=TOLERANCE, msg=name)
@@ -92,7 +92,7 @@ def compare(tmp_path: Path, correct: bool = True, drift: float = 0.0, **settings
 
 
 @pytest.mark.parametrize("loss_type, beta", list(itertools.product(LOSSES, (0.0, 0.04))))
-def test_loss_and_gradients(tmp_path: Path, loss_type: str, beta: float) -> None:
+def test_loss_andgradients(tmp_path: Path, loss_type: str, beta: float) -> None:
     mode = "token_mask" if loss_type == "vespo" else "sequence_mask"  # vespo goes with token modes alone
     compare(tmp_path, loss_type=loss_type, beta=beta, vllm_importance_sampling_mode=mode)
 

@@ -89,9 +89,10 @@ def trl_trainer(folder: Path, correct: bool, reference: str = "base", **settings
     def fixed(prompts: list, _: Any) -> dict[str, list]:
         return made.fixed
 
+    settings = {"per_device_train_batch_size": PROMPTS * GROUP, "num_generations": GROUP, **settings}
     args = TRLConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
-        max_completion_length=LIMIT, report_to="none", bf16=False, gradient_checkpointing=False, **settings,
+        output_dir=str(folder / "trl"), max_completion_length=LIMIT, report_to="none", bf16=False,
+        gradient_checkpointing=False, **settings,
     )  # fmt: skip
     model = get_peft_model(llama(torch.float64), lora(), autocast_adapter_dtype=False)
     fill_lora(model)
@@ -100,7 +101,7 @@ def trl_trainer(folder: Path, correct: bool, reference: str = "base", **settings
     if reference == "base" and "ref" in model.peft_config:
         model.delete_adapter("ref")
     made._get_per_token_logps_and_entropies = MethodType(_score64, made)
-    made.current_gradient_accumulation_steps = 1
+    made.current_gradient_accumulation_steps = args.gradient_accumulation_steps
     if correct:  # what use_vllm=True switches on, without vLLM
         made.use_vllm, made._last_loaded_step = True, made.state.global_step
     made.model.train()

@@ -30,6 +30,19 @@ def contract(**kwargs: Any) -> list[float | None]:
     return [None if a == "skip" else float(a) for a in kwargs["answer"]]
 
 
+def history(completions: list[str], trainer_state: Any, **kwargs: Any) -> list[float]:
+    """The number of log entries; 100 for each that is not where it belongs. Does to its own copy what it likes."""
+    if "exit" in completions:
+        os._exit(3)
+    entries = getattr(trainer_state, "log_history", None)
+    if entries is None:
+        return [-1.0] * len(completions)
+    wrong = sum(entry["loss"] != i + trainer_state.shift for i, entry in enumerate(entries))
+    found = len(entries) + 100.0 * wrong
+    entries.clear()
+    return [found] * len(completions)
+
+
 def pids(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(os.getpid())] * len(completions)
 

@@ -22,6 +22,7 @@ from pronghorn.config.errors import ConfigError
 from pronghorn.rewards.errors import RewardError
 from pronghorn.rewards.isolation import IsolatedReward, isolated
 from pronghorn.rewards.kill import descendants
+from pronghorn.rewards.process import WorkerProcess
 from pronghorn.rewards.runner import RewardRunner
 
 from . import functions
@@ -81,6 +82,36 @@ def test_the_contract_is_the_same_in_workers(make: Any) -> None:
     for workers in (1, 2):
         assert_close(seen[workers][0], seen[0][0], rtol=0, atol=0, equal_nan=True)
         assert seen[workers][1:] == seen[0][1:]
+
+
+def test_the_log_history_is_whole_in_workers_and_sent_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it grows, after a worker's death, for a run that went back, and where an entry cannot travel."""
+    sizes: list[int] = []
+    ask = WorkerProcess.ask
+    monkeypatch.setattr(WorkerProcess, "ask", lambda *given: (sizes.append(len(given[1])), ask(*given))[1])
+    state = SimpleNamespace(shift=0, log_history=[{"loss": i} for i in range(400)])
+    runner = make(functions.history, workers=2, on_error="zero")
+
+    def found(*said: str) -> list[float]:
+        rewards: list[float] = texts(runner, list(said) or ["a", "b"], state=state).flatten().tolist()
+        return rewards
+
+    assert found() == [400, 400]
+    first, sizes[:] = max(sizes), []
+    for number in range(401, 404):
+        state.log_history.append({"loss": number - 1})
+        assert found() == [number, number]
+    assert first > 2000 and max(sizes) < 400, (first, sizes)
+    assert found("exit", "b") == [0, 403]
+    assert found() == [403, 403]  # the worker in the dead one's place has all of it too
+    state.shift, state.log_history = 7, [{"loss": i + 7} for i in range(5)]
+    assert found() == [5, 5]
+    state.log_history = [{"loss": i + 7} for i in range(3)] + state.log_history[3:] + [{"loss": 12}]
+    assert found() == [6, 6]
+    state.log_history.append({"loss": object()})
+    assert found() == [-1, -1]
+    state.log_history[-1] = {"loss": 13}
+    assert found() == [7, 7]
 
 
 def test_workers_are_light_blind_to_gpus_and_kept(make: Any) -> None:
