@@ -92,7 +92,7 @@ def compare(tmp_path: Path, correct: bool = True, drift: float = 0.0, **settings
 
 
 @pytest.mark.parametrize("loss_type, beta", list(itertools.product(LOSSES, (0.0, 0.04))))
-def test_loss_andgradients(tmp_path: Path, loss_type: str, beta: float) -> None:
+def test_loss_and_gradients(tmp_path: Path, loss_type: str, beta: float) -> None:
     mode = "token_mask" if loss_type == "vespo" else "sequence_mask"  # vespo goes with token modes alone
     compare(tmp_path, loss_type=loss_type, beta=beta, vllm_importance_sampling_mode=mode)
 
