@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -97,7 +98,7 @@ def _masked_stream(data: Any, tokenizer: Any, instruction: str | None, response:
     masked = data.map(mask, with_indices=True)
     if hidden == "drop":
         masked = masked.filter(lambda row: any(label != IGNORE for label in row["labels"]))
-    if not any(label != IGNORE for row in masked.take(1) for label in row["labels"]):
+    if not any(label != IGNORE for row in islice(masked, 1) for label in row["labels"]):
         raise ConfigError(f"response_part={tokenizer.decode(opens)!r} hides every token of every row")
     return masked
 
@@ -105,7 +106,7 @@ def _masked_stream(data: Any, tokenizer: Any, instruction: str | None, response:
 def _check_collator(trainer: Any) -> None:
     """The collator hands on the labels as they are: one that makes them anew from the ids would undo the mask."""
     columns = ("input_ids", "attention_mask", "labels", "seq_lengths")
-    rows = [{name: row[name] for name in columns if name in row} for row in trainer.train_dataset.take(2)]
+    rows = [{name: row[name] for name in columns if name in row} for row in islice(trainer.train_dataset, 2)]
     name = type(trainer.data_collator).__name__
     try:
         labels = torch.as_tensor(trainer.data_collator(rows)["labels"])
