@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from .synthetic import Problem, check_split, split_of
+from .synthetic import Problem, of_split
 from .templates import ITEMS, NAMES
 
 STEPS = (3, 4, 5, 6)
@@ -74,8 +74,4 @@ def draw_chain(split: str, rng: random.Random) -> Problem:
 
     Raises `ConfigError` for an unknown split.
     """
-    check_split(split)
-    while True:
-        problem = _draw(rng.choice(STEPS), rng)
-        if split_of(problem.key) == split:
-            return problem
+    return of_split(split, lambda: _draw(rng.choice(STEPS), rng))

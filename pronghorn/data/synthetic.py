@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -137,13 +137,20 @@ def _draw(template: Template, rng: random.Random) -> Problem:
         )
 
 
-def check_split(split: str) -> None:
-    """Raises `ConfigError` for an unknown split."""
+def of_split(split: str, make: Callable[[], Problem]) -> Problem:
+    """The first problem that ``make`` gives of the split.
+
+    Raises `ConfigError` for an unknown split.
+    """
     if split not in SPLITS:
         hint = nearest(split, SPLITS)
         raise ConfigError(
             f"split={split!r} is unknown: use one of {', '.join(SPLITS)}" + (f" ({hint}?)" if hint else "")
         )
+    while True:
+        problem = make()
+        if split_of(problem.key) == split:
+            return problem
 
 
 def draw(split: str, rng: random.Random) -> Problem:
@@ -151,11 +158,7 @@ def draw(split: str, rng: random.Random) -> Problem:
 
     Raises `ConfigError` for an unknown split.
     """
-    check_split(split)
-    while True:
-        problem = _draw(rng.choice(TEMPLATES), rng)
-        if split_of(problem.key) == split:
-            return problem
+    return of_split(split, lambda: _draw(rng.choice(TEMPLATES), rng))
 
 
 def stream(split: str, seed: int = 0) -> Iterator[Problem]:

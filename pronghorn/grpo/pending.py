@@ -8,12 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..rewards.state import PLAIN
 from ..rollout.base import DrawingStopped, KeptPolicy
 from .background import Background
 from .drawing import Begun
 from .generation import Generation
-
-_PLAIN = (bool, int, float, str, type(None))  # exactly: what else may be one of these, a checkpoint cannot read
 
 
 @dataclass
@@ -77,7 +76,7 @@ class Pending:
         seen = copy.copy(state)
         seen.log_history = list(state.log_history)
         vars(seen).update(self.seen or {})
-        self.seen = {name: value for name, value in vars(seen).items() if type(value) in _PLAIN}
+        self.seen = {name: value for name, value in vars(seen).items() if type(value) in PLAIN}
         return seen
 
     def noted(self) -> Callable[[], list[Any]]:

@@ -9,8 +9,8 @@ from ..config.errors import ConfigError
 
 PRECISIONS = ("auto", "exact")
 
-# What the native engine alone acts on, with the values that ask for nothing.
-_NATIVE = {"rollout_precision": "auto", "rollout_oom_retry": False, "rollout_overlap": False, "rollout_keep_share": 0.1}
+# What the native engine alone acts on.
+_NATIVE = ("rollout_precision", "rollout_oom_retry", "rollout_overlap", "rollout_keep_share")
 
 
 @dataclass
@@ -60,7 +60,8 @@ def check_rollouts(args: Any) -> None:
         )
     if args.rollout_engine == "native":
         return
-    for name, off in _NATIVE.items():
+    for name in _NATIVE:
+        off = getattr(type(args), name)  # a dataclass keeps a field's default as an attribute of the class
         if getattr(args, name) != off:
             raise ConfigError(
                 f"GRPOConfig: {name}={getattr(args, name)!r} with rollout_engine={args.rollout_engine!r}, which does "

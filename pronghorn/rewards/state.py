@@ -12,7 +12,8 @@ from typing import Any
 
 HISTORY = "log_history"
 
-_PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, str, type(None))
+"""Types that pickle and a checkpoint read back as they were; of these exactly, as a subclass may not be."""
 
 Update = tuple[dict[str, Any], "tuple[int, list[Any]] | None"]
 """A state's other attributes; and where in the history the entries begin that come with it, None without a history."""
@@ -36,7 +37,7 @@ def is_plain(value: Any) -> bool:
         return all(is_plain(k) and is_plain(v) for k, v in value.items())
     if isinstance(value, list):
         return all(is_plain(v) for v in value)
-    return type(value) in _PLAIN
+    return type(value) in PLAIN
 
 
 class StateSender:
