@@ -4,25 +4,45 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from pronghorn.config.sampling import SamplingParams
 from pronghorn.kernels import launch
+from pronghorn.lora.config import register
 from pronghorn.models.attention import PackedAttention
 from pronghorn.models.forward import hidden_states, logits
 from pronghorn.rollout import base
 from pronghorn.rollout.native import engine as engine_module
 from pronghorn.rollout.native.decoder import Decoder
+from tests.grpo.support import fill_lora, lora
 from tests.helpers import tiny_llama
 from tests.rollout.conftest import load, with_lora
 
 PROMPTS = [[0, *range(40, 40 + n)] for n in (3, 17, 64, 100)]
 
 
+def made(folder, dtype, adapt):
+    path = tiny_llama(folder, vocab_size=2048, hidden_size=256, num_hidden_layers=4)
+    model, tokenizer = load(path, dtype=dtype)
+    return adapt(model).cuda(), tokenizer
+
+
+def fused(model):
+    """Under Pronghorn's own LoRA, B nonzero: layers are one node each, and decode steps are graphs."""
+    peft = get_peft_model(model, register(lora(r=8)))
+    fill_lora(peft)
+    return peft
+
+
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=str)
+def graphs(request, tmp_path_factory):
+    return made(tmp_path_factory.mktemp("graphs"), request.param, fused)
+
+
+@pytest.fixture(scope="module", params=[(torch.bfloat16, fused), (torch.float16, fused), (torch.bfloat16, with_lora)])
 def on_gpu(request, tmp_path_factory):
-    folder = tiny_llama(tmp_path_factory.mktemp("gpu"), vocab_size=2048, hidden_size=256, num_hidden_layers=4)
-    model, tokenizer = load(folder, dtype=request.param)
-    return with_lora(model).cuda(), tokenizer
+    """The last has PEFT's own LoRA layers, so that its steps are launched one by one."""
+    return made(tmp_path_factory.mktemp("gpu"), *request.param)
 
 
 def forced(model, prompt, tokens):
@@ -77,9 +97,9 @@ def test_the_schedule_changes_nothing_but_rounding(on_gpu):
     assert tight.scheduler.preemptions > 0
 
 
-def test_nothing_waits_for_the_gpu_between_two_looks(on_gpu, monkeypatch):
+def test_nothing_waits_for_the_gpu_between_two_looks(graphs, monkeypatch):
     """Many chunks, shared blocks that are copied, penalties and bursts: torch raises where the host would wait."""
-    model, tokenizer = on_gpu
+    model, tokenizer = graphs
     engine = base.create("native", model, tokenizer, max_prefill_tokens=32)
     params = SamplingParams(n=3, max_tokens=60, seed=2, ignore_eos=True, repetition_penalty=1.1, presence_penalty=0.2)
     expected = [o.outputs for o in engine.generate(PROMPTS, params)]  # compiles, and captures graphs
@@ -105,10 +125,10 @@ def test_nothing_waits_for_the_gpu_between_two_looks(on_gpu, monkeypatch):
     assert looks == [[33] * 12, [27] * 12], "six chunks of 32 tokens and a burst, and the rest"
 
 
-def test_steps_that_begin_early_give_the_same_bits(on_gpu, monkeypatch):
+def test_steps_that_begin_early_give_the_same_bits(graphs, monkeypatch):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("launches are chained from compute capability 9.0 on")
-    model, tokenizer = on_gpu
+    model, tokenizer = graphs
     params = SamplingParams(n=4, max_tokens=100, temperature=0.8, top_p=0.95, seed=5, ignore_eos=True)
     found, asked = {}, []
     for chained in (True, False):
