@@ -1,4 +1,4 @@
-"""Merging two partial attentions by their log-sum-exps, and adding rows to rows, in place.
+"""Merging two partial attentions by their log-sum-exps, adding rows to rows, and adding up copies of rows.
 
 Both parts come rounded to o's dtype; eager PyTorch would take each to float32 and back in a pass of its own, where one
 pass reads both and writes one.
@@ -11,6 +11,9 @@ from types import ModuleType
 import torch
 
 from pronghorn.kernels.reference import attention_merge as reference
+from pronghorn.kernels.reference.attention_merge import Copies, Sum
+
+__all__ = ["Copies", "Sum", "add_rows_", "merge_", "sum_copies"]
 
 
 def _path(tensor: torch.Tensor) -> ModuleType:
@@ -48,19 +51,42 @@ def merge_(
     _path(o_THE).merge_(o_THE, lse_HT, part_NHE, lse_HN, index_N)
 
 
-def add_rows_(x_THE: torch.Tensor, part_NHE: torch.Tensor, index_N: torch.Tensor) -> None:
-    """``x[index[n]] += part[n]``: the sum is made in float32 and rounded once; no index may come twice.
+def add_rows_(*sums: Sum) -> None:
+    """``x[index[n]] += part[n]`` for each ``(x, part, index)``, by one launch, in float32 and rounded once.
 
     Args:
-        x_THE, part_NHE: of one dtype; made contiguous by whoever made them.
-        index_N: int64 rows of x.
+        sums: one to three. x ``[T, H, E]`` and part ``[N, H, E]`` of one dtype, the same in all; made contiguous by
+            whoever made them. index: int64 rows of x; none may come twice.
+
+    Raises:
+        ValueError: shapes or layouts do not fit, or there are more sums.
+    """
+    if not 1 <= len(sums) <= 3:
+        raise ValueError(f"{len(sums)} sums; give one to three")
+    for x_THE, part_NHE, index_N in sums:
+        if part_NHE.shape != (index_N.shape[0], *x_THE.shape[1:]):
+            raise ValueError(f"part is {tuple(part_NHE.shape)} for {index_N.shape[0]} rows of {tuple(x_THE.shape)}")
+        for name, tensor in (("x", x_THE), ("part", part_NHE)):
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} has strides {tensor.stride()}; make it contiguous")
+    _path(sums[0][0]).add_rows_(sums)
+
+
+def sum_copies(dk_UKE: torch.Tensor, dv_UKE: torch.Tensor, copies: Copies) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(dk_TKE, dv_TKE)``: of each token the sum over its copies, in their order, in float32 and rounded once.
+
+    Args:
+        dk_UKE, dv_UKE: of one shape and dtype; made contiguous by whoever made them.
+        copies: which token each of the U rows is a copy of.
 
     Raises:
         ValueError: shapes or layouts do not fit.
     """
-    if part_NHE.shape != (index_N.shape[0], *x_THE.shape[1:]):
-        raise ValueError(f"part is {tuple(part_NHE.shape)} for {index_N.shape[0]} rows of {tuple(x_THE.shape)}")
-    for name, tensor in (("x", x_THE), ("part", part_NHE)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}; make it contiguous")
-    _path(x_THE).add_rows_(x_THE, part_NHE, index_N)
+    if dk_UKE.shape != dv_UKE.shape or dk_UKE.dtype != dv_UKE.dtype or len(dk_UKE) != len(copies.tokens_U):
+        raise ValueError(
+            f"dk is {tuple(dk_UKE.shape)}, dv {tuple(dv_UKE.shape)} for {len(copies.tokens_U)} copies; give each a row"
+        )
+    if not (dk_UKE.is_contiguous() and dv_UKE.is_contiguous()):
+        raise ValueError(f"dk and dv have strides {dk_UKE.stride()} and {dv_UKE.stride()}; make them contiguous")
+    found: tuple[torch.Tensor, torch.Tensor] = _path(dk_UKE).sum_copies(dk_UKE, dv_UKE, copies)
+    return found

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from pronghorn.kernels.launch import Launcher
+from pronghorn.kernels.reference.attention_merge import Copies, Sum
 
 TILE = 4096
 """Elements of one program's tile: a few rows of one head."""
@@ -44,18 +47,53 @@ def _merge(
 
 
 @triton.jit
-def _add_rows(x_ptr, part_ptr, index_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _add(x_ptr, part_ptr, index_ptr, N, D, BLOCK_D: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
+    if n < N:
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask = d < D
+        at = x_ptr + tl.load(index_ptr + n) * D + d
+        x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        p = tl.load(part_ptr + n * D + d, mask=mask, other=0.0).to(tl.float32)
+        tl.debug_barrier()
+        tl.store(at, (x + p).to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N0", "N1", "N2"])
+def _add_rows(
+    x0_ptr, part0_ptr, index0_ptr, N0, D0, x1_ptr, part1_ptr, index1_ptr, N1, D1, x2_ptr, part2_ptr, index2_ptr, N2, D2,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Up to three sums, one for each program of the last dimension."""
+    which = tl.program_id(2)
+    if which == 0:
+        _add(x0_ptr, part0_ptr, index0_ptr, N0, D0, BLOCK_D)
+    elif which == 1:
+        _add(x1_ptr, part1_ptr, index1_ptr, N1, D1, BLOCK_D)
+    else:
+        _add(x2_ptr, part2_ptr, index2_ptr, N2, D2, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _sum_copies(dk_ptr, dv_ptr, to_ptr, places_ptr, starts_ptr, T, D, BLOCK_D: tl.constexpr):
+    """A token of dk or dv: its copies one after another."""
+    t = tl.program_id(0)
+    first, last = tl.load(starts_ptr + t), tl.load(starts_ptr + t + 1)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = d < D
-    at = x_ptr + tl.load(index_ptr + n) * D + d
-    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    p = tl.load(part_ptr + n * D + d, mask=mask, other=0.0).to(tl.float32)
-    tl.debug_barrier()
-    tl.store(at, (x + p).to(x_ptr.dtype.element_ty), mask=mask)
+    which = tl.program_id(2)
+    from_ptr = dk_ptr
+    if which == 1:
+        from_ptr = dv_ptr
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for i in range(first, last):
+        row = tl.load(places_ptr + i).to(tl.int64)
+        total += tl.load(from_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
+    to = to_ptr + (which * T + t).to(tl.int64) * D + d
+    tl.store(to, total.to(to_ptr.dtype.element_ty), mask=mask)
 
 
-_launch_merge, _launch_add = Launcher(_merge), Launcher(_add_rows)
+_launch_merge, _launch_add, _launch_sum = Launcher(_merge), Launcher(_add_rows), Launcher(_sum_copies)
 
 
 def merge_(
@@ -70,9 +108,26 @@ def merge_(
         _launch_merge(grid, o_THE, lse_HT, part_NHE, lse_HN, index_N, N, T, H, E, block_n, block_e, num_warps=4)
 
 
-def add_rows_(x_THE: torch.Tensor, part_NHE: torch.Tensor, index_N: torch.Tensor) -> None:
+def add_rows_(sums: Sequence[Sum]) -> None:
     """See :func:`pronghorn.kernels.attention_merge.add_rows_`."""
-    N, D = index_N.shape[0], x_THE.shape[1] * x_THE.shape[2]
-    block = min(TILE, triton.next_power_of_2(D))
-    with torch.cuda.device_of(x_THE):
-        _launch_add((N, triton.cdiv(D, block)), x_THE, part_NHE, index_N, D, block, num_warps=4)
+    sizes = [(len(index_N), x_THE.shape[1] * x_THE.shape[2]) for x_THE, _, index_N in sums]
+    widest = max(D for _, D in sizes)
+    block = min(TILE, int(triton.next_power_of_2(widest)))
+    args = [(*one, N, D) for one, (N, D) in zip(sums, sizes)]
+    padded = [value for one in (*args, *args[:1] * 2)[:3] for value in one]
+    grid = (max(N for N, _ in sizes), triton.cdiv(widest, block), len(sums))
+    with torch.cuda.device_of(sums[0][0]):
+        _launch_add(grid, *padded, block, num_warps=4)
+
+
+def sum_copies(dk_UKE: torch.Tensor, dv_UKE: torch.Tensor, copies: Copies) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`pronghorn.kernels.attention_merge.sum_copies`."""
+    (_, K, E), T = dk_UKE.shape, copies.T
+    both_2TKE = dk_UKE.new_empty(2, T, K, E)
+    block = min(1024, int(triton.next_power_of_2(K * E)))
+    with torch.cuda.device_of(dk_UKE):
+        _launch_sum(
+            (T, triton.cdiv(K * E, block), 2), dk_UKE, dv_UKE, both_2TKE, copies.places, copies.starts, T, K * E, block,
+            num_warps=4,
+        )  # fmt: skip
+    return both_2TKE[0], both_2TKE[1]

@@ -16,7 +16,7 @@ a step of it needs, and ``warm.py`` compiles them side by side, where a first st
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -163,7 +163,7 @@ class Launcher:
             if compiled is not None and hasattr(compiled, "packed_metadata"):
                 self.compiled[key] = compiled
             return
-        compiled[(*grid, 1, 1)[:3]](*args)
+        compiled[(*grid, 1, 1)[:3]](*addresses(args))
 
     def in_chain(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
         """``args`` with whether the kernel begins early here, which ``options`` then say as well."""
@@ -186,6 +186,11 @@ class Launcher:
             else:
                 key.append((value % 16 == 0, value == 1, -(1 << 31) <= value < 1 << 31))
         return tuple(key)
+
+
+def addresses(args: Iterable[Any]) -> list[Any]:
+    """Arguments with tensors as their addresses: Triton would ask the driver about each tensor at every launch."""
+    return [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
 
 
 def _device_of(args: tuple[Any, ...]) -> int:
@@ -213,7 +218,7 @@ class Bound:
             aligned = aligned and tensor.data_ptr() % 16 == 0
         recorded = current_recording()
         if aligned and self._run is not None and recorded is None:
-            self._run(*args)
+            self._run(*addresses(args))
             return
         self.launcher(self.grid, *args, **self.options)
         if aligned and recorded is None:

@@ -30,13 +30,16 @@ def _path(tensor: torch.Tensor) -> ModuleType:
     return low_rank_triton
 
 
-def low_rank(x_TI: torch.Tensor, a_RI: torch.Tensor, out_TR: torch.Tensor | None = None) -> torch.Tensor:
+def low_rank(
+    x_TI: torch.Tensor, a_RI: torch.Tensor, out_TR: torch.Tensor | None = None, also_TR: torch.Tensor | None = None
+) -> torch.Tensor:
     """``x @ a^T`` in x's dtype; no gradient.
 
     Args:
         x_TI: rows contiguous, any distance apart.
         a_RI: the adapters' A, one under another, x's dtype, contiguous.
         out_TR: where to write, rows contiguous; made where None.
+        also_TR: where to write it once more.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
@@ -49,7 +52,8 @@ def low_rank(x_TI: torch.Tensor, a_RI: torch.Tensor, out_TR: torch.Tensor | None
         )
     if out_TR is None:
         out_TR = x_TI.new_empty(T, R)
-    elif out_TR.shape != (T, R) or out_TR.dtype != x_TI.dtype or out_TR.stride(1) != 1:
-        raise ValueError(f"out is {tuple(out_TR.shape)}, {out_TR.dtype}; give {(T, R)}, {x_TI.dtype}, rows contiguous")
-    _path(x_TI).low_rank(x_TI, a_RI, out_TR)
+    for out in (out_TR, also_TR):
+        if out is not None and (out.shape != (T, R) or out.dtype != x_TI.dtype or out.stride(1) != 1):
+            raise ValueError(f"out is {tuple(out.shape)}, {out.dtype}; give {(T, R)}, {x_TI.dtype}, rows contiguous")
+    _path(x_TI).low_rank(x_TI, a_RI, out_TR, also_TR)
     return out_TR

@@ -101,10 +101,10 @@ def _few_rows(
 
 @triton.jit(do_not_specialize=["T"])
 def _many_rows(
-    x_ptr, a_ptr, out_ptr, T, R, x_stride, out_stride, width, step,
-    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+    x_ptr, a_ptr, out_ptr, also_ptr, also_stride, T, R, x_stride, out_stride, width, step,
+    SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, TWICE: tl.constexpr,
 ):  # fmt: skip
-    """All runs of a tile."""
+    """All runs of a tile, written to a second place too if TWICE."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     x_row = x_ptr + t.to(tl.int64)[:, None] * x_stride
@@ -115,6 +115,9 @@ def _many_rows(
         total += _run(x_row, a_row, t < T, r < R, s * step, last, BLOCK_T, BLOCK_R, BLOCK_I)
     out = out_ptr + t.to(tl.int64)[:, None] * out_stride + r[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(t < T)[:, None] & (r < R)[None, :])
+    if TWICE:
+        also = also_ptr + t.to(tl.int64)[:, None] * also_stride + r[None, :]
+        tl.store(also, total.to(also_ptr.dtype.element_ty), mask=(t < T)[:, None] & (r < R)[None, :])
 
 
 _launch_few, _launch_many = Launcher(_few_rows, chains=True), Launcher(_many_rows)
@@ -137,7 +140,12 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 def low_rank(
-    x_TI: torch.Tensor, a_RI: torch.Tensor, out_TR: torch.Tensor, few_rows: int = FEW_ROWS, tile: Tile | None = None
+    x_TI: torch.Tensor,
+    a_RI: torch.Tensor,
+    out_TR: torch.Tensor,
+    also_TR: torch.Tensor | None = None,
+    few_rows: int = FEW_ROWS,
+    tile: Tile | None = None,
 ) -> None:
     """See :func:`pronghorn.kernels.low_rank.low_rank`; ``few_rows`` is for tests, and few rows' ``tile`` is for tests
     and measurements.
@@ -160,10 +168,13 @@ def low_rank(
                 x_TI.is_cuda and _capability(x_TI.get_device()) >= (9, 0),
                 num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
             )  # fmt: skip
+            if also_TR is not None:
+                also_TR.copy_(out_TR)
         else:
             block_t = 32 if T <= 2048 else 64
             block_r = min(max(16, int(triton.next_power_of_2(R))), 128)
+            also = out_TR if also_TR is None else also_TR
             _launch_many(
-                (triton.cdiv(T, block_t), triton.cdiv(R, block_r)), x_TI, a_RI, out_TR, *common, block_t, block_r, 64,
-                num_warps=4, num_stages=4, enable_fp_fusion=False,
+                (triton.cdiv(T, block_t), triton.cdiv(R, block_r)), x_TI, a_RI, out_TR, also, also.stride(0), *common,
+                block_t, block_r, 64, also_TR is not None, num_warps=4, num_stages=4, enable_fp_fusion=False,
             )  # fmt: skip

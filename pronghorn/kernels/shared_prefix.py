@@ -18,6 +18,10 @@ Backward of a softmax needs of the other keys only :math:`\ell` and :math:`D = \
 So each part's own backward, given the merged o and :math:`\ell` in place of its own, forms the true :math:`P_j` and D,
 and returns the true dS of its keys: :math:`dq = \sum_a dS_j k_j + \sum_b dS_j k_j` is the sum of the parts' dq, and
 each key's dk and dv gather over the parts that it is in, which for a prompt's keys are its own row and part b.
+
+Backward in two parts takes some ten launches more than one over plain rows. Where there are few keys (:data:`GATHER`),
+each completion's are copied behind a copy of its prompt's, one causal backward takes all rows, and a key's dk and dv
+are the sums over its copies.
 """
 
 from __future__ import annotations
@@ -25,12 +29,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 
 from pronghorn.kernels.attention import Path, attention_backward, attention_forward
-from pronghorn.kernels.attention_merge import add_rows_, merge_
+from pronghorn.kernels.attention_merge import Copies, add_rows_, merge_, sum_copies
 from pronghorn.kernels.spans import Spans, pieces_on_device
+
+GATHER = 8192
+"""Backward copies prompts for their completions where that makes so many keys at most: a GPU is done with these before
+the host has launched the kernels of two parts. With more, copies would cost memory and time."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,36 @@ class Tokens:
             start, stop = self.pieces[0]
             return x.narrow(dim, start, stop - start)
         return x.index_select(dim, self.index)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Rows of queries over keys of their own: a completion's are its prompt's, copied, and then its own.
+
+    Attributes:
+        spans: each row's queries and keys, causal from the last of both on.
+        copies: which token each of the U keys is a copy of.
+    """
+
+    spans: Spans
+    copies: Copies
+
+    def backward(
+        self,
+        do_THE: torch.Tensor,
+        q_THE: torch.Tensor,
+        k_TKE: torch.Tensor,
+        v_TKE: torch.Tensor,
+        o_THE: torch.Tensor,
+        lse_HT: torch.Tensor,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``(dq_THE, dk_TKE, dv_TKE)``, by flash; o and lse are those of all keys that a query sees."""
+        k_UKE, v_UKE = (t.index_select(0, self.copies.index) for t in (k_TKE, v_TKE))
+        dq_THE, dk_UKE, dv_UKE = attention_backward(
+            do_THE, q_THE, k_UKE, v_UKE, o_THE, lse_HT, self.spans, scale, Path.FLASH
+        )
+        return dq_THE, *sum_copies(dk_UKE, dv_UKE, self.copies)
 
 
 class SharedPrefix:
@@ -84,6 +123,24 @@ class SharedPrefix:
         self.prompts, self.completions = Tokens(tuple(prompts), device), Tokens(tuple(completions), device)
         q_lengths, k_lengths = (tuple(b - a for a, b in pieces) for pieces in (completions, prompts))
         self.spans = Spans(q_lengths, k_lengths, causal=False, device=device)
+        self.row_lengths, self.prefix = tuple(row_lengths), tuple(prefix)
+
+    @cached_property
+    def gathered(self) -> Gathered | None:
+        """All rows' keys with copies of the prompts; None where these are too many."""
+        k_lengths = tuple(
+            n if above is None else n + self.row_lengths[above] for n, above in zip(self.row_lengths, self.prefix)
+        )
+        if sum(k_lengths) > GATHER:
+            return None
+        starts = [0, *accumulate(self.row_lengths)]
+        keys = []
+        for row, above in enumerate(self.prefix):
+            for source in (row,) if above is None else (above, row):
+                keys.append(torch.arange(starts[source], starts[source + 1]))
+        device = self.prompts.device
+        spans = Spans(self.row_lengths, k_lengths, causal=True, device=device)
+        return Gathered(spans, Copies(torch.cat(keys), starts[-1], device))
 
     def forward_(
         self,
@@ -124,6 +181,5 @@ class SharedPrefix:
         dq_NHE, dk_UKE, dv_UKE = attention_backward(
             do_NHE, q_NHE, k_UKE, v_UKE, o_NHE, lse_HN, self.spans, scale, path, softcap
         )
-        add_rows_(dq_THE, dq_NHE, self.completions.index)
-        add_rows_(dk_TKE, dk_UKE, self.prompts.index)
-        add_rows_(dv_TKE, dv_UKE, self.prompts.index)
+        queries, keys = self.completions.index, self.prompts.index
+        add_rows_((dq_THE, dq_NHE, queries), (dk_TKE, dk_UKE, keys), (dv_TKE, dv_UKE, keys))

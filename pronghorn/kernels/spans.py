@@ -29,7 +29,8 @@ class Spans:
 
     Attributes:
         q_lengths, k_lengths: queries and keys of each span, each at least 1.
-        causal: query n of a span sees its keys up to n (``k_lengths`` must equal ``q_lengths``); else all of them.
+        causal: query n of a span sees its keys up to n; else all of them. With more keys than queries a span's last
+            query sees all its keys, and each one before it one key less: flash alone takes such spans.
         window: a query sees at most the last ``window`` keys up to its own; None for all. Causal spans only.
         device: where the tokens are.
     """

@@ -71,11 +71,12 @@ class Input:
         if group.a_RI is None:
             return None
         place = self.table_TK[:, self.inputs :] if self.wide else out_TR
+        twice = out_TR if self.wide else None
         if ordered:
-            low_TR = low_rank(self.x_TI, group.a_RI, place)
-        else:
-            low_TR = torch.mm(self.x_TI, group.a_RI.T, out=place)
-        return low_TR if out_TR is None or not self.wide else out_TR.copy_(low_TR)
+            low_TR = low_rank(self.x_TI, group.a_RI, place, twice)
+            return low_TR if twice is None else twice
+        low_TR = torch.mm(self.x_TI, group.a_RI.T, out=place)
+        return low_TR if twice is None else twice.copy_(low_TR)
 
     def padded(self) -> Input:
         """The same with at least :data:`ORDERED_ROWS` rows; those below the input's mean nothing."""
@@ -195,9 +196,12 @@ def input_gradient(
     g_TR = dx_TI = None
     if group.a_RI is not None:
         g_TR = dy_TO[:, O:] if spare else dy_TO.new_empty(dy_TO.shape[0], group.rank)
-        for p, b_Or, span, columns in zip(group.members, group.bs_Or, group.spans, group.columns):
-            if b_Or is not None:
-                _product(g_TR[:, span], dy_TO[:, columns], b_Or, p.scaling)
+        if held is not None:
+            torch.mm(dy_TO[:, :O], held.b_OR, out=g_TR)
+        else:
+            for p, b_Or, span, columns in zip(group.members, group.bs_Or, group.spans, group.columns):
+                if b_Or is not None:
+                    _product(g_TR[:, span], dy_TO[:, columns], b_Or, p.scaling)
         if need_dx and held is not None and spare:
             return dy_TO @ held.with_a, g_TR
         if need_dx:

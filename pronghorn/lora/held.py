@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from ..kernels.scaled_blocks import Block, scaled_blocks
 from .projection import Group, Piece, table
 
 
@@ -27,17 +30,30 @@ class HeldWeights:
             else:
                 weight_OI.copy_(p.weight(dtype))
         self.outputs, self.inputs = O, I
-        self.refresh(group)
+        with torch.no_grad():
+            for source, place, factor in self.blocks(group):
+                torch.mul(source, factor, out=place)
+        self._of: Group | None = None
+        self._write: Callable[[], None] | None = None
 
-    @torch.no_grad()
+    def blocks(self, group: Group) -> list[Block]:
+        """What :meth:`refresh` writes: each B times its scaling beside its W, and every A below."""
+        if group.a_RI is None:
+            return []
+        beside = [
+            (b_Or, self.table[rows, self.inputs + span.start : self.inputs + span.stop], p.scaling)
+            for p, b_Or, rows, span in zip(group.members, group.bs_Or, group.columns, group.spans)
+            if b_Or is not None
+        ]
+        return [*beside, (group.a_RI, self.table[self.outputs :, : self.inputs], 1.0)]
+
     def refresh(self, group: Group) -> None:
         """Write the adapters as they are rounded now."""
-        if group.a_RI is None:
-            return
-        for p, b_Or, rows, span in zip(group.members, group.bs_Or, group.columns, group.spans):
-            if b_Or is not None:
-                torch.mul(b_Or, p.scaling, out=self.table[rows, self.inputs + span.start : self.inputs + span.stop])
-        self.table[self.outputs :, : self.inputs].copy_(group.a_RI)
+        if self._of is not group:
+            blocks = self.blocks(group)
+            self._of, self._write = group, scaled_blocks(blocks) if blocks else None
+        if self._write is not None:
+            self._write()
 
     @property
     def bytes(self) -> int:
@@ -49,6 +65,11 @@ class HeldWeights:
         """W with B beside it."""
         rows = self.table[: self.outputs]
         return Piece(slice(0, self.outputs), rows[:, : self.inputs], rows)
+
+    @property
+    def b_OR(self) -> torch.Tensor:
+        """``s B`` of all projections, zeros where a row's projection has no part of the R ranks."""
+        return self.table[: self.outputs, self.inputs :]
 
     @property
     def with_a(self) -> torch.Tensor:

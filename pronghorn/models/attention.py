@@ -144,6 +144,8 @@ class PackedAttention:
         """``(dq_THE, dk_TKE, dv_TKE)`` in the inputs' dtypes, from :meth:`forward`'s inputs and what it returned."""
         path = self.choice(q_THE.dtype, q_THE.shape[2]).path
         given = (do_THE, q_THE, k_TKE, v_TKE, o_THE, stats[0])
+        if self.shared is not None and path is Path.FLASH and self.shared.gathered is not None:
+            return self.shared.gathered.backward(*given, scale)
         gradients = attention_backward(*given, self.own, scale, path, self.softcap)
         if self.shared is None:
             return gradients

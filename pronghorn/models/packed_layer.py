@@ -87,7 +87,7 @@ def _held(layer: Any, ready: tuple[Parts, Groups], dtype: torch.dtype) -> Held:
         release_held([layer])
         found = layer.__dict__[HELD] = HeldOf(key, held_weights(groups, dtype))
     else:
-        found.weights.refresh(groups)
+        found.refresh(groups)
     return found.weights
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..kernels.glu import ACTIVATIONS
+from ..kernels.scaled_blocks import scaled_blocks
 from ..lora.held import HeldWeights
 from ..lora.projection import Group, Projection, hooked, read_projection
 from ..lora.rounded import Rounded
@@ -36,18 +37,23 @@ class Held(NamedTuple):
     gate_up: HeldWeights | None = None
     down: HeldWeights | None = None
 
-    def refresh(self, groups: Groups) -> None:
-        """Write the adapters beside the weights anew."""
-        for own, group in zip(self, groups):
-            if own is not None:
-                own.refresh(group)
-
 
 class HeldOf:
     """Dequantized weights of one layer and what they were made from; a deep copy of the model makes its own."""
 
     def __init__(self, key: object, weights: Held) -> None:
         self.key, self.weights = key, weights
+        self._of: Groups | None = None
+        self._write: Callable[[], None] | None = None
+
+    def refresh(self, groups: Groups) -> None:
+        """Write the adapters beside the weights anew: one launch for a layer."""
+        if self._of is not groups:
+            held = [(own, group) for own, group in zip(self.weights, groups) if own is not None]
+            blocks = [block for own, group in held for block in own.blocks(group)]
+            self._of, self._write = groups, scaled_blocks(blocks) if blocks else None
+        if self._write is not None:
+            self._write()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeldOf:
         return HeldOf(None, Held())

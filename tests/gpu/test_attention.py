@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pronghorn.kernels import attention_merge
+from pronghorn.kernels import attention_merge, shared_prefix
 from pronghorn.kernels.attention import Path
 from pronghorn.kernels.reference import attention_merge as merge_reference
 from pronghorn.models.attention import PackedAttention
@@ -114,8 +114,14 @@ def test_windows(window: int) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("lengths", "prefix"), GROUPS, ids=str)
-def test_shared_prefix(lengths: list[int], prefix: list[int | None], head_dim: int) -> None:
+@pytest.mark.parametrize("copies", [True, False], ids=["copied", "in-two-parts"])
+def test_shared_prefix(
+    lengths: list[int], prefix: list[int | None], head_dim: int, copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not copies:
+        monkeypatch.setattr(shared_prefix, "GATHER", 0)
     attention = PackedAttention(lengths, "cuda", prefix)
+    assert attention.shared is not None and (attention.shared.gathered is not None) == copies
     check(attention, normal(sum(lengths), 8, 2, head_dim), visible(lengths, prefix))
 
 
@@ -230,5 +236,5 @@ def test_merge_of_many_rows(E: int) -> None:
     rest = torch.ones(T, dtype=torch.bool, device="cuda").index_fill(0, index, False)
     assert torch.equal(mine[rest], o[rest]) and torch.equal(mine_lse[:, rest], lse[:, rest])
     added, expected = o.clone(), o.float().index_add(0, index, part.float()).to(BF16)
-    attention_merge.add_rows_(added, part, index)
+    attention_merge.add_rows_((added, part, index))
     assert torch.equal(added, expected)

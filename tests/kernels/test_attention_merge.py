@@ -7,7 +7,7 @@ import torch
 
 from pronghorn.kernels import attention_merge as module
 from pronghorn.kernels import attention_merge_triton
-from pronghorn.kernels.attention_merge import add_rows_, merge_
+from pronghorn.kernels.attention_merge import Copies, add_rows_, merge_, sum_copies
 from pronghorn.kernels.reference import attention_merge as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,13 +65,30 @@ def test_a_query_that_saw_no_other_key_keeps_its_own(path: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_rows_are_added_and_rounded_once(path: str, dtype: torch.dtype) -> None:
-    x, part = (torch.randn(n, 3, 20, device=DEVICE).to(dtype) for n in (7, 4))
-    index = torch.tensor([6, 0, 3, 2], device=DEVICE)
-    expected = x.clone()
-    expected[index] = (x[index].double() + part.double()).to(dtype)
-    add_rows_(x, part, index)
-    assert torch.equal(x, expected)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_rows_are_added_and_rounded_once(path: str, count: int, dtype: torch.dtype) -> None:
+    """Sums of unlike sizes in one call."""
+    shapes = [((7, 3, 20), [6, 0, 3, 2]), ((5, 1, 20), [4]), ((9, 2, 8), [1, 8, 0, 2, 3, 7])][:count]
+    sums, expected = [], []
+    for shape, rows in shapes:
+        x, part = (torch.randn(n, *shape[1:], device=DEVICE).to(dtype) for n in (shape[0], len(rows)))
+        index = torch.tensor(rows, device=DEVICE)
+        expected.append(x.clone())
+        expected[-1][index] = (x[index].double() + part.double()).to(dtype)
+        sums.append((x, part, index))
+    add_rows_(*sums)
+    assert all(torch.equal(x, wanted) for (x, _, _), wanted in zip(sums, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_copies_are_added_up_and_rounded_once(path: str, dtype: torch.dtype) -> None:
+    """Small whole numbers, whose sums are exact in any order."""
+    tokens = torch.tensor([0, 1, 2, 0, 1, 3, 0, 1, 4, 5])
+    copies = Copies(tokens, 6, torch.device(DEVICE))
+    dk, dv = (torch.randint(-20, 20, (10, 3, 700), device=DEVICE).to(dtype) for _ in range(2))
+    for got, parts in zip(sum_copies(dk, dv, copies), (dk, dv)):
+        wanted = torch.stack([parts[tokens.to(DEVICE) == t].double().sum(0) for t in range(6)])
+        assert got.dtype == dtype and torch.equal(got.double(), wanted)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -81,4 +98,11 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="contiguous"):
         merge_(o, torch.zeros(4, 2).t(), torch.zeros(3, 2, 8), torch.zeros(2, 3), index)
     with pytest.raises(ValueError, match="rows"):
-        add_rows_(o, torch.zeros(4, 2, 8), index)
+        add_rows_((o, torch.zeros(4, 2, 8), index))
+    with pytest.raises(ValueError, match="one to three"):
+        add_rows_()
+    copies = Copies(index, 3, torch.device("cpu"))
+    with pytest.raises(ValueError, match="give each a row"):
+        sum_copies(o, o, copies)
+    with pytest.raises(ValueError, match="contiguous"):
+        sum_copies(o[:3].transpose(1, 2), o[:3].transpose(1, 2), copies)

@@ -60,7 +60,7 @@ def test_one_binding_for_each_specialization() -> None:
     for args in same:
         launch((4,), *args, num_warps=4)
     assert kernel.bound == 1
-    assert kernel.calls == [((4, 1, 1), same[1])]
+    assert kernel.calls == [((4, 1, 1), (same[1][0].data_ptr(), *same[1][1:]))]
     others = [
         (x[1:], 32, 0.5, 7),  # not aligned to 16 bytes
         (x.double(), 32, 0.5, 7),
@@ -119,11 +119,11 @@ def test_a_bound_launch_goes_straight_to_the_kernel_while_its_tensors_are_aligne
     assert kernel.bound == 1 and kernel.calls == []  # compiled, and launched by that call
     other = torch.empty(64)
     bound(other)
-    assert kernel.bound == 1 and kernel.calls == [((4, 1, 1), (other, 32, 0.5, 7))]
+    assert kernel.bound == 1 and kernel.calls == [((4, 1, 1), (other.data_ptr(), 32, 0.5, 7))]
     bound(x[1:])  # another specialization
     assert kernel.bound == 2 and len(kernel.calls) == 1
     bound(x)
-    assert kernel.bound == 2 and kernel.calls[-1] == ((4, 1, 1), (x, 32, 0.5, 7))
+    assert kernel.bound == 2 and kernel.calls[-1] == ((4, 1, 1), (x.data_ptr(), 32, 0.5, 7))
     with recording() as recorded:
         bound(x)
     assert len(recorded.launches) == 1 and len(kernel.calls) == 2

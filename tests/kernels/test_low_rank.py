@@ -27,9 +27,11 @@ def test_both_launches_give_the_product(T: int, I: int, R: int, tile: Tile | Non
     a = torch.randn(R, I, device=DEVICE).to(dtype)
     exact = x.double() @ a.double().T
     few, many, plain = (torch.full((T, R), float("nan"), dtype=dtype, device=DEVICE) for _ in range(3))
-    low_rank_triton.low_rank(x, a, few, few_rows=T, tile=tile)
-    low_rank_triton.low_rank(x, a, many, few_rows=0)
-    module.reference.low_rank(x, a, plain)
+    seconds = [torch.full((T, R + 5), float("nan"), dtype=dtype, device=DEVICE)[:, 3 : R + 3] for _ in range(3)]
+    low_rank_triton.low_rank(x, a, few, seconds[0], few_rows=T, tile=tile)
+    low_rank_triton.low_rank(x, a, many, seconds[1], few_rows=0)
+    module.reference.low_rank(x, a, plain, seconds[2])
+    assert all(torch.equal(first, second) for first, second in zip((few, many, plain), seconds))
     # The sum errs by about its length times float32's unit, and float16 rounds once.
     bound = 1e-6 if dtype == torch.float32 else 6e-4
     for found in (few, many, plain):
@@ -55,3 +57,5 @@ def test_writes_where_it_is_told_and_refuses_what_does_not_fit() -> None:
         low_rank(x, a.half())
     with pytest.raises(ValueError, match="out is"):
         low_rank(x, a, torch.empty(3, 9))
+    with pytest.raises(ValueError, match="out is"):
+        low_rank(x, a, table[:, 4:12], torch.empty(3, 9))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pronghorn.kernels import attention_cuda
+from pronghorn.kernels import attention_cuda, shared_prefix
 from pronghorn.kernels.attention import Choice, Path, choose
 from pronghorn.kernels.reference import attention as reference
 from pronghorn.kernels.spans import Spans
@@ -104,6 +104,44 @@ GROUPS: list[tuple[list[int], list[int | None]]] = [
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2)])
 def test_completions_see_their_prompt(path: Path, lengths: list[int], prefix: list[int | None], H: int, K: int) -> None:
     compare(PackedAttention(lengths, "cpu", prefix), visible(lengths, prefix), H, K)
+
+
+@torch.enable_grad()
+def last_sees_all(do, q, k, v, o, lse, spans, scale, path):
+    """What flash's backward is for spans with more keys than queries, one span after another."""
+    assert path is Path.FLASH and spans.causal
+    found, a, b = [], 0, 0
+    for n, m in zip(spans.q_lengths, spans.k_lengths):
+        inputs = [t.detach().requires_grad_() for t in (q[a : a + n], k[b : b + m], v[b : b + m])]
+        seen = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+        got = plain(*inputs, seen)
+        torch.testing.assert_close(got, o[a : a + n], rtol=1e-12, atol=1e-12)
+        found.append(torch.autograd.grad(got, inputs, do[a : a + n]))
+        a, b = a + n, b + m
+    return tuple(torch.cat(parts) for parts in zip(*found))
+
+
+@pytest.mark.parametrize(("lengths", "prefix"), GROUPS, ids=str)
+def test_backward_over_copied_prompts(
+    lengths: list[int], prefix: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [t.detach() for t in qkv(sum(lengths), 4, 2, 8)]
+    attention = PackedAttention(lengths, "cpu", prefix)
+    o, stats = attention.forward(*inputs, SCALE)
+    do = torch.randn_like(o)
+    parts = attention.backward(do, *inputs, o, stats, SCALE)
+    monkeypatch.setattr(shared_prefix, "attention_backward", last_sees_all)
+    monkeypatch.setattr(PackedAttention, "choice", lambda *_: Choice(Path.FLASH, "of a test"))
+    for got, wanted in zip(attention.backward(do, *inputs, o, stats, SCALE), parts):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_many_copies_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, prefix = GROUPS[1]
+    monkeypatch.setattr(shared_prefix, "GATHER", 31)
+    assert PackedAttention(lengths, "cpu", prefix).shared.gathered is not None
+    monkeypatch.setattr(shared_prefix, "GATHER", 30)
+    assert PackedAttention(lengths, "cpu", prefix).shared.gathered is None
 
 
 @pytest.mark.parametrize(("lengths", "prefix"), [*GROUPS, ([7, 1, 12], None)], ids=str)

@@ -13,7 +13,7 @@ def run_length(inputs: int) -> int:
     return -(-inputs // (64 * SPLITS)) * 64
 
 
-def low_rank(x_TI: torch.Tensor, a_RI: torch.Tensor, out_TR: torch.Tensor) -> None:
+def low_rank(x_TI: torch.Tensor, a_RI: torch.Tensor, out_TR: torch.Tensor, also_TR: torch.Tensor | None = None) -> None:
     """See :func:`pronghorn.kernels.low_rank.low_rank`; what a matrix product sums in a run is in its own order."""
     wide = torch.promote_types(x_TI.dtype, torch.float32)
     step = run_length(x_TI.shape[1])
@@ -22,3 +22,5 @@ def low_rank(x_TI: torch.Tensor, a_RI: torch.Tensor, out_TR: torch.Tensor) -> No
         run = slice(start, start + step)
         total_TR += x_TI[:, run].to(wide) @ a_RI[:, run].to(wide).T
     out_TR.copy_(total_TR)
+    if also_TR is not None:
+        also_TR.copy_(total_TR)
