@@ -11,6 +11,7 @@ log-probability of it is taken. Such a stretch at the end is no input either.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -37,6 +38,7 @@ class PackedRollouts:
         sampler_logps_N, old_logps_N, ref_logps_N: log-probabilities of the scored tokens; None where unknown.
         kept_N: bool, see :class:`~pronghorn.grpo.rollouts.Rollout`; None where unknown.
         stale_N: bool, tokens of rollouts that were sampled under an earlier policy; None where there are none.
+        complete: the sampler scored every token, under the policy of now.
     """
 
     input_ids_T: torch.Tensor
@@ -52,6 +54,7 @@ class PackedRollouts:
     ref_logps_N: torch.Tensor | None = None
     kept_N: torch.Tensor | None = None
     stale_N: torch.Tensor | None = None
+    complete: bool = False
 
     @property
     def rows(self) -> int:
@@ -157,4 +160,5 @@ def pack(
         ref_logps_N=joined([r.ref_logps for _, r in scored]),
         kept_N=joined([r.kept for _, r in scored], torch.bool),
         stale_N=torch.tensor(stale).to(device) if any(stale) else None,
+        complete=not any(stale) and not any(map(math.isnan, sampled)),
     )

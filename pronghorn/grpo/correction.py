@@ -68,16 +68,18 @@ def correct(
     mode: str,
     low: float | None,
     high: float | None,
+    complete: bool = False,
 ) -> Correction:
     """Weights of N tokens in ``rows`` rows under ``mode`` (a key of :data:`MODES`) with bounds ``[low, high]``.
 
-    A NaN in ``sampler_logps_N`` (a token that the sampler could not score) counts as no mismatch. By token the ratio is
-    that of Yao et al. 2025 (https://fengyao.notion.site/off-policy-rl), by sequence that of Liu et al. 2025
+    A NaN in ``sampler_logps_N`` (a token that the sampler could not score) counts as no mismatch; ``complete`` says
+    that there is none, so that the host need not wait to see how many there are. By token the ratio is that
+    of Yao et al. 2025 (https://fengyao.notion.site/off-policy-rl), by sequence that of Liu et al. 2025
     (https://yingru.notion.site/When-Speed-Kills-Stability-271211a558b7808d8b12d403fd15edda).
     """
     by_sequence, bound = MODES[mode]
     difference_N = trainer_logps_N.detach() - sampler_logps_N
-    known_M = difference_N[~torch.isnan(difference_N)]
+    known_M = difference_N if complete else difference_N[~torch.isnan(difference_N)]
     difference_N = torch.nan_to_num(difference_N, nan=0.0)
     if by_sequence:
         ratios = bound(torch.exp(row_sum(difference_N, row_N, rows)), low, high)

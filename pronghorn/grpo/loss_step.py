@@ -184,6 +184,7 @@ class LossStep:
             args.vllm_importance_sampling_mode,
             args.vllm_importance_sampling_clip_min,
             args.vllm_importance_sampling_clip_max,
+            batch.complete,
         )
         applied = bool(args.vllm_importance_sampling_correction)
         correction_metrics(correction, applied, metrics)

@@ -18,41 +18,68 @@ from .disk import append_whole, room_on_disk
 class Metrics:
     """Means, minima and maxima since the last flush. NaN values are left out.
 
-    Means are weighted (by tokens, rows or steps), so that splitting a batch into micro-batches changes nothing.
+    Means are weighted (by tokens, rows or steps), so that splitting a batch into micro-batches changes nothing. Values
+    that a GPU has yet to compute are read when somebody asks, all at once: reading each as it comes would have the host
+    wait some twenty times between a forward and its backward, and the GPU idle meanwhile.
     """
 
     def __init__(self) -> None:
         self._values: dict[str, list[Any]] = {}
+        self._coming: list[tuple[str, str, float | torch.Tensor, float, float]] = []
 
     def mean(self, name: str, value: float | torch.Tensor, weight: float = 1.0) -> None:
         """One value of ``weight`` more to average."""
-        self.add(name, float(value) * weight, weight)
+        self._take("mean", name, value, weight, weight)
 
     def add(self, name: str, total: float | torch.Tensor, weight: float) -> None:
         """A sum of ``weight`` values more to average; ``weight`` 0 adds to the sum alone."""
-        entry = self._values.setdefault(name, ["mean", 0.0, 0.0])
-        if not math.isnan(float(total)):
-            entry[1] += float(total)
-            entry[2] += weight
+        self._take("mean", name, total, 1.0, weight)
 
     def low(self, name: str, value: float | torch.Tensor) -> None:
-        self._extreme("low", name, float(value))
+        self._take("low", name, value, 1.0, 1.0)
 
     def high(self, name: str, value: float | torch.Tensor) -> None:
-        self._extreme("high", name, float(value))
+        self._take("high", name, value, 1.0, 1.0)
 
     def last(self, name: str, value: float) -> None:
-        self._values[name] = ["last", float(value), 1.0]
+        self._take("last", name, value, 1.0, 1.0)
 
-    def _extreme(self, kind: str, name: str, value: float) -> None:
-        entry = self._values.setdefault(name, [kind, math.nan, 0.0])
-        if not math.isnan(value):
+    def _take(self, kind: str, name: str, value: float | torch.Tensor, factor: float, weight: float) -> None:
+        """In the order in which they came, whoever they are."""
+        if isinstance(value, torch.Tensor):
+            value = value.detach()
+            if _computing(value) or self._coming:
+                self._coming.append((kind, name, value, factor, weight))
+                return
+        elif self._coming:
+            self._coming.append((kind, name, float(value), factor, weight))
+            return
+        self._put(kind, name, float(value), factor, weight)
+
+    def settle(self) -> None:
+        """Read what a GPU had yet to compute; it is waited for."""
+        coming, self._coming = self._coming, []
+        numbers = _numbers([value for _, _, value, _, _ in coming])
+        for (kind, name, _, factor, weight), number in zip(coming, numbers):
+            self._put(kind, name, number, factor, weight)
+
+    def _put(self, kind: str, name: str, value: float, factor: float, weight: float) -> None:
+        entry = self._values.setdefault(name, [kind, 0.0 if kind == "mean" else math.nan, 0.0])
+        if kind == "last":
+            entry[1:] = [value, 1.0]
+        elif math.isnan(value):
+            return
+        elif kind == "mean":
+            entry[1] += value * factor
+            entry[2] += weight
+        else:
             better = min if kind == "low" else max
             entry[1] = better(entry[1], value) if entry[2] else value
             entry[2] = 1.0
 
     def flush(self) -> dict[str, float | None]:
         """The values, None where only NaN came in; starts anew."""
+        self.settle()
         out = {
             name: None if not weight else (value / weight if kind == "mean" else value)
             for name, (kind, value, weight) in self._values.items()
@@ -61,10 +88,31 @@ class Metrics:
         return out
 
     def state(self) -> dict[str, list[Any]]:
+        self.settle()
         return {name: list(entry) for name, entry in self._values.items()}
 
     def load(self, state: dict[str, list[Any]]) -> None:
+        self._coming = []
         self._values = {name: list(entry) for name, entry in state.items()}
+
+
+def _computing(tensor: torch.Tensor) -> bool:
+    """Whether reading it would wait for what was queued before."""
+    return tensor.is_cuda
+
+
+def _numbers(values: list[float | torch.Tensor]) -> list[float]:
+    """Each as a Python float; tensors of one kind are read by one copy."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            kinds.setdefault((value.device, value.dtype), []).append(i)
+    found = [value if isinstance(value, float) else math.nan for value in values]
+    for places in kinds.values():
+        tensors = [value.reshape(()) for i in places if isinstance(value := values[i], torch.Tensor)]
+        for i, number in zip(places, torch.stack(tensors).tolist()):
+            found[i] = float(number)
+    return found
 
 
 class History:

@@ -258,9 +258,10 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         self.accelerator.backward(loss)
         self._step_losses.append(loss.detach())
         self.position.micro_steps += 1
-        self._step_seconds += time.perf_counter() - started
         last = not self._micro_batches
         self.metrics[TRAIN].add("loss", loss.detach(), 1.0 if last else 0.0)
+        self.metrics[TRAIN].settle()  # waits for backward
+        self._step_seconds += time.perf_counter() - started
         if last:
             self.loss_step.close(self.metrics[TRAIN])
             self.metrics[TRAIN].mean("step_time", self._step_seconds)
@@ -315,6 +316,7 @@ class GRPOTrainer(SavingMixin, GuardMixin, Trainer):
         self._evaluated += 1
         with torch.no_grad():
             loss = self.loss_step(self.loss_step.pack(rollouts), window_of(rollouts), self.metrics[EVAL])
+        self.metrics[EVAL].settle()
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -58,3 +58,17 @@ def test_both_layouts_are_as_close_to_float32(tmp_path: Path) -> None:
         errors.append([((got[name] - wanted).norm() / wanted.norm()).item() for got in (shared, plain)])
     ours, theirs = torch.tensor(errors).mean(0).tolist()
     assert ours < 0.05 and ours <= 1.2 * theirs, (ours, theirs)
+
+
+def test_nothing_waits_between_forward_and_backward(tmp_path: Path) -> None:
+    model = pronghorn_model(torch.bfloat16, **SIZES).train().to(DEVICE)
+    step, made = LossStep(config(tmp_path), model), rollouts()
+    metrics = Metrics()
+    for mode in ("default", "error"):  # the first compiles
+        batch = pack(made, DEVICE, step.dtype)
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            step(batch, window_of(made), metrics).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert metrics.flush()["entropy"] is not None

@@ -164,5 +164,7 @@ def test_correction_by_hand() -> None:
     assert set(expected) == set(MODES)
     for mode, weights in expected.items():
         torch.testing.assert_close(correct(trainer, sampler, row, 2, mode, None, 3.0).weights_N, torch.tensor(weights))
+        found, same = (correct(trainer, sampler, row, 2, mode, None, 3.0, complete) for complete in (False, True))
+        assert all(torch.equal(getattr(found, f.name), getattr(same, f.name)) for f in dataclasses.fields(found))
     unknown = correct(trainer, torch.tensor([torch.nan] * 3), row, 2, "token_mask", None, 3.0)
     assert unknown.weights_N.tolist() == [1, 1, 1] and unknown.gap_M.numel() == 0 and unknown.kl == 0

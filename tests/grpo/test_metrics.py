@@ -6,6 +6,10 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+import torch
+
+from pronghorn.grpo import metrics as module
 from pronghorn.grpo.metrics import History, Metrics
 from pronghorn.grpo.rollouts import Sample
 from pronghorn.grpo.samples import print_samples
@@ -27,6 +31,41 @@ def test_means_are_weighted_and_nan_is_left_out() -> None:
     assert metrics.flush() == expected and metrics.flush() == {}
     metrics.load(json.loads(json.dumps(saved)))
     assert metrics.flush() == expected
+
+
+def test_what_a_gpu_computes_is_read_once_and_to_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, in the order in which values came, whatever their kinds."""
+
+    def gather() -> Metrics:
+        generator = torch.Generator().manual_seed(0)
+        metrics, x = Metrics(), torch.randn(40, generator=generator)
+        metrics.mean("a", 0.1, 3)
+        for i, dtype in enumerate((torch.float32, torch.float64, torch.float32, torch.int64)):
+            value = (x[i] * 10).to(dtype)
+            metrics.mean("a", value, 7)
+            metrics.mean("a", 0.3)
+            metrics.add("sum", value, 0.0)
+            metrics.low("low", value)
+            metrics.high("high", value)
+            metrics.last("last", i)
+        metrics.mean("a", torch.tensor(torch.nan), 5)
+        metrics.high("gone", torch.tensor(torch.nan))
+        metrics.add("sum", torch.tensor(1.0, requires_grad=True), 2.0)
+        return metrics
+
+    expected = gather().state()
+    reads: list[int] = []
+    numbers = module._numbers
+    monkeypatch.setattr(module, "_computing", lambda tensor: True)
+    monkeypatch.setattr(module, "_numbers", lambda values: reads.append(len(values)) or numbers(values))
+    metrics = gather()
+    assert not reads and metrics._values.keys() == {"a"}, "only what came before the first tensor is there"
+    assert metrics.state() == expected and list(metrics.state()) == list(expected)
+    assert metrics.flush().keys() == expected.keys() and metrics.flush() == {}
+    assert reads[0] == 27 and not any(reads[1:])
+    metrics.mean("a", torch.tensor(2.0))
+    metrics.load({})
+    assert metrics.flush() == {}
 
 
 def test_history_keeps_what_a_resumed_run_has_behind_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pronghorn.grpo.logprobs import score
 from pronghorn.grpo.loss_step import LossStep, window_of
 from pronghorn.grpo.losses import LOSSES
 from pronghorn.grpo.metrics import Metrics
+from pronghorn.grpo.old_policy import comparable
 from pronghorn.grpo.rollouts import Rollout
 from tests.grpo.support import config, pronghorn_model
 from tests.grpo.trl_oracle import in_float64
@@ -170,3 +172,14 @@ def test_a_batch_without_scored_tokens_has_a_loss_of_zero(tmp_path: Path) -> Non
 def test_a_prompt_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="rollout 0: the prompt has no tokens"):
         pack([Rollout([], [1, 2], [0.0, 0.0])], "cpu")
+
+
+def test_a_batch_knows_whether_the_sampler_scored_all_of_it() -> None:
+    known = Rollout([7, 8], [9, 10], [-1.0, -2.0])
+    unknown = Rollout([7, 8], [9, 10], [-1.0, math.nan])
+    stale = Rollout([7, 8], [9, 10], [-1.0, -2.0], age=1)
+    for made, complete in (([known], True), ([known, unknown], False), ([stale, known], False)):
+        batch = pack(made, "cpu")
+        assert batch.complete == complete
+        gap = comparable(batch, batch.sampler_logps_N) - batch.sampler_logps_N
+        assert bool(gap.isnan().any()) != complete
