@@ -58,7 +58,7 @@ def bench_dequantize(results: Results, bandwidth: float) -> None:
     stream = torch.cuda.Stream()
     for shape in SHAPES:
         weight = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
-        nf4 = NF4Tensor.quantize(weight)
+        nf4 = NF4Tensor.quantize(weight).in_tiles()
         packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         out = torch.empty_like(weight)
         same = torch.equal(nf4.dequantize().view(torch.int16), bnb.dequantize_4bit(packed, state).view(torch.int16))

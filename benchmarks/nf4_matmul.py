@@ -7,7 +7,8 @@ scales take at this GPU's measured copy bandwidth; ``pronghorn+low_rank`` has ``
 step has it. Peers in the same run, without an adapter: bitsandbytes' own product of its 4-bit weights, each projection
 by itself, and torch's with the weights in bf16. Calls on weights of their own, 512 MiB at least, are captured in one
 CUDA graph, so that none is found in the L2 cache. ``kernel/nf4_matmul/layers/<rows>`` is the sum over the 32 layers of
-an 8B model.
+an 8B model. With ``--configs`` other launch configurations are timed as well: ``tile <groups>/<ring>/...``, and the same
+beside ``x A^T``.
 """
 
 from __future__ import annotations
@@ -23,10 +24,27 @@ from benchmarks.ordered_matmul import BYTES, RANK, SHAPES, per_call
 from benchmarks.results import Results, arguments, start
 from pronghorn.kernels.low_rank import low_rank
 from pronghorn.kernels.nf4_matmul import Member, nf4_matmul
+from pronghorn.kernels.nf4_matmul_cuda import HOPPER_SHARED, Tile
+from pronghorn.kernels.nf4_matmul_cuda import nf4_matmul as launch
 from pronghorn.quant.nf4 import NF4Tensor
 
 ROWS = (1, 6, 16, 32, 64)
 LAYERS = 32
+MANY, FEW = "gate_up", "qkv o down"
+CONFIGS = {
+    (MANY, 8): ((14, 1, 2, 8, 1024, 3, 256), (7, 2, 2, 8, 256, 1, 256), (7, 1, 4, 8, 4096, 1, 256)),
+    (MANY, 16): ((14, 1, 2, 16, 1024, 3, 256), (7, 1, 4, 16, 4096, 1, 256)),
+    (MANY, 32): ((14, 1, 2, 32, 1024, 2, 256), (7, 1, 4, 32, 512, 3, 256)),
+    (MANY, 64): ((14, 1, 2, 64, 256, 3, 256), (7, 1, 4, 64, 256, 3, 256)),
+    (FEW, 8): (
+        (3, 4, 2, 8, 256, 1, 256), (3, 4, 2, 8, 256, 1, 128), (3, 3, 2, 8, 256, 1, 256), (2, 6, 2, 8, 256, 1, 256),
+        (2, 6, 2, 8, 256, 1, 128), (2, 5, 2, 8, 256, 1, 256), (2, 4, 2, 8, 256, 1, 256), (2, 8, 2, 8, 256, 1, 128),
+    ),
+    (FEW, 16): ((3, 4, 2, 16, 256, 1, 256), (2, 6, 2, 16, 256, 1, 256), (2, 4, 2, 16, 256, 1, 256)),
+    (FEW, 32): ((3, 3, 2, 32, 256, 1, 128), (2, 4, 2, 32, 256, 1, 128), (6, 1, 2, 32, 512, 3, 256)),
+    (FEW, 64): ((4, 1, 2, 64, 256, 3, 256), (2, 1, 4, 64, 512, 2, 256), (4, 1, 4, 64, 256, 2, 256)),
+}  # fmt: skip
+"""By projections and the kernel's rows."""
 
 
 def with_low(x_MI: torch.Tensor, a_RI: torch.Tensor, members: list[Member]) -> torch.Tensor:
@@ -34,8 +52,17 @@ def with_low(x_MI: torch.Tensor, a_RI: torch.Tensor, members: list[Member]) -> t
     return nf4_matmul(x_MI, members, low_rank(x_MI, a_RI), overlap=True)
 
 
+def tile_with_low(x_MI: torch.Tensor, a_RI: torch.Tensor, members: list[Member], out: torch.Tensor, tile: Tile) -> None:
+    launch(x_MI, members, low_rank(x_MI, a_RI), out, tile, overlap=True)
+
+
 def bench(
-    results: Results, name: str, bandwidth: float, stream: torch.cuda.Stream, sums: dict[tuple[int, str], float]
+    results: Results,
+    name: str,
+    bandwidth: float,
+    stream: torch.cuda.Stream,
+    sums: dict[tuple[int, str], float],
+    configs: bool,
 ) -> None:
     from bitsandbytes import functional as bnb
     from bitsandbytes import matmul_4bit
@@ -47,7 +74,7 @@ def bench(
         dense = [normal(outputs, K) for outputs in shape.outputs]
         bs = [normal(outputs, RANK) for outputs in shape.outputs]
         groups = [
-            [Member(NF4Tensor.quantize(w), b, i * RANK, None) for i, (w, b) in enumerate(zip(dense, bs))]
+            [Member(NF4Tensor.quantize(w).in_tiles(), b, i * RANK, None) for i, (w, b) in enumerate(zip(dense, bs))]
             for _ in range(copies)
         ]
         packed = [
@@ -71,16 +98,31 @@ def bench(
             ms = per_call(some, stream) * each
             results.add(f"kernel/nf4_matmul/{name}/{rows}", impl, ms=ms, floor_ms=floor)
             sums[rows, impl] += LAYERS * ms
+        if not configs:
+            continue
+        with torch.cuda.stream(stream):
+            out = torch.empty(rows, sum(shape.outputs), dtype=x.dtype, device="cuda")
+        for (names, most), tiles in CONFIGS.items():
+            for tile in map(Tile._make, tiles):
+                least = 0 if most == 8 else most // 2
+                if name in names.split() and least < rows <= most and tile.shared_bytes(K, True) <= HOPPER_SHARED:
+                    alone: list[Call] = [partial(launch, x, members, low, out, tile) for members in groups]
+                    beside: list[Call] = [partial(tile_with_low, x, a, m, out, tile) for a, m in zip(many_a, groups)]
+                    for impl, some in (("tile", alone), ("tile+low_rank", beside)):
+                        case = f"kernel/nf4_matmul/{name}/{rows}"
+                        results.add(case, f"{impl} {'/'.join(map(str, tile))}", ms=per_call(some, stream))
 
 
 def main() -> None:
-    args = arguments((__doc__ or "").split("\n")[0]).parse_args()
+    parser = arguments((__doc__ or "").split("\n")[0])
+    parser.add_argument("--configs", action="store_true", help="time other launch configurations too")
+    args = parser.parse_args()
     results = start("nf4_matmul", ("bitsandbytes",), args)
     bandwidth, stream = copy_bytes_per_ms(), torch.cuda.Stream()
     results.add("device/copy", "torch", gb_per_s=bandwidth / 1e6)
     sums: dict[tuple[int, str], float] = defaultdict(float)
     for name in SHAPES:
-        bench(results, name, bandwidth, stream, sums)
+        bench(results, name, bandwidth, stream, sums, args.configs)
         torch.cuda.empty_cache()
     for (rows, impl), ms in sums.items():
         results.add(f"kernel/nf4_matmul/layers/{rows}", impl, ms=ms)

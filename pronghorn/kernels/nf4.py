@@ -48,6 +48,7 @@ def dequantize_nf4(
     nested_code: torch.Tensor | None = None,
     blocksize: int = NF4_BLOCKSIZE,
     nested_blocksize: int = NESTED_BLOCKSIZE,
+    tiled: bool = False,
 ) -> torch.Tensor:
     """The weight, of ``shape`` in ``dtype``, from codes and double-quantized scales; written to ``out`` where given."""
     return _path(codes).dequantize_nf4(
@@ -61,4 +62,5 @@ def dequantize_nf4(
         nested_code=nested_code,
         blocksize=blocksize,
         nested_blocksize=nested_blocksize,
+        tiled=tiled,
     )

@@ -1,11 +1,12 @@
 // y = x [W_1; W_2; W_3]^T + low (s B)^T + bias for a handful of rows, weights read as NF4 codes, once.
 // What the kernel is and why it is so: nf4_matmul.py. Compiled at run time, with these given:
-//   WARPS   warps of a block                                       TILES  tiles of 8 rows of x
-//   RING    1: the warps of a block take turns at the same 16 outputs; 0: each has 16 outputs of its own
-//   CHUNK   columns of one stage (128 or 256)                      STAGES stages on their way or in use
-//   NESTED  scales are 8-bit codes (else float32)                  RANK16 16-column pieces of an adapter
-//   F16     float16 in place of bfloat16                           BLOCKS_PER_SM  that registers must suffice for
-//   OVERLAP begins while the kernel before runs, which makes low, and nothing else that is read here
+//   GROUPS  groups of warps in a block, PAIR tiles of 8 outputs each
+//   RING    warps of a group: 1, or more that take turns at the inputs of the same outputs (PAIR is 2 then)
+//   ROWS    rows of x: 8, or a multiple of 16                      PANEL   columns of x in a stage (RING 1)
+//   STAGES  stages of x on their way or in use (RING 1)            CHUNK   columns of a turn (256, with RING 128 too)
+//   NESTED  scales are 8-bit codes (else float32)                  RANK16  16-column pieces of an adapter
+//   F16     float16 in place of bfloat16                           OVERLAP begins while the kernel before runs, which
+//           makes low, and nothing else that is read here
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -13,8 +14,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 struct Member {
-    const u8* codes;        // [outputs, K / 2], first weight of a byte in its high nibble
-    const void* scales;     // a scale for each 64 weights: u8 codes if NESTED, else float
+    const u8* codes;        // [outputs / 8][K / 64][8][4][2][4]: tiles, see nf4_layout.py
+    const void* scales;     // a scale for each 64 weights of a row: u8 codes if NESTED, else float
     const float* nested;    // a scale for each 256 scale codes
     const float* offset;    // added to every scale
     const float* levels;    // the 256 levels of a scale code
@@ -33,23 +34,33 @@ struct Args {
     int members, rows, K, x_stride, low_stride, y_stride;
 };
 
-#define W_ROW (CHUNK / 2 + 16)  // bytes: the eight rows that a warp reads at once lie in different banks
-#define X_ROW (CHUNK * 2 + 32)
-#define BLOCKS (CHUNK / 64)     // scales of a row in a chunk
-#define STEPS (CHUNK / 16)      // instructions of a chunk, for each tile of rows
-#define OUTPUTS (RING ? 16 : WARPS * 16)
-#define W_STAGE (16 * W_ROW)    // bytes of one warp
+#define WARPS (GROUPS * RING)
+#define OUTPUTS (GROUPS * PAIR * 8)      // of a block
+#define WIDE (ROWS == 8 && PAIR % 2 == 0)  // outputs are the 16 rows of the instruction's left operand; else x is
+#define SIXTEENS (ROWS == 8 ? 1 : ROWS / 16)
+#define SUMS (WIDE ? PAIR / 2 : PAIR)    // accumulators of a thread, for each 16 rows
+#define BLOCKS (CHUNK / 64)              // scales of a row in a chunk
+#define STEPS (CHUNK / 16)
+#define X_COLUMNS (RING > 1 ? CHUNK : PANEL)
+#define X_ROW (X_COLUMNS * 2 + 16)       // bytes: eight rows' 16 bytes lie in different banks
+#define X_STAGE (ROWS * X_ROW)
+#define TABLE 65536
+#define LEVELS 1024
+
+extern __shared__ __align__(128) u8 shared[];
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
     u32 a;
     asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(a) : "l"(p));
     return a;
 }
-__device__ __forceinline__ void copy16(u32 to, const void* from, bool real) {  // zeros where there is nothing
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0));
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
 }
-__device__ __forceinline__ void copy4(u32 to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from));
+__device__ __forceinline__ uint2 codes8(const u8* from) {  // read once: not to push x out of the cache
+    uint2 r;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(from));
+    return r;
 }
 __device__ __forceinline__ float of_quad(float value, u32 lane) {  // lane's value, of these four threads
     float r;
@@ -70,23 +81,6 @@ __device__ __forceinline__ float scaled(float level, float scale) {
     asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(w) : "f"(level), "f"(scale));
     return w;
 }
-// Both levels of each byte of codes, 16 times over: a lane reads its own column, so that no two meet in a bank. Static,
-// so that its address is a constant of the instruction.
-__shared__ __align__(128) float2 lut[256 * 16];
-
-__device__ __forceinline__ u32 weights(u32 at, float scale) {  // the two weights of a byte of codes; at: its bytes in lut
-    const float2 level = *(const float2*)((const u8*)lut + at);
-    return pair(scaled(level.x, scale), scaled(level.y, scale));
-}
-__device__ __forceinline__ void product(float* c, const u32* a, uint2 b) {
-#if F16
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
-}
 __device__ __forceinline__ float wide(u16 value) {
     float r;
 #if F16
@@ -97,19 +91,51 @@ __device__ __forceinline__ float wide(u16 value) {
     return r;
 }
 
-// Operands of 16 columns: a thread has columns 4 t to 4 t + 3, as the instruction's 2 t, 2 t + 1, 2 t + 8, 2 t + 9.
-__device__ __forceinline__ void operands(u32* a, u32 column, const u8* w, int step, float s0, float s1) {
-    const u32 v0 = *(const u16*)(w + step * 8), v1 = *(const u16*)(w + 8 * W_ROW + step * 8);
-    a[0] = weights(((v0 << 7) & 0x7f80) | column, s0);
-    a[1] = weights(((v1 << 7) & 0x7f80) | column, s1);
-    a[2] = weights(((v0 >> 1) & 0x7f80) | column, s0);
-    a[3] = weights(((v1 >> 1) & 0x7f80) | column, s1);
+// The table holds both levels of each byte of codes, 16 times over, so that the lanes of half a warp never meet in a
+// bank, and 256 bytes apart, so that one permutation makes the address of code and column.
+__device__ __forceinline__ u32 weights(u32 word, int byte, u32 column, float scale) {
+    const float2 level = *(const float2*)(shared + __byte_perm(word, column, 0x5504 | byte << 4));
+    return pair(scaled(level.x, scale), scaled(level.y, scale));
+}
+__device__ __forceinline__ void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if F16
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// One step of 16 columns: k[p] are a thread's weights of tile p, x[n] its part of rows 16 n to 16 n + 15, in the
+// instruction's order for a left operand (rows g, g + 8, and g, g + 8 again; columns 2 t and 2 t + 8 on).
+__device__ __forceinline__ void step(float (*c)[SIXTEENS][4], const u32 (*k)[2], const u32 (*x)[4]) {
+#if WIDE
+#pragma unroll
+    for (int p = 0; p < PAIR; p += 2) multiply(c[p / 2][0], k[p][0], k[p + 1][0], k[p][1], k[p + 1][1], x[0][0], x[0][2]);
+#else
+#pragma unroll
+    for (int n = 0; n < SIXTEENS; ++n)
+#pragma unroll
+        for (int p = 0; p < PAIR; ++p) multiply(c[p][n], x[n][0], x[n][1], x[n][2], x[n][3], k[p][0], k[p][1]);
+#endif
+}
+// x of one step. from: shared address of the lane's place in a stage, at the step's column.
+__device__ __forceinline__ void read_x(u32 (*x)[4], u32 from) {
+#if ROWS == 8
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x[0][0]) : "r"(from) : "memory");
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x[0][2]) : "r"(from + 16) : "memory");
+    x[0][1] = x[0][3] = 0;
+#else
+#pragma unroll
+    for (int n = 0; n < SIXTEENS; ++n)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x[n][0]), "=r"(x[n][1]), "=r"(x[n][2]), "=r"(x[n][3]) : "r"(from + n * 16 * X_ROW) : "memory");
+#endif
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) nf4_matmul(const __grid_constant__ Args args) {
-    extern __shared__ __align__(128) u8 shared[];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int base = RING ? 0 : warp * 16;  // the warp's first output within the block
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __grid_constant__ Args args) {
+    // The same for all lanes, and the compiler sees it: what depends on it lies in uniform registers.
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int group = warp / RING, place = warp % RING;
 
     int tile = blockIdx.x, which = 0;
     while (which + 1 < args.members) {
@@ -122,214 +148,246 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM) nf4_matm
     asm volatile("griddepcontrol.launch_dependents;");  // who begins early waits, before all else, until this has ended
 #endif
     const Member& own = args.member[which];
-    const int K = args.K, chunks = K / CHUNK, blocks = K / 64, last = own.outputs - 1;
-    const int first_row = blockIdx.y * (TILES * 8), first_output = tile * OUTPUTS;
+    const int K = args.K, chunks = K / CHUNK, blocks = K / 64, last = own.outputs - 8;
+    const int first_row = blockIdx.y * ROWS, rows = min(args.rows - first_row, ROWS), first_output = tile * OUTPUTS;
+    const int base = group * (PAIR * 8), o0 = first_output + base;  // the group's first output: in the block, of all
+    const u16* const x_rows = args.x + (u64)first_row * args.x_stride;
 
-    float* levels = (float*)shared;                       // 256
-    u8* scales = shared + 1024;                           // [OUTPUTS, blocks]
+    // A warp reads its tiles' codes straight into registers, 256 bytes at once, a chunk ahead. Past the last tile it
+    // takes the last one again: what comes of it is not stored.
+    const u8* codes[PAIR];
+    uint2 w[PAIR][BLOCKS];
+#pragma unroll
+    for (int p = 0; p < PAIR; ++p) {
+        codes[p] = own.codes + (u64)min(o0 + p * 8, last) * (K / 2) + lane * 8;
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b) w[p][b] = codes8(codes[p] + (min(place, chunks - 1) * BLOCKS + b) * 256);
+    }
+    // So are the scales of scales. Thread t of a quad makes the scales of block t of a chunk.
+    float nested[PAIR];
+    auto read_nested = [&](int chunk) {
+#pragma unroll
+        for (int p = 0; p < PAIR; ++p) {
+            const u32 at = (u32)(min(o0 + p * 8, last) + g) * blocks + chunk * BLOCKS + t % BLOCKS;
+            nested[p] = NESTED ? __ldg(own.nested + (at >> 8)) : 0.0f;
+        }
+    };
+    read_nested(min(place, chunks - 1));
+#if RANK16
+    if (own.b != 0)  // needed at the very end, and then at once
+#pragma unroll
+        for (int p = 0; p < PAIR; ++p)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(own.b + (u64)(min(o0 + p * 8, last) + g) * own.rank));
+#endif
+    const float level = __ldg(args.nf4 + lane % 16), offset = NESTED ? __ldg(own.offset) : 0.0f;
+
+    float* const levels = (float*)(shared + TABLE);       // 256
+    u8* const scales = shared + TABLE + LEVELS;           // [OUTPUTS, blocks]
     const int scale_row = blocks * (NESTED ? 1 : 4);      // bytes, a multiple of 4
-    u8* stages = scales + OUTPUTS * scale_row;
+    u8* const rest = scales + (OUTPUTS * scale_row + 127) / 128 * 128;
 
-    // Codes of one chunk for the 16 outputs of this warp, in 16-byte pieces.
-    auto load_codes = [&](u32 to, int chunk) {
-        const int line = lane / (CHUNK / 32), piece = lane % (CHUNK / 32);
+    // x, without what it has not: rows that are not there are columns of nothing that is stored.
+#if RING > 1
+    u8* const x_stage = rest + warp * X_STAGE;
+    auto load_x = [&](int chunk) {
 #pragma unroll
-        for (int i = 0; i < CHUNK / 64; ++i) {
-            const int row = i * (1024 / CHUNK) + line, o = min(first_output + base + row, last);
-            copy16(to + row * W_ROW + piece * 16, own.codes + (u64)o * (K / 2) + chunk * (CHUNK / 2) + piece * 16, true);
+        for (int i = 0; i < ROWS * CHUNK / 256; ++i) {
+            const int piece = i * 32 + lane, row = piece / (CHUNK / 8), column = piece % (CHUNK / 8) * 8;
+            if (row < rows)
+                copy16(shared_address(x_stage) + row * X_ROW + column * 2, x_rows + (u64)row * args.x_stride + chunk * CHUNK + column);
         }
-    };
-#if RING
-    u8* const mine = stages + warp * STAGES * W_STAGE;
-#pragma unroll
-    for (int s = 0; s < STAGES; ++s) {
-        if (warp + s * WARPS < chunks) load_codes(shared_address(mine + s * W_STAGE), warp + s * WARPS);
         asm volatile("cp.async.commit_group;");
-    }
+    };
+    load_x(min(place, chunks - 1));
 #else
-    const int stage = WARPS * W_STAGE + TILES * 8 * X_ROW;
-    auto load = [&](int chunk) {
-        u8* at = stages + (chunk % STAGES) * stage;
-        load_codes(shared_address(at + warp * W_STAGE), chunk);
-        const u32 x = shared_address(at + WARPS * W_STAGE);
-#pragma unroll
-        for (int i = 0; i < TILES * CHUNK / (WARPS * 32); ++i) {
-            const int piece = i * WARPS * 32 + threadIdx.x, row = piece / (CHUNK / 8), column = piece % (CHUNK / 8) * 8;
-            const bool real = first_row + row < args.rows;
-            copy16(x + row * X_ROW + column * 2,
-                   args.x + (u64)(real ? first_row + row : 0) * args.x_stride + chunk * CHUNK + column, real);
-        }
-    };
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; ++s) {
-        if (s < chunks) load(s);
+    const int panels = (K + PANEL - 1) / PANEL;
+    auto load_x = [&](int panel) {
+        const u32 to = shared_address(rest) + panel % STAGES * X_STAGE;
+        const int columns = min(PANEL, K - panel * PANEL);
+        if (panel < panels)
+#pragma unroll 1
+            for (int row = warp; row < rows; row += WARPS)
+                for (int column = lane * 8; column < columns; column += 256)
+                    copy16(to + row * X_ROW + column * 2, x_rows + (u64)row * args.x_stride + panel * PANEL + column);
         asm volatile("cp.async.commit_group;");
-    }
+    };
+    load_x(0);
+#pragma unroll
+    for (int s = 1; s < STAGES - 1; ++s) load_x(s);
 #endif
     // All scales of the block's outputs at once (a 32nd of its codes), and the table.
-    for (int i = threadIdx.x; i < OUTPUTS * scale_row / 4; i += WARPS * 32) {
-        const int row = i * 4 / scale_row, byte = i * 4 - row * scale_row, o = min(first_output + row, last);
-        *(u32*)(scales + i * 4) = __ldg((const u32*)((const u8*)own.scales + (u64)o * scale_row + byte));
-    }
+    const int scale_words = min(OUTPUTS, own.outputs - first_output) * scale_row / 4;
+    const u32* const own_scales = (const u32*)((const u8*)own.scales + (u64)first_output * scale_row);
+    for (int i = threadIdx.x; i < scale_words; i += WARPS * 32) ((u32*)scales)[i] = __ldg(own_scales + i);
     if (NESTED)
         for (int i = threadIdx.x; i < 256; i += WARPS * 32) levels[i] = __ldg(own.levels + i);
-    for (int i = threadIdx.x; i < 256 * 8; i += WARPS * 32) {
-        const float first = __ldg(args.nf4 + i / 128), second = __ldg(args.nf4 + i / 8 % 16);
-        *(float4*)(lut + i * 2) = make_float4(first, second, first, second);
+    for (int i = threadIdx.x; i < 256 * 8; i += WARPS * 32) {  // whole warps, each with one first level
+        const float first = __shfl_sync(0xffffffffu, level, i / 128), second = __shfl_sync(0xffffffffu, level, i / 8 % 16);
+        *(float4*)(shared + i / 8 * 256 + i % 8 * 16) = make_float4(first, second, first, second);
     }
-    __syncthreads();
-
     u32 column = lane % 16 * 8;
-    asm volatile("" : "+r"(column));  // kept as it is, so that mask and column are one instruction
-    const int o0 = first_output + base + g;
-    const float offset = NESTED ? __ldg(own.offset) : 0.0f;
-    float c[TILES][4] = {};
+    asm volatile("" : "+r"(column));  // kept as it is, so that an address is one instruction
+    float c[SUMS][SIXTEENS][4] = {};
+    float scale[PAIR];
+    auto make_scales = [&](int chunk) {
+#pragma unroll
+        for (int p = 0; p < PAIR; ++p) {
+            const u8* const row = scales + (base + p * 8 + g) * scale_row;
+            const int block = chunk * BLOCKS + t % BLOCKS;
+            scale[p] = NESTED ? __fadd_rn(__fmul_rn(levels[row[block]], nested[p]), offset) : ((const float*)row)[block];
+        }
+    };
+    // A thread's weights of four steps of one tile; its codes are replaced by those of the block `ahead`.
+    auto make_block = [&](u32 (*k)[2], int p, int b, u32 ahead) {
+        const float s = of_quad(scale[p], b);
+        const uint2 v = w[p][b];
+        w[p][b] = codes8(codes[p] + (ahead + b) * 256);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) k[q * PAIR][0] = weights(v.x, q, column, s), k[q * PAIR][1] = weights(v.y, q, column, s);
+    };
+    // Where in a stage a lane reads x: ldmatrix takes an address of a row from each.
+    const int x_place = ROWS == 8 ? g * X_ROW + t * 4 : lane % 16 * X_ROW + lane / 16 * 16;
+
+#if RING > 1
+    // A chunk's operands are made by one warp while others make theirs; only the products wait for their turn, with the
+    // accumulators handed from warp to warp, so that each sum is in order.
+    float4* const handed = (float4*)(rest + WARPS * X_STAGE) + group * RING * SUMS * SIXTEENS * 32;
+    const u32 x_at = shared_address(x_stage) + x_place;
+    const int once = min(args.rows, 1);
+    __syncthreads();
+#pragma unroll 1
+    for (int chunk = place; chunk < chunks; chunk += RING) {
+        make_scales(chunk);
+        read_nested(min(chunk + RING, chunks - 1));
+        const u32 ahead = min(chunk + RING, chunks - 1) * BLOCKS;
+        u32 k[STEPS][PAIR][2];
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b)
+#pragma unroll
+            for (int p = 0; p < PAIR; ++p) make_block(&k[b * 4][p], p, b, ahead);
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        __syncwarp();
+#if ROWS == 8
+        u32 x[STEPS][1][4];
+#pragma unroll
+        for (int j = 0; j < STEPS; ++j) read_x(x[j], x_at + j * 32);
+#endif
+        // A loop of one round, of which the compiler does not know that it is one: it would move the making of operands
+        // in between the products, where all other warps wait for it.
+#pragma unroll 1
+        for (int i = 0; i < once; ++i) {
+            if (chunk > 0) {
+                asm volatile("bar.sync %0, 64;" ::"r"((1 + warp) % 16) : "memory");
+#pragma unroll
+                for (int m = 0; m < SUMS * SIXTEENS; ++m) {
+                    const float4 v = handed[(place * SUMS * SIXTEENS + m) * 32 + lane];
+                    float* const own_c = c[m / SIXTEENS][m % SIXTEENS];
+                    own_c[0] = v.x, own_c[1] = v.y, own_c[2] = v.z, own_c[3] = v.w;
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < STEPS; ++j) {
+#if ROWS == 8
+                step(c, k[j], x[j]);
+#else
+                u32 x[SIXTEENS][4];
+                read_x(x, x_at + j * 32);
+                step(c, k[j], x);
+#endif
+            }
+            if (chunk + 1 < chunks) {
+                const int next = (place + 1) % RING;
+#pragma unroll
+                for (int m = 0; m < SUMS * SIXTEENS; ++m) {
+                    const float* const own_c = c[m / SIXTEENS][m % SIXTEENS];
+                    handed[(next * SUMS * SIXTEENS + m) * 32 + lane] = make_float4(own_c[0], own_c[1], own_c[2], own_c[3]);
+                }
+                asm volatile("bar.arrive %0, 64;" ::"r"((1 + group * RING + next) % 16) : "memory");
+            }
+        }
+        __syncwarp();  // all have read the stage that is filled anew
+        if (chunk + RING < chunks) load_x(chunk + RING);
+    }
+    if ((chunks - 1) % RING != place) return;  // the sums are whole with who had the last turn
+#else
+    int chunk = 0;
+#pragma unroll 1
+    for (int panel = 0; panel < panels; ++panel) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES > 1 ? STAGES - 2 : 0) : "memory");
+        __syncthreads();
+        if (STAGES > 1) load_x(panel + STAGES - 1);
+        const int until = min(chunks, (panel + 1) * (PANEL / CHUNK));
+        u32 x_at = shared_address(rest) + panel % STAGES * X_STAGE + x_place;
+#pragma unroll 1
+        for (; chunk < until; ++chunk, x_at += CHUNK * 2) {
+            const int next = min(chunk + 1, chunks - 1);
+            make_scales(chunk);
+            read_nested(next);
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b) {
+                u32 k[4][PAIR][2];
+#pragma unroll
+                for (int p = 0; p < PAIR; ++p) make_block(&k[0][p], p, b, next * BLOCKS);
+#pragma unroll
+                for (int q = 0; q < 4; ++q) {
+                    u32 x[SIXTEENS][4];
+                    read_x(x, x_at + (b * 4 + q) * 32);
+                    step(c, k[q], x);
+                }
+            }
+        }
+    }
+#endif
+
 #if RANK16
-    // The adapter's operands are needed at the very end. B is read early, and so is low unless it is still being made.
-    uint2 b_up[RANK16][2], b_low[RANK16][TILES];
-    const bool adapted = own.b != 0 && (!RING || warp == (chunks - 1) % WARPS);
-    auto read_low = [&]() {
+    u32 up[RANK16][PAIR][2];
+    if (own.b != 0) {
 #pragma unroll
         for (int r = 0; r < RANK16; ++r)
 #pragma unroll
-            for (int n = 0; n < TILES; ++n) {
-                const int row = first_row + n * 8 + g;
-                b_low[r][n] = make_uint2(0, 0);
-                if (r * 16 < own.rank && row < args.rows)
-                    b_low[r][n] = __ldcg((const uint2*)(args.low + (u64)row * args.low_stride + own.at + r * 16 + t * 4));
+            for (int p = 0; p < PAIR; ++p) {
+                const u32* const from = (const u32*)(own.b + (u64)(min(o0 + p * 8, last) + g) * own.rank + r * 16 + t * 2);
+                up[r][p][0] = r * 16 < own.rank ? __ldg(from) : 0, up[r][p][1] = r * 16 < own.rank ? __ldg(from + 4) : 0;
             }
-    };
-    if (adapted) {
-#pragma unroll
-        for (int r = 0; r < RANK16; ++r) {
-            const bool inside = r * 16 < own.rank;
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                b_up[r][h] = make_uint2(0, 0);
-                if (inside) b_up[r][h] = __ldg((const uint2*)(own.b + (u64)min(o0 + 8 * h, last) * own.rank + r * 16 + t * 4));
-            }
-        }
-        if (!OVERLAP) read_low();
     }
 #endif
-    // Thread t of a quad makes the scales of block t of a chunk, for both of the quad's outputs.
-    auto scale_of = [&](int chunk, int h) {
-        const int row = base + g + 8 * h, block = chunk * BLOCKS + t % BLOCKS;
-#if NESTED
-        const u64 at = (u64)min(first_output + row, last) * blocks + block;
-        return __fadd_rn(__fmul_rn(levels[scales[row * blocks + block]], __ldg(own.nested + (at >> 8))), offset);
-#else
-        return ((const float*)scales)[row * blocks + block];
-#endif
-    };
-
-#if RING
-    // A chunk's operands are made by one warp while others make theirs; only the products wait for their turn, with the
-    // accumulator handed from warp to warp, so that its sum is in order.
-    float4* const handed = (float4*)(stages + WARPS * STAGES * W_STAGE);  // [WARPS][TILES][32]
-    const u16* x_rows[TILES];
-    bool x_real[TILES];
-#pragma unroll
-    for (int n = 0; n < TILES; ++n) {
-        const int row = first_row + n * 8 + g;
-        x_real[n] = row < args.rows;
-        x_rows[n] = args.x + (u64)(x_real[n] ? row : 0) * args.x_stride + t * 4;
-    }
-    bool ends = false;
-    int turn = 0;
-    for (int chunk = warp; chunk < chunks; chunk += WARPS, ++turn) {
-        uint2 x[STEPS][TILES];
-#pragma unroll
-        for (int j = 0; j < STEPS; ++j)
-#pragma unroll
-            for (int n = 0; n < TILES; ++n)
-                x[j][n] = x_real[n] ? __ldg((const uint2*)(x_rows[n] + chunk * CHUNK + j * 16)) : make_uint2(0, 0);
-        const float scale[2] = {scale_of(chunk, 0), scale_of(chunk, 1)};
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1));
-        __syncwarp();
-        const u8* w = mine + turn % STAGES * W_STAGE + g * W_ROW + t * 2;
-        u32 a[STEPS][4];
-#pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-            const float s0 = of_quad(scale[0], block), s1 = of_quad(scale[1], block);
-#pragma unroll
-            for (int q = 0; q < 4; ++q) operands(a[block * 4 + q], column, w, block * 4 + q, s0, s1);
-        }
-        __syncwarp();  // all have read the stage that is filled anew
-        if (chunk + STAGES * WARPS < chunks) load_codes(shared_address(mine + turn % STAGES * W_STAGE), chunk + STAGES * WARPS);
-        asm volatile("cp.async.commit_group;");
-        if (chunk > 0) {
-            asm volatile("bar.sync %0, 64;" ::"r"(1 + warp) : "memory");
-#pragma unroll
-            for (int n = 0; n < TILES; ++n) {
-                const float4 v = handed[(warp * TILES + n) * 32 + lane];
-                c[n][0] = v.x, c[n][1] = v.y, c[n][2] = v.z, c[n][3] = v.w;
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < STEPS; ++j)
-#pragma unroll
-            for (int n = 0; n < TILES; ++n) product(c[n], a[j], x[j][n]);
-        if (chunk + 1 < chunks) {
-            const int next = (warp + 1) % WARPS;
-#pragma unroll
-            for (int n = 0; n < TILES; ++n)
-                handed[(next * TILES + n) * 32 + lane] = make_float4(c[n][0], c[n][1], c[n][2], c[n][3]);
-            __threadfence_block();
-            asm volatile("bar.arrive %0, 64;" ::"r"(1 + next) : "memory");
-        } else {
-            ends = true;
-        }
-    }
-    if (!ends) return;
-#else
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
-        __syncthreads();
-        if (chunk + STAGES - 1 < chunks) load(chunk + STAGES - 1);
-        asm volatile("cp.async.commit_group;");
-        const u8* at = stages + (chunk % STAGES) * stage;
-        const u8* w = at + warp * W_STAGE + g * W_ROW + t * 2;
-        const u8* x = at + WARPS * W_STAGE + g * X_ROW + t * 8;
-        const float scale[2] = {scale_of(chunk, 0), scale_of(chunk, 1)};
-#pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-            const float s0 = of_quad(scale[0], block), s1 = of_quad(scale[1], block);
-#pragma unroll
-            for (int q = 0; q < 4; ++q) {
-                u32 a[4];
-                operands(a, column, w, block * 4 + q, s0, s1);
-#pragma unroll
-                for (int n = 0; n < TILES; ++n)
-                    product(c[n], a, *(const uint2*)(x + n * 8 * X_ROW + (block * 4 + q) * 32));
-            }
-        }
-    }
-#endif
-
 #if OVERLAP
     asm volatile("griddepcontrol.wait;" ::: "memory");  // until the kernel before has ended: it makes low
 #endif
 #if RANK16
-    if (adapted) {
-        if (OVERLAP) read_low();
+    if (own.b != 0) {
 #pragma unroll
         for (int r = 0; r < RANK16; ++r) {
-            const u32 a[4] = {b_up[r][0].x, b_up[r][1].x, b_up[r][0].y, b_up[r][1].y};
+            u32 low[SIXTEENS][4] = {};
 #pragma unroll
-            for (int n = 0; n < TILES; ++n) product(c[n], a, b_low[r][n]);
+            for (int n = 0; n < SIXTEENS; ++n)
+#pragma unroll
+                for (int h = 0; h < (ROWS == 8 ? 1 : 2); ++h) {
+                    const int row = n * 16 + h * 8 + g;
+                    if (r * 16 < own.rank && row < rows) {
+                        const u16* const of_row = args.low + (u64)(first_row + row) * args.low_stride + own.at + r * 16 + t * 2;
+                        low[n][h] = __ldcg((const u32*)of_row), low[n][2 + h] = __ldcg((const u32*)(of_row + 8));
+                    }
+                }
+            step(c, up[r], low);
         }
     }
 #endif
+    auto store = [&](float y, int row, int o) {
+        if (row >= rows) return;
+        if (own.bias) y = __fadd_rn(wide((u16)pair(y, 0.0f)), wide(own.bias[o]));  // as cuBLAS: two roundings
+        args.y[(u64)(first_row + row) * args.y_stride + own.column + o] = (u16)pair(y, 0.0f);
+    };
 #pragma unroll
-    for (int n = 0; n < TILES; ++n)
+    for (int p = 0; p < PAIR; ++p) {
+        if (o0 + p * 8 > last) break;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int o = o0 + (i / 2) * 8, row = first_row + n * 8 + t * 2 + i % 2;
-            if (o <= last && row < args.rows) {
-                float y = c[n][i];
-                if (own.bias) y = __fadd_rn(wide((u16)pair(y, 0.0f)), wide(own.bias[o]));  // as cuBLAS: two roundings
-                args.y[(u64)row * args.y_stride + own.column + o] = (u16)pair(y, 0.0f);
-            }
-        }
+        for (int n = 0; n < SIXTEENS; ++n)
+#pragma unroll
+            for (int i = 0; i < (ROWS == 8 ? 2 : 4); ++i)
+                if (WIDE)
+                    store(c[p / 2][0][p % 2 * 2 + i], t * 2 + i, o0 + p * 8 + g);
+                else
+                    store(c[p][n][i], n * 16 + i / 2 * 8 + g, o0 + p * 8 + t * 2 + i % 2);
+    }
 }

@@ -11,15 +11,15 @@ multiplies 6 rows here and a trainer that multiplies thousands there get the sam
 (``tests/gpu/test_nf4_matmul.py``). That is why no two warps share an output's sum. Weights are rounded as
 ``dequantize_nf4`` rounds them.
 
-**How** (``nf4_matmul.cu``). A warp owns 16 outputs: they are the rows of the instruction's left operand (``mma``
-m16n8k16), whose k of 16 consecutive inputs four threads share; 8 rows of x are the right one. Within the 16 the order
-is free, so thread t takes inputs 4t to 4t + 3: two bytes of codes. A byte becomes its two float32 levels by one read of
-a table in shared memory, they are multiplied by their scale and rounded into a register of the operand. Codes and x
-come through shared memory, several stages ahead. Where outputs are few, the warps of a block take turns at 16 of them
-and hand the accumulator on.
+**How** (``nf4_matmul.cu``). A warp owns tiles of 8 outputs: two of them are the rows of the instruction's left operand
+(``mma`` m16n8k16), whose k of 16 consecutive inputs four threads share, and 8 rows of x are the right one; with more
+rows x is the left one. Codes lie in tiles (``nf4_layout.py``), so that a warp reads its own 256 bytes at once, straight
+into registers, some way ahead. A byte becomes its two float32 levels by one read of a table in shared memory, they are
+multiplied by their scale and rounded into a register of the operand. x comes through shared memory. Where outputs are
+few, several warps take turns at the inputs of the same 16 and hand the accumulators on.
 
-**What bounds it** at few rows is not memory but that table: 8 of the 13.8 shared-memory wavefronts that 256 weights
-cost. Byte permutes in place of half of the reads, and ``wgmma``, gained little (``docs/log.md``).
+**What bounds it** at few rows is not memory and not the number of instructions, but the load/store unit: of 10.5 turns
+that 256 weights cost it, 8 are that table's (``docs/log.md``).
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def why_not(weights: Sequence[NF4Weight], dtype: torch.dtype, device: torch.devi
     for w in weights:
         if len(w.shape) != 2 or w.shape[1] % _COLUMNS or w.shape[1] != weights[0].shape[1]:
             return f"a weight of {tuple(w.shape)}: inputs in multiples of {_COLUMNS}"
+        if not w.tiled:
+            return f"a weight of {tuple(w.shape)} whose codes lie row by row: outputs in multiples of 8, held in tiles"
         nested = w.nested_absmax is not None
         if w.blocksize != 64 or (nested and w.nested_blocksize != 256):
             return f"blocks of {w.blocksize} weights and {w.nested_blocksize} scales in place of 64 and 256"
@@ -72,7 +74,7 @@ def why_not(weights: Sequence[NF4Weight], dtype: torch.dtype, device: torch.devi
         from pronghorn.kernels.nf4_matmul_cuda import shared_memory, tile_for
 
         outputs, K, nested = sum(w.shape[0] for w in weights), weights[0].shape[1], weights[0].nested_absmax is not None
-        if any(tile_for(M, outputs, K, nested, shared_memory(device)) is None for M in (8, 16, 32, MAX_ROWS)):
+        if any(tile_for(M, outputs, K, nested, shared_memory(device)) is None for M in (8, MAX_ROWS)):
             return f"{K} inputs in {shared_memory(device)} bytes of shared memory"
     return ""
 

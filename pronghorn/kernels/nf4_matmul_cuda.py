@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from typing import NamedTuple
@@ -33,74 +33,87 @@ class _Args(ctypes.Structure):
     )
 
 
-STATIC_SHARED = 32768
-"""Bytes of the table of levels, beside the dynamic shared memory of a block."""
-
-
 SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 """KiB of shared memory that a block can have, by compute capability; 99 on the others from 8.0 on."""
 
 HOPPER_SHARED = SHARED[9, 0] * 1024
+HOPPER_PROCESSORS = 132
+_TABLE = 65536 + 1024  # bytes: the levels of each byte of codes, and those of the scales' codes
+_MOST_GROUPS = 14
+_RING = {1: 8, 2: 6, 3: 4, 4: 3}  # warps that take turns, by the groups of a block; 2 up to 7 groups, then 1
 
 
 class Tile(NamedTuple):
     """A launch configuration: the macros of ``nf4_matmul.cu`` of the same names."""
 
-    warps: int
-    ring: bool
-    tiles: int
-    chunk: int
+    groups: int
+    ring: int
+    pair: int
+    rows: int
+    panel: int
     stages: int
-    blocks_per_sm: int
+    chunk: int
 
     @property
     def outputs(self) -> int:
         """Outputs of a block."""
-        return 16 if self.ring else self.warps * 16
+        return self.groups * self.pair * 8
+
+    @property
+    def warps(self) -> int:
+        return self.groups * self.ring
 
     def shared_bytes(self, K: int, nested: bool) -> int:
-        """Dynamic shared memory of a block."""
-        codes = self.warps * 16 * (self.chunk // 2 + 16)
-        x = self.tiles * 8 * (self.chunk * 2 + 32)
-        stages = self.stages * (codes if self.ring else codes + x)
-        handed = self.warps * self.tiles * 512 if self.ring else 0
-        return 1024 + self.outputs * (K // 64) * (1 if nested else 4) + stages + handed
+        """Shared memory of a block."""
+        scales = -(-self.outputs * (K // 64) * (1 if nested else 4) // 128) * 128
+        if self.ring == 1:
+            return _TABLE + scales + self.stages * self.rows * (self.panel * 2 + 16)
+        sums = self.pair // 2 if self.rows == 8 else self.pair * self.rows // 16
+        return _TABLE + scales + self.warps * (self.rows * (self.chunk * 2 + 16) + sums * 512)
 
 
-def tile_for(M: int, outputs: int, K: int = 0, nested: bool = True, shared: int = HOPPER_SHARED) -> Tile | None:
-    """The tile for M rows of K columns and so many outputs in blocks of ``shared`` bytes; None where none fits.
+def tile_for(
+    M: int,
+    outputs: int,
+    K: int,
+    nested: bool = True,
+    shared: int = HOPPER_SHARED,
+    processors: int = HOPPER_PROCESSORS,
+) -> Tile | None:
+    """The tile for M rows of K columns and so many outputs, in blocks of ``shared`` bytes; None where none fits.
 
-    Many outputs keep every multiprocessor busy with a warp for each 16 of them, and blocks of 8 warps read x once. Few
-    outputs do not: there, the warps of a block share the work on the same 16. Where a GPU's blocks have less memory
-    than Hopper's, first the stages get fewer, then smaller, then the warps fewer, then the rows.
+    As many groups of 16 outputs in a block as give each multiprocessor one block. Few of them would leave it without
+    work to do between one product and the next, so warps take turns there. Many rows are read by few warps with many
+    outputs each, since then what bounds it is reading x. Where a GPU's blocks have less memory, panels and stages get
+    smaller first, then the groups fewer, then the rows fewer, at last both.
     """
-    tile = _wanted(M, outputs)
-    while STATIC_SHARED + tile.shared_bytes(K, nested) > shared:
-        if tile.stages > (1 if tile.ring else 2):
-            tile = tile._replace(stages=tile.stages - 1)
-        elif tile.chunk > 128 and (tile.ring or tile.tiles * 128 % (tile.warps * 32) == 0):
-            tile = tile._replace(chunk=128)
-        elif tile.warps > 1:
-            tile = tile._replace(warps=tile.warps // 2)
-        elif tile.tiles > 1:
-            tile = tile._replace(tiles=tile.tiles // 2)
-        else:
-            return None
-    return tile
+    groups = max(min(-(-outputs // (16 * processors)), _MOST_GROUPS), 1)
+    for least in (max(groups // 4, 1), 1):
+        for rows in (64, 32, 16, 8):
+            if rows < 2 * min(M, 64) or rows == 8:
+                for tile in _tiles(rows, groups, least, K):
+                    if tile.shared_bytes(K, nested) <= shared:
+                        return tile
+    return None
 
 
-def _wanted(M: int, outputs: int) -> Tile:
-    """The tile on Hopper."""
-    many = outputs >= 8192
-    if M <= 8:
-        return Tile(8, False, 1, 256, 3, 2) if many else Tile(4, True, 1, 256, 2, 3)
-    if M <= 16:
-        return Tile(8, False, 2, 128, 3, 2) if many else Tile(6, True, 2, 128, 2, 2)
-    if M <= 32:
-        if outputs > 4096:
-            return Tile(8, False, 4, 128, 3, 2) if many else Tile(4, False, 4, 256, 3, 1)
-        return Tile(4, True, 4, 128, 2, 2)
-    return Tile(4, False, 8, 128, 3, 2) if many else Tile(4, False, 8, 256, 3, 1)
+def _tiles(rows: int, groups: int, least: int, K: int) -> Iterator[Tile]:
+    """What suits so many rows and at most so many groups of 16 outputs, the best first."""
+    pair = 2
+    if rows > 16:
+        groups, pair = (-(-groups // 2), 4) if groups > 7 else (4, 2)
+    while groups >= least:
+        if rows <= 16 and groups <= 7:
+            for chunk in (256, 128) if rows == 8 else (128,):
+                yield Tile(groups, _RING.get(groups, 2), 2, rows, 256, 1, chunk)
+        if K <= 4096:
+            yield Tile(groups, 1, pair, rows, K, 1, 256)
+        for panel in (1024, 512, 256):
+            for stages in (3, 2):
+                yield Tile(groups, 1, pair, rows, panel, stages, 256)
+        groups //= 2
+    if least == 1:
+        yield Tile(1, 1, 1, rows, 256, 2, 256)
 
 
 @lru_cache(maxsize=8)
@@ -114,12 +127,14 @@ def _source() -> str:
     return files("pronghorn.kernels").joinpath("nf4_matmul.cu").read_text()
 
 
+@lru_cache(maxsize=8)
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def _defines(tile: Tile, nested: bool, rank16: int, half: bool, overlap: bool) -> dict[str, int]:
-    return {
-        "WARPS": tile.warps, "RING": int(tile.ring), "TILES": tile.tiles, "CHUNK": tile.chunk, "STAGES": tile.stages,
-        "BLOCKS_PER_SM": tile.blocks_per_sm, "NESTED": int(nested), "RANK16": rank16, "F16": int(half),
-        "OVERLAP": int(overlap),
-    }  # fmt: skip
+    macros = {name.upper(): value for name, value in tile._asdict().items()}
+    return macros | {"NESTED": int(nested), "RANK16": rank16, "F16": int(half), "OVERLAP": int(overlap)}
 
 
 @lru_cache(maxsize=256)
@@ -150,7 +165,7 @@ def nf4_matmul(
     if M == 0:
         return
     nested = members[0].weight.nested_absmax is not None
-    tile = tile or tile_for(M, out_MO.shape[1], K, nested, shared_memory(device))
+    tile = tile or tile_for(M, out_MO.shape[1], K, nested, shared_memory(device), _processors(device))
     if tile is None:
         raise ValueError(f"no tile for {K} inputs fits into {shared_memory(device)} bytes of shared memory")
     args = _Args(
@@ -178,4 +193,4 @@ def nf4_matmul(
         recorded.source(_source(), defines, torch.cuda.get_device_capability(device))
         return
     kernel = _kernel(tile, K, nested, rank16, half, overlap, device)
-    kernel((blocks, -(-M // (tile.tiles * 8)), 1), tile.warps * 32, args, overlap)
+    kernel((blocks, -(-M // tile.rows), 1), tile.warps * 32, args, overlap)

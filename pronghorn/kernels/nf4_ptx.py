@@ -45,25 +45,24 @@ def _word(word: str, outs: list[str]) -> list[str]:
     return lines
 
 
-def dequantize_ptx(kind: str) -> str:
-    """Inline assembly: outputs $0-$7 (.b32, two weights each), inputs $8, $9 (8 codes each), $10 (their scale, .f32).
+def dequantize_ptx(kind: str, words: int = 2) -> str:
+    """Inline assembly: 4 outputs a word (.b32, two weights each), then the words (8 codes each) and their scale, .f32.
 
     ``kind`` is ``"bf16"`` or ``"f16"``.
     """
-    lines = [
-        ".reg .b32 w<2>, p<8>, l<4>, h<4>, s, q, xl, yl, xh, yh;",
-        ".reg .f32 a, t<16>;",
-        "mov.b32 w0, $8;",
-        "mov.b32 w1, $9;",
-        "mov.f32 a, $10;",
-    ]
+    outs = 4 * words
+    lines = [f".reg .b32 w<{words}>, p<8>, l<4>, h<4>, s, q, xl, yl, xh, yh;", ".reg .f32 a, t<16>;"]
+    lines += [f"mov.b32 w{i}, ${outs + i};" for i in range(words)]
+    lines += [f"mov.f32 a, ${outs + words};"]
     lines += [f"mul.rn.ftz.f32 t{k}, a, {_hex(level)};" for k, level in enumerate(NF4_LEVELS)]
     lines += [f"cvt.rn.{kind}x2.f32 p{j}, t{2 * j + 1}, t{2 * j};" for j in range(8)]
     lines += [f"prmt.b32 l{i}, p{2 * i}, p{2 * i + 1}, 0x6420;" for i in range(4)]
     lines += [f"prmt.b32 h{i}, p{2 * i}, p{2 * i + 1}, 0x7531;" for i in range(4)]
-    lines += _word("w0", ["$0", "$1", "$2", "$3"])
-    lines += _word("w1", ["$4", "$5", "$6", "$7"])
+    for i in range(words):
+        lines += _word(f"w{i}", [f"${4 * i + j}" for j in range(4)])
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-CONSTRAINTS = ",".join(["=r"] * 8 + ["r", "r", "f"])
+def constraints(words: int = 2) -> str:
+    """The operands of :func:`dequantize_ptx`."""
+    return ",".join(["=r"] * (4 * words) + ["r"] * words + ["f"])

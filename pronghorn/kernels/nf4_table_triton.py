@@ -69,7 +69,7 @@ class TableWriter(reference.TableWriter):
             self.parts[0], self.dtype, rows * inputs, self.blocksize, inputs, pad
         ):
             return None
-        groups = nf4_triton.HALF_GROUPS
+        groups = nf4_triton.TILE_GROUPS if self.tiled else nf4_triton.HALF_GROUPS
         words = rows * inputs // 8
         blocks = triton.cdiv(words, groups * 8)
         codes, scales, nested_absmax, offset = self.parts
@@ -77,9 +77,11 @@ class TableWriter(reference.TableWriter):
         args = [
             codes.reshape(-1).view(torch.int32),
             *nf4_triton.scales_of(scales, nested_absmax, offset, self.nested_code),
-            None, words, inputs // 64 if pad else words, pad // 2, None, None, blocks, rows, stride,
+            None, words, inputs // 64 if pad or self.tiled else words, pad // 2, None, None, blocks, rows, stride,
             self.start, rank, self.beside, self.scaling, groups, self.blocksize, nested, self.dtype == torch.bfloat16,
             self.columns,
         ]  # fmt: skip
         tails = triton.cdiv(rows, groups) if self.beside else 0
-        return nf4_triton.dequantize_half.bind((blocks + tails,), args, (5, 9, 10), num_warps=8, enable_fp_fusion=False)
+        return nf4_triton.half_kernel(self.tiled).bind(
+            (blocks + tails,), args, (5, 9, 10), num_warps=8, enable_fp_fusion=False
+        )

@@ -26,12 +26,15 @@ from pronghorn.kernels.nf4_code import (
     nf4_code,
     nf4_cuda_boundaries,
 )
-from pronghorn.kernels.nf4_ptx import CONSTRAINTS, dequantize_ptx
+from pronghorn.kernels.nf4_ptx import constraints, dequantize_ptx
 from pronghorn.kernels.reference.nf4 import output, source
 
 _PTX_BF16 = tl.constexpr(dequantize_ptx("bf16"))
 _PTX_F16 = tl.constexpr(dequantize_ptx("f16"))
-_CONSTRAINTS = tl.constexpr(CONSTRAINTS)
+_PTX4_BF16 = tl.constexpr(dequantize_ptx("bf16", 4))
+_PTX4_F16 = tl.constexpr(dequantize_ptx("f16", 4))
+_CONSTRAINTS = tl.constexpr(constraints())
+_CONSTRAINTS4 = tl.constexpr(constraints(4))
 _RCP = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
 _SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
@@ -96,14 +99,26 @@ def _block_scale(scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blo
 
 
 @triton.jit
+def _tile_run(run, row_groups):
+    """Where the run of 64 weights ``run``, counted row by row, lies among the runs of a weight in tiles."""
+    row = run // row_groups
+    return (row // 8 * row_groups + run % row_groups) * 8 + row % 8
+
+
+@triton.jit
 def _dequantize_kernel(
     codes_ptr, scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, nf4_ptr, out_ptr, numel, columns, pad,
-    BYTES: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    BYTES: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
     """BYTES bytes of codes, any numel, any dtype, any GPU: the levels are looked up in memory."""
     at = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
     mask = at * 2 < numel
-    byte = tl.load(codes_ptr + at, mask=mask, other=0).to(tl.int32)
+    held = at
+    if TILED:
+        inside = at % 32  # step, half, thread of a run of 64 weights; in a tile thread, half, step
+        run = _tile_run(at // 32, columns // 64)
+        held = run * 32 + (inside % 4) * 8 + (inside // 4 % 2) * 4 + inside // 8
+    byte = tl.load(codes_ptr + held, mask=mask, other=0).to(tl.int32)
     block = (at * 2) // BLOCKSIZE
     scale = _block_scale(scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, block, mask, NESTED)
     high = tl.load(nf4_ptr + (byte >> 4)) * scale
@@ -172,11 +187,63 @@ def _dequantize_half_kernel(
             )
 
 
-_quantize, _unit = Launcher(_quantize_kernel), Launcher(_unit_kernel)
-_dequantize, dequantize_half = Launcher(_dequantize_kernel), Launcher(_dequantize_half_kernel)
+@triton.jit
+def _dequantize_tiles_kernel(
+    words_ptr, scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, words, row_groups, pad,
+    tail_ptr, b_ptr, blocks, rows, row_stride, start, rank, width, scaling,
+    GROUPS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BF16: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """As the kernel for rows, of codes in tiles (``nf4_layout.py``).
 
-HALF_GROUPS = 64
-"""Runs of 64 weights that a program of the 16-bit kernel takes."""
+    Two threads share a run: each takes a half of its four steps, a word from each of the product's four threads, whose
+    byte q is two weights of step q: 8 weights of a step lie side by side. Each 64 runs of a program are 8 of each of 8
+    rows, where a row has whole eights.
+    """
+    lane = tl.arange(0, GROUPS * 2)
+    i, half = lane // 2, lane % 2
+    held = tl.program_id(0).to(tl.int64) * GROUPS + i // 64 * 64 + i % 8 * 8 + i % 64 // 8
+    first = held * 8 + half
+    mask = first < words
+    w0 = tl.load(words_ptr + first, mask=mask, other=0)
+    w1 = tl.load(words_ptr + first + 2, mask=mask, other=0)
+    w2 = tl.load(words_ptr + first + 4, mask=mask, other=0)
+    w3 = tl.load(words_ptr + first + 6, mask=mask, other=0)
+    inside = held % (row_groups * 8)
+    row = held // (row_groups * 8) * 8 + inside % 8
+    group = row * row_groups + inside // 8
+    scale = _block_scale(
+        scales_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, (group * 64) // BLOCKSIZE, mask, NESTED
+    )
+    asm: tl.constexpr = _PTX4_BF16 if BF16 else _PTX4_F16
+    a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3 = tl.inline_asm_elementwise(
+        asm, _CONSTRAINTS4, [w0, w1, w2, w3, scale], dtype=(tl.int32,) * 16, is_pure=True, pack=1
+    )
+    pair = tl.arange(0, 4)[None, :]
+    to = (group * 32 + half * 4 + row * pad)[:, None] + pair
+    mask = mask[:, None]
+    tl.store(out_ptr + to, tl.reshape(tl.join(tl.join(a0, c0), tl.join(b0, d0)), (GROUPS * 2, 4)), mask=mask)
+    tl.store(out_ptr + to + 8, tl.reshape(tl.join(tl.join(a1, c1), tl.join(b1, d1)), (GROUPS * 2, 4)), mask=mask)
+    tl.store(out_ptr + to + 16, tl.reshape(tl.join(tl.join(a2, c2), tl.join(b2, d2)), (GROUPS * 2, 4)), mask=mask)
+    tl.store(out_ptr + to + 24, tl.reshape(tl.join(tl.join(a3, c3), tl.join(b3, d3)), (GROUPS * 2, 4)), mask=mask)
+    if COLUMNS > 0:
+        block = tl.program_id(0) - blocks
+        if block >= 0:
+            write_beside(
+                tail_ptr, b_ptr, block * GROUPS, rows, row_stride, start, rank, width, scaling, GROUPS, COLUMNS
+            )
+
+
+_quantize, _unit = Launcher(_quantize_kernel), Launcher(_unit_kernel)
+_dequantize = Launcher(_dequantize_kernel)
+_dequantize_half, _dequantize_tiles = Launcher(_dequantize_half_kernel), Launcher(_dequantize_tiles_kernel)
+
+HALF_GROUPS, TILE_GROUPS = 64, 128
+"""Runs of 64 weights that a program of the 16-bit kernel takes, of codes row by row and in tiles."""
+
+
+def half_kernel(tiled: bool) -> Launcher:
+    """The 16-bit kernel for codes row by row, or in tiles."""
+    return _dequantize_tiles if tiled else _dequantize_half
 
 
 def _has_asm(t: torch.Tensor) -> bool:
@@ -243,6 +310,7 @@ def dequantize_nf4(
     nested_code: torch.Tensor | None = None,
     blocksize: int = NF4_BLOCKSIZE,
     nested_blocksize: int = NESTED_BLOCKSIZE,
+    tiled: bool = False,
 ) -> torch.Tensor:
     """As ``reference.nf4.dequantize_nf4``."""
     numel = math.prod(shape)
@@ -254,20 +322,20 @@ def dequantize_nf4(
     pad = 0 if result.is_contiguous() else result.stride(0) - columns
     with torch.cuda.device_of(codes):
         if takes_half_kernel(codes, dtype, numel, blocksize, columns, pad) and result.data_ptr() % 16 == 0:
-            words = numel // 8
-            blocks = triton.cdiv(words, HALF_GROUPS * 8)
+            words, groups = numel // 8, TILE_GROUPS if tiled else HALF_GROUPS
+            blocks = triton.cdiv(words, groups * 8)
             pairs = (result if pad else result.view(-1)).view(torch.int32)
-            dequantize_half(
-                (blocks,), codes.view(torch.int32), *scale_args, pairs, words, columns // 64 if pad else words,
-                pad // 2, pairs, pairs, blocks, 0, 0, 0, 0, 0, 1.0, HALF_GROUPS, blocksize, nested,
-                dtype == torch.bfloat16, 0, num_warps=8, enable_fp_fusion=False,
+            half_kernel(tiled)(
+                (blocks,), codes.view(torch.int32), *scale_args, pairs, words,
+                columns // 64 if pad or tiled else words, pad // 2, pairs, pairs, blocks, 0, 0, 0, 0, 0, 1.0, groups,
+                blocksize, nested, dtype == torch.bfloat16, 0, num_warps=8, enable_fp_fusion=False,
             )  # fmt: skip
         else:
             size = 1024
             _dequantize(
                 (triton.cdiv((numel + 1) // 2, size),),
                 codes, *scale_args, nf4_code(codes.device), result, numel, columns, pad, size, blocksize, nested,
-                num_warps=4, enable_fp_fusion=False,
+                tiled, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     return result
 

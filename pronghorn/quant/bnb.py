@@ -72,11 +72,12 @@ def from_bnb(prefix: str, tensors: Mapping[str, torch.Tensor]) -> NF4Tensor:
 
 
 def to_bnb(nf4: NF4Tensor, prefix: str) -> dict[str, torch.Tensor]:
-    """The entries that bitsandbytes would save for weight ``prefix``; codes and scales are shared, not copied.
+    """The entries that bitsandbytes would save for weight ``prefix``; scales are shared, not copied, and so are codes
+    that lie row by row.
 
     On the meta device, where the offset has no value, the JSON entry is empty.
     """
-    device = nf4.codes.device
+    nf4, device = nf4.in_rows(), nf4.codes.device
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": nf4.blocksize,

@@ -11,6 +11,7 @@ from torch import nn
 
 from pronghorn.config.errors import ConfigError
 from pronghorn.kernels.nf4_code import NESTED_BLOCKSIZE, NF4_BLOCKSIZE
+from pronghorn.kernels.nf4_layout import takes_tiles
 from pronghorn.quant.bnb import SUFFIXES, from_bnb, is_quantized, to_bnb
 from pronghorn.quant.matmul import nf4_linear
 from pronghorn.quant.nf4 import NF4Tensor
@@ -24,9 +25,10 @@ class Linear4bit(nn.Linear):
     """``y = x @ W^T + b`` with W in NF4; a gradient reaches x and b, never W.
 
     Subclasses ``nn.Linear``, so that code that looks for linear layers (PEFT, ``all-linear``) finds it. ``weight`` is
-    the packed codes, a uint8 Parameter [ceil(out * in / 2), 1] that asks for no gradient; the scales are buffers that
-    no cast (``.half()``, ``.to(dtype)``) touches. The state dict has bitsandbytes' keys and loads from them, or from
-    a plain ``weight`` of 16 or 32 bits, which is then quantized. Until loaded, the weight is zero.
+    the packed codes, a uint8 Parameter [ceil(out * in / 2), 1] that asks for no gradient, in tiles where the shape
+    allows it (``kernels/nf4_layout.py``); the scales are buffers. No cast (``.half()``, ``.to(dtype)``) touches either.
+    The state dict has bitsandbytes' keys and order, and loads from them, or from a plain ``weight`` of 16 or 32 bits,
+    which is then quantized. Until loaded, the weight is zero.
     """
 
     weight: nn.Parameter
@@ -47,6 +49,7 @@ class Linear4bit(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.compute_dtype = compute_dtype
         self.blocksize, self.nested_blocksize = NF4_BLOCKSIZE, NESTED_BLOCKSIZE
+        self.tiled = takes_tiles((out_features, in_features), NF4_BLOCKSIZE)
         self.saved_dtype = compute_dtype  # what the saved format says the weight was made from
         numel = in_features * out_features
         blocks = -(-numel // NF4_BLOCKSIZE)
@@ -90,6 +93,7 @@ class Linear4bit(nn.Linear):
             nested_blocksize=self.nested_blocksize,
             dtype=self.compute_dtype,
             nested_code=self.nested_code,
+            tiled=self.tiled,
         )
 
     def load_weight(self, weight: torch.Tensor) -> None:
@@ -108,6 +112,7 @@ class Linear4bit(nn.Linear):
             raise ConfigError(f"weight: shape {tuple(nf4.shape)} does not fit this layer; it needs {expected}")
         if not self.weight.is_meta:
             nf4 = nf4.to(self.weight.device)
+        nf4 = nf4.in_tiles()
         codes = nf4.codes.detach().reshape(-1, 1)
         if _fits(self.weight, codes):
             self.weight.copy_(codes)
@@ -120,6 +125,7 @@ class Linear4bit(nn.Linear):
             else:
                 setattr(self, name, given)
         self.blocksize, self.nested_blocksize, self.saved_dtype = nf4.blocksize, nf4.nested_blocksize, nf4.dtype
+        self.tiled = nf4.tiled
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] to [..., out], in x's dtype (in autocast's dtype under autocast)."""
@@ -142,9 +148,7 @@ class Linear4bit(nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         saved = dataclasses.replace(self.nf4, dtype=self.saved_dtype)
-        for key, tensor in to_bnb(saved, f"{prefix}weight").items():
-            if key != f"{prefix}weight":  # saved by nn.Module, as the parameter that it is
-                destination[key] = tensor
+        destination.update(to_bnb(saved, f"{prefix}weight"))
 
     def _load_from_state_dict(
         self,

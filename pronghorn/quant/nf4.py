@@ -11,12 +11,13 @@ import torch
 
 from pronghorn.kernels.nf4 import dequantize_nf4, quantize_nf4, quantize_scales
 from pronghorn.kernels.nf4_code import NESTED_BLOCKSIZE, NF4_BLOCKSIZE
+from pronghorn.kernels.nf4_layout import takes_tiles, to_rows, to_tiles
 from pronghorn.kernels.nf4_table import table_writer
 
 
 @dataclasses.dataclass(frozen=True)
 class NF4Tensor:
-    """An NF4 weight (QLoRA, arXiv:2305.14314), laid out as bitsandbytes lays it out.
+    """An NF4 weight (QLoRA, arXiv:2305.14314), codes and scales as bitsandbytes makes them.
 
     Blocks of ``blocksize`` run flat over the flattened weight and take no notice of rows.
 
@@ -29,6 +30,7 @@ class NF4Tensor:
         shape: shape of the weight, (out features, in features).
         nested_code: float32 [256], the levels of ``scales`` where they are not the standard dynamic map.
         dtype: what :meth:`dequantize` returns unless told otherwise.
+        tiled: whether the codes lie in tiles (``kernels/nf4_layout.py``) and not row by row.
     """
 
     codes: torch.Tensor
@@ -40,6 +42,7 @@ class NF4Tensor:
     nested_blocksize: int = NESTED_BLOCKSIZE
     dtype: torch.dtype = torch.bfloat16
     nested_code: torch.Tensor | None = None
+    tiled: bool = False
 
     @classmethod
     def quantize(cls, weight: torch.Tensor, compute_dtype: torch.dtype | None = None) -> NF4Tensor:
@@ -65,6 +68,7 @@ class NF4Tensor:
             nested_code=self.nested_code,
             blocksize=self.blocksize,
             nested_blocksize=self.nested_blocksize,
+            tiled=self.tiled,
         )
 
     def writer(self, dtype: torch.dtype, width: int, start: int = 0, scaling: float = 1.0) -> Callable[..., None]:
@@ -82,12 +86,23 @@ class NF4Tensor:
             nested_code=self.nested_code,
             blocksize=self.blocksize,
             nested_blocksize=self.nested_blocksize,
+            tiled=self.tiled,
         )
 
     def to(self, device: torch.device | str | int) -> NF4Tensor:
         """The same weight on ``device``; tensors that already lie there are shared, not copied."""
         moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
         return dataclasses.replace(self, **moved)
+
+    def in_tiles(self) -> NF4Tensor:
+        """The same weight with its codes in tiles, where it consists of whole ones; else itself."""
+        if self.tiled or not takes_tiles(self.shape, self.blocksize):
+            return self
+        return dataclasses.replace(self, codes=to_tiles(self.codes, self.shape), tiled=True)
+
+    def in_rows(self) -> NF4Tensor:
+        """The same weight with its codes row by row, as bitsandbytes has them."""
+        return dataclasses.replace(self, codes=to_rows(self.codes, self.shape), tiled=False) if self.tiled else self
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors it consists of, by field name."""

@@ -70,6 +70,20 @@ def test_every_code_with_every_scale(dtype: torch.dtype) -> None:
     scales = torch.arange(codes.numel() // 32, dtype=torch.int64).remainder(256).to(torch.uint8)
     tensor = NF4Tensor(codes, scales, torch.rand(8) * 3, torch.tensor(0.7), shape, dtype=dtype)
     assert same_bits(tensor.to("cuda").dequantize().cpu(), tensor.dequantize())
+    assert same_bits(tensor.to("cuda").in_tiles().dequantize().cpu(), tensor.dequantize())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(8, 64), (8, 192), (24, 4096), (1024, 14336), (4096, 1024), (72, 320)])
+def test_codes_in_tiles(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    rows = NF4Tensor.quantize(make_weight(shape, dtype))
+    tiles = rows.in_tiles()
+    assert tiles.tiled and same_bits(tiles.dequantize(), rows.dequantize())
+    for room in (8, 32, 7):
+        wide = torch.full((shape[0], shape[1] + room), 7.0, dtype=dtype, device="cuda")
+        tiles.dequantize(dtype, wide[:, : shape[1]])
+        assert same_bits(wide[:, : shape[1]].contiguous(), rows.dequantize())
+        assert bool((wide[:, shape[1] :] == 7).all())
 
 
 def test_single_quantization_and_wide_blocks() -> None:

@@ -19,13 +19,13 @@ ROWS = 512
 def weight(O: int, I: int, dtype: torch.dtype) -> NF4Tensor:  # noqa: E741
     w = torch.randn(O, I, device="cuda") * torch.linspace(0.01, 0.05, O, device="cuda")[:, None]
     w.view(-1)[64:128] = 0
-    return NF4Tensor.quantize(w.to(dtype))
+    return NF4Tensor.quantize(w.to(dtype)).in_tiles()
 
 
 def single(nf4: NF4Tensor, dtype: torch.dtype) -> NF4Tensor:
     """About the same weight with float32 scales."""
     codes, scales = quantize_nf4(nf4.dequantize(dtype))
-    return NF4Tensor(codes, scales, None, None, nf4.shape, dtype=dtype)
+    return NF4Tensor(codes, scales, None, None, nf4.shape, dtype=dtype).in_tiles()
 
 
 def group(outputs: list[int], I: int, rank: int, bias: bool, dtype: torch.dtype) -> list[Member]:  # noqa: E741
@@ -79,13 +79,18 @@ def test_bits_are_those_of_the_trainer_s_product(outputs, I, rank, bias, dtype) 
 @pytest.mark.parametrize(
     "tile",
     [
-        Tile(1, False, 1, 256, 4, 1),
-        Tile(8, False, 2, 256, 3, 1),
-        Tile(8, False, 8, 128, 3, 1),
-        Tile(4, True, 1, 256, 2, 1),
-        Tile(4, True, 2, 128, 2, 1),
-        Tile(8, True, 1, 128, 1, 1),
-        Tile(3, True, 4, 128, 2, 1),
+        Tile(1, 1, 2, 8, 2048, 1, 256),
+        Tile(14, 1, 2, 8, 512, 3, 256),
+        Tile(5, 1, 1, 8, 1024, 2, 256),
+        Tile(14, 1, 2, 16, 2048, 1, 256),
+        Tile(7, 1, 4, 64, 256, 3, 256),
+        Tile(4, 1, 2, 32, 1024, 2, 256),
+        Tile(1, 8, 2, 8, 256, 1, 256),
+        Tile(2, 6, 2, 8, 256, 1, 128),
+        Tile(3, 5, 2, 8, 256, 1, 256),
+        Tile(2, 8, 2, 8, 256, 1, 128),
+        Tile(3, 4, 2, 16, 256, 1, 128),
+        Tile(2, 3, 2, 32, 256, 1, 128),
     ],
 )
 def test_tiles_change_no_bit(tile: Tile) -> None:

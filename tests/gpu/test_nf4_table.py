@@ -15,12 +15,14 @@ BESIDE = [(0, 0, 0), (32, 0, 32), (96, 32, 32), (40, 16, 8), (5, 1, 3), (64, 0, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_launch_writes_the_bits_of_the_parts(
-    shape: tuple[int, int], beside: tuple[int, int, int], dtype: torch.dtype
+    shape: tuple[int, int], tiled: bool, beside: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     columns, start, rank = beside
     weight = NF4Tensor.quantize(torch.randn(shape, device="cuda", dtype=dtype))
+    weight = weight.in_tiles() if tiled else weight
     b_Or = torch.randn(shape[0], rank, device="cuda").to(dtype) if rank else None
     expected = torch.zeros(shape[0], shape[1] + columns, device="cuda", dtype=dtype)
     expected[:, : shape[1]] = weight.dequantize(dtype)

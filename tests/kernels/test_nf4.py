@@ -10,7 +10,7 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 
-from pronghorn.kernels import nf4, nf4_code, nf4_ptx
+from pronghorn.kernels import nf4, nf4_code, nf4_layout, nf4_ptx
 from pronghorn.kernels.reference import nf4 as reference
 
 CPU = torch.device("cpu")
@@ -172,6 +172,45 @@ def test_triton_kernels_equal_reference(shape: tuple[int, ...], dtype: torch.dty
             assert same_bits(wide[:, : shape[1]].contiguous(), ours) and bool((wide[:, shape[1] :] == 7).all())
 
 
+@pytest.mark.parametrize("shape", [(8, 64), (24, 192), (64, 1024)])
+def test_tiles_hold_the_same_codes(shape: tuple[int, int]) -> None:
+    weight = make_weight(shape, torch.float32)
+    codes, absmax = nf4.quantize_nf4(weight)
+    tiled = nf4_layout.to_tiles(codes, shape)
+    assert torch.equal(nf4_layout.to_rows(tiled, shape), codes) and not torch.equal(tiled, codes)
+    plain = reference.dequantize_nf4(codes, absmax, None, None, shape, torch.float32)
+    assert torch.equal(reference.dequantize_nf4(tiled, absmax, None, None, shape, torch.float32, tiled=True), plain)
+    # By the definition: output g of a tile, thread t, half u, step q holds inputs 16 q + 8 u + 2 t and the next.
+    rows, held = codes.view(shape[0], -1), tiled.view(shape[0] // 8, shape[1] // 64, 8, 4, 2, 4)
+    for o, i, g, t, u, q in [
+        (0, 0, 0, 0, 0, 0),
+        (0, 0, 7, 1, 0, 3),
+        (shape[0] // 8 - 1, shape[1] // 64 - 1, 2, 3, 1, 2),
+    ]:
+        assert held[o, i, g, t, u, q] == rows[8 * o + g, (64 * i + 16 * q + 8 * u + 2 * t) // 2]
+
+
+def test_what_does_not_consist_of_tiles() -> None:
+    assert nf4_layout.takes_tiles((8, 64), 64) and nf4_layout.takes_tiles((16, 256), 128)
+    for shape, blocksize in (((9, 64), 64), ((8, 96), 64), ((8, 64), 32), ((64,), 64), ((2, 8, 64), 64)):
+        assert not nf4_layout.takes_tiles(shape, blocksize)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(8, 64), (24, 192), (16, 1024)])
+def test_triton_reads_tiles(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    triton_path = pytest.importorskip("pronghorn.kernels.nf4_triton")
+    codes, absmax = reference.quantize_nf4(make_weight(shape, torch.float32, zero_block=False))
+    tiled = nf4_layout.to_tiles(codes, shape)
+    for parts in ((*reference.quantize_scales(absmax),), (absmax, None, None)):
+        expected = reference.dequantize_nf4(codes, *parts, shape, dtype)
+        wide = torch.full((shape[0], shape[1] + 8), 7.0, dtype=dtype)
+        triton_path.dequantize_nf4(tiled, *parts, shape, dtype, wide[:, : shape[1]], tiled=True)
+        assert same_bits(wide[:, : shape[1]].contiguous(), expected) and bool((wide[:, shape[1] :] == 7).all())
+        assert same_bits(triton_path.dequantize_nf4(tiled, *parts, shape, dtype, tiled=True), expected)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
 @ZERO_BLOCKS
 def test_triton_zero_block_takes_code_zero() -> None:
@@ -182,9 +221,10 @@ def test_triton_zero_block_takes_code_zero() -> None:
     assert absmax[1] == 0 and not codes[32:].any() and codes[:32].any()
 
 
-def run_ptx(source: str, words: tuple[int, int], scale: float) -> list[int]:
+def run_ptx(source: str, words: tuple[int, ...], scale: float) -> list[int]:
     """The few PTX instructions that the dequantizer is written in, one thread, as their manual defines them."""
-    regs: dict[str, object] = {"$8": words[0], "$9": words[1], "$10": np.float32(scale)}
+    n = len(words)
+    regs: dict[str, object] = {f"${4 * n + i}": word for i, word in enumerate(words)} | {f"${5 * n}": np.float32(scale)}
 
     def value(name: str) -> object:
         if name.startswith("0f"):
@@ -219,15 +259,17 @@ def run_ptx(source: str, words: tuple[int, int], scale: float) -> list[int]:
                 "shr.u32": lambda x, y: x >> y,
             }[name](*a)
         regs[operands[0]] = result
-    return [regs[f"${i}"] for i in range(8)]  # type: ignore[misc]
+    return [regs[f"${i}"] for i in range(4 * len(words))]  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize(("kind", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
-def test_ptx_equals_reference(kind: str, dtype: torch.dtype) -> None:
-    source = nf4_ptx.dequantize_ptx(kind)
+def test_ptx_equals_reference(kind: str, dtype: torch.dtype, n: int) -> None:
+    source = nf4_ptx.dequantize_ptx(kind, n)
+    assert nf4_ptx.constraints(n).count(",") == 5 * n
     for scale in (0.0371, -0.002, 1.7):
-        codes = torch.randint(0, 256, (8,), dtype=torch.uint8)
-        words = struct.unpack("<2I", bytes(codes.tolist()))
+        codes = torch.randint(0, 256, (4 * n,), dtype=torch.uint8)
+        words = struct.unpack(f"<{n}I", bytes(codes.tolist()))
         out = torch.tensor(np.array(run_ptx(source, words, scale), dtype=np.uint32).view(np.int16)).view(dtype)
-        expected = reference.dequantize_nf4(codes, torch.tensor([scale]), None, None, (16,), dtype)
+        expected = reference.dequantize_nf4(codes, torch.tensor([scale]), None, None, (8 * n,), dtype)
         assert same_bits(out, expected)

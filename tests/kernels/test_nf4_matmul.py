@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from pronghorn.kernels.nf4_matmul import Member, nf4_matmul, why_not
-from pronghorn.kernels.nf4_matmul_cuda import STATIC_SHARED, Tile, tile_for
+from pronghorn.kernels.nf4_matmul_cuda import tile_for
 from pronghorn.quant.nf4 import NF4Tensor
 
 CPU = torch.device("cpu")
 
 
 def make(O: int, I: int, r: int, at: int, bias: bool, dtype: torch.dtype) -> Member:  # noqa: E741
-    weight = NF4Tensor.quantize(torch.randn(O, I).to(dtype))
+    weight = NF4Tensor.quantize(torch.randn(O, I).to(dtype)).in_tiles()
+    assert weight.tiled
     b = torch.randn(O, r).to(dtype) if r else None
     return Member(weight, b, at, torch.randn(O).to(dtype) if bias else None)
 
@@ -53,12 +54,14 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_the_gpu_s_path_says_why_it_is_not_taken() -> None:
     def weight(shape: tuple[int, int]) -> NF4Tensor:
-        return NF4Tensor.quantize(torch.randn(shape))
+        return NF4Tensor.quantize(torch.randn(shape)).in_tiles()
 
     half = torch.float16
     assert why_not([weight((8, 256))], half, CPU) == ""
     assert "float32" in why_not([weight((8, 256))], torch.float32, CPU)
     assert "multiples of 256" in why_not([weight((8, 192))], half, CPU)
+    assert "row by row" in why_not([weight((9, 256))], half, CPU)
+    assert "row by row" in why_not([weight((8, 256)).in_rows()], half, CPU)
     assert "rank 8" in why_not([weight((8, 256))], half, CPU, [32, 8])
     assert "4 projections" in why_not([weight((8, 256))] * 4, half, CPU)
 
@@ -68,9 +71,20 @@ def test_the_gpu_s_path_says_why_it_is_not_taken() -> None:
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("limit", [99, 163, 227])
 def test_every_tile_fits_into_shared_memory(M: int, outputs: int, K: int, nested: bool, limit: int) -> None:
-    """What a block has on an L4 or RTX 4090, on an A100, on Hopper; every thread copies whole 16-byte pieces."""
+    """What a block has on an L4 or RTX 4090, on an A100, on Hopper; and what the kernel takes for granted."""
     tile = tile_for(M, outputs, K, nested, limit * 1024)
     assert tile is not None
-    assert STATIC_SHARED + tile.shared_bytes(K, nested) <= limit * 1024
-    assert tile.ring or tile.tiles * tile.chunk % (tile.warps * 32) == 0
-    assert tile.stages >= 2 and isinstance(tile, Tile)
+    assert tile.shared_bytes(K, nested) <= limit * 1024
+    assert tile.rows in (8, 16, 32, 64) and (tile.rows >= M or limit < 227)
+    assert tile.warps <= 16  # a barrier each
+    if tile.ring > 1:
+        assert tile.pair == 2 and K % tile.chunk == 0
+    else:
+        assert tile.chunk == 256 and tile.panel % 256 == 0
+        assert tile.stages >= 2 or tile.panel >= K
+
+
+@pytest.mark.parametrize(("outputs", "blocks"), [(6144, 128), (4096, 128), (28672, 128)])
+def test_an_8b_models_groups_fill_an_h200_once(outputs: int, blocks: int) -> None:
+    tile = tile_for(6, outputs, 4096)
+    assert tile is not None and -(-outputs // tile.outputs) == blocks

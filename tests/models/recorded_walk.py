@@ -79,6 +79,7 @@ def as_on_a_gpu() -> None:
     nf4_matmul._path = lambda tensor: nf4_matmul_cuda
     nf4_triton._has_asm = lambda tensor: True
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
+    nf4_matmul_cuda._processors = lambda _: nf4_matmul_cuda.HOPPER_PROCESSORS  # type: ignore[assignment]
     products._on_gpu = lambda tensor: True
     products._LONG_SUM = 512  # the down projection's here: of an 8B model's it is 8,192
     attention.in_order = prefill_attention.in_order = lambda *_, **__: True  # type: ignore[assignment]

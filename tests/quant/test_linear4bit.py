@@ -201,3 +201,16 @@ def test_is_a_linear_and_says_what_it_is() -> None:
     dense.bias.requires_grad_(False)
     assert not Linear4bit.from_linear(dense.eval()).training
     assert not Linear4bit.from_linear(dense).bias.requires_grad
+
+
+def test_codes_are_held_in_tiles_and_saved_in_rows() -> None:
+    for shape, tiled in (((24, 128), True), ((12, 128), False), ((24, 96), False)):
+        dense = torch.nn.Linear(shape[1], shape[0], bias=False)
+        layer, rows = Linear4bit.from_linear(dense), NF4Tensor.quantize(dense.weight)
+        assert layer.tiled == layer.nf4.tiled == tiled
+        assert torch.equal(layer.weight.view(-1), rows.codes) == (not tiled)
+        state = layer.state_dict()
+        assert torch.equal(state["weight"].view(-1), rows.codes) and state["weight"].shape == layer.weight.shape
+        again = Linear4bit(shape[1], shape[0], bias=False)
+        again.load_state_dict(state)
+        assert torch.equal(again.weight, layer.weight) and again.tiled == tiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from pronghorn.quant.nf4 import NF4Tensor
@@ -35,3 +36,16 @@ def test_to_moves_every_tensor() -> None:
     moved = nf4.to("meta")
     assert {t.device.type for t in moved.tensors().values()} == {"meta"}
     assert moved.shape == nf4.shape and moved.tensors().keys() == nf4.tensors().keys()
+
+
+@pytest.mark.parametrize("shape", [(16, 128), (33, 70)])
+def test_tiles_and_rows_are_the_same_weight(shape: tuple[int, int]) -> None:
+    nf4 = NF4Tensor.quantize(torch.randn(shape))
+    tiled = nf4.in_tiles()
+    assert tiled.tiled == (shape == (16, 128)) and tiled.in_tiles() is tiled and nf4.in_rows() is nf4
+    assert torch.equal(tiled.in_rows().codes, nf4.codes) and not tiled.in_rows().tiled
+    assert torch.equal(tiled.dequantize(), nf4.dequantize())
+    tables = torch.empty(2, shape[0], shape[1] + 8)
+    for table, held in zip(tables, (nf4, tiled)):
+        held.writer(torch.float32, shape[1] + 8)(table, torch.ones(shape[0], 8))
+    assert torch.equal(*tables)

@@ -19,6 +19,7 @@ from pronghorn.kernels.nf4_code import (
     nf4_midpoints,
     nf4_pairs,
 )
+from pronghorn.kernels.nf4_layout import to_rows
 
 # Elements handled at a time: small enough to stay in a core's cache, so that temporaries cost little and stay little.
 _QUANTIZE_CHUNK = 1 << 20
@@ -154,6 +155,7 @@ def dequantize_nf4(
     nested_code: torch.Tensor | None = None,
     blocksize: int = NF4_BLOCKSIZE,
     nested_blocksize: int = NESTED_BLOCKSIZE,
+    tiled: bool = False,
 ) -> torch.Tensor:
     """Weights from 4-bit codes: level * scale in float32, rounded once to ``dtype``.
 
@@ -164,10 +166,13 @@ def dequantize_nf4(
         shape: shape of the weight; its numel decides how many codes count.
         out: tensor of that shape and ``dtype`` to write to, contiguous or the left part of a wider matrix.
         nested_code: float32 [256]; the dynamic map where None.
+        tiled: the codes lie in tiles (``nf4_layout.py``).
 
     Returns:
         The weight, ``dtype``, of ``shape``.
     """
+    if tiled:
+        codes = to_rows(codes, shape)
     numel = math.prod(shape)
     absmax = dequantize_scales(scales, nested_absmax, offset, nested_code, nested_blocksize)
     result = output(out, shape, dtype, codes.device)

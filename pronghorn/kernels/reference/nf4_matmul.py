@@ -30,6 +30,8 @@ class NF4Weight(Protocol):
     def blocksize(self) -> int: ...
     @property
     def nested_blocksize(self) -> int: ...
+    @property
+    def tiled(self) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,7 @@ def nf4_matmul(
         weight_OI = dequantize_nf4(
             w.codes, w.scales, w.nested_absmax, w.offset, w.shape, x_MI.dtype,
             nested_code=w.nested_code, blocksize=w.blocksize, nested_blocksize=w.nested_blocksize,
+            tiled=w.tiled,
         )  # fmt: skip
         wide = torch.promote_types(x_MI.dtype, torch.float32)
         y_MO = x_MI.to(wide) @ weight_OI.to(wide).T

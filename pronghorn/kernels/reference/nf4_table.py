@@ -16,8 +16,8 @@ class TableWriter:
     Made once for a weight and a layout, called for each product.
 
     Args:
-        codes, scales, nested_absmax, offset, shape, nested_code, blocksize, nested_blocksize: the weight, as for
-            ``dequantize_nf4``; ``shape`` is ``(O, I)``.
+        codes, scales, nested_absmax, offset, shape, nested_code, blocksize, nested_blocksize, tiled: the weight, as
+            for ``dequantize_nf4``; ``shape`` is ``(O, I)``.
         dtype: of the tables.
         width: K, columns of the tables, I at least; columns from I on stand beside W.
         start: column of B, counted from I.
@@ -39,9 +39,11 @@ class TableWriter:
         nested_code: torch.Tensor | None = None,
         blocksize: int = NF4_BLOCKSIZE,
         nested_blocksize: int = NESTED_BLOCKSIZE,
+        tiled: bool = False,
     ) -> None:
         self.parts = codes, scales, nested_absmax, offset
         self.nested_code, self.blocksize, self.nested_blocksize = nested_code, blocksize, nested_blocksize
+        self.tiled = tiled
         self.shape, self.dtype, self.width, self.start, self.scaling = tuple(shape), dtype, width, start, scaling
 
     def check(self, table_OK: torch.Tensor, b_Or: torch.Tensor | None) -> None:
@@ -76,6 +78,7 @@ class TableWriter:
             nested_code=self.nested_code,
             blocksize=self.blocksize,
             nested_blocksize=self.nested_blocksize,
+            tiled=self.tiled,
         )
 
     @torch.no_grad()
