@@ -7,8 +7,8 @@ scales take at this GPU's measured copy bandwidth; ``pronghorn+low_rank`` has ``
 step has it. Peers in the same run, without an adapter: bitsandbytes' own product of its 4-bit weights, each projection
 by itself, and torch's with the weights in bf16. Calls on weights of their own, 512 MiB at least, are captured in one
 CUDA graph, so that none is found in the L2 cache. ``kernel/nf4_matmul/layers/<rows>`` is the sum over the 32 layers of
-an 8B model. With ``--configs`` other launch configurations are timed as well: ``tile <groups>/<ring>/...``, and the same
-beside ``x A^T``.
+an 8B model. With ``--configs`` other launch configurations are timed as well: ``tile <groups>/<ring>/...``, and
+the same beside ``x A^T``.
 """
 
 from __future__ import annotations
