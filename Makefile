@@ -28,13 +28,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The lower bounds of pyproject.toml, in an environment of their own.
+# The lower bounds of pyproject.toml, in an environment of their own; all tests, or those of TESTS.
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet torch==2.13.0
 	.venv-oldest/bin/python -m pip install --quiet -e '.[dev]' transformers==5.17.0 trl==1.15.0 peft==0.21.0 \
 		bitsandbytes==0.50.0 datasets==4.7.0
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 test-gpu:
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/gpu

@@ -65,12 +65,13 @@ class Metrics:
 
     def _put(self, kind: str, name: str, value: float, factor: float, weight: float) -> None:
         entry = self._values.setdefault(name, [kind, 0.0 if kind == "mean" else math.nan, 0.0])
+        value *= factor
         if kind == "last":
             entry[1:] = [value, 1.0]
         elif math.isnan(value):
             return
         elif kind == "mean":
-            entry[1] += value * factor
+            entry[1] += value
             entry[2] += weight
         else:
             better = min if kind == "low" else max

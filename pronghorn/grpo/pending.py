@@ -25,6 +25,7 @@ class Pending:
         waiting: it is to be drawn, and nothing has begun to.
         policy: draws it once it begins, where it was cut short before; None is the policy of then.
         seen: of the trainer's state that its reward functions see, numbers and strings; None is the state of then.
+        logged: how many entries of the log history they see, which is only appended to; None is all of then.
         begun, drawing: what is being drawn, and the thread that does; None where it is drawn.
         scoring: under way, or None when the rewards are in.
         waited: seconds that training has waited for the samples.
@@ -38,6 +39,7 @@ class Pending:
     waiting: bool = False
     policy: KeptPolicy | None = None
     seen: dict[str, Any] | None = None
+    logged: int | None = None
     begun: Begun | None = None
     drawing: Background | None = None
     scoring: Background | None = None
@@ -74,7 +76,8 @@ class Pending:
         the drawing first began, where that was cut short.
         """
         seen = copy.copy(state)
-        seen.log_history = list(state.log_history)
+        seen.log_history = list(state.log_history[: self.logged])
+        self.logged = len(seen.log_history)
         vars(seen).update(self.seen or {})
         self.seen = {name: value for name, value in vars(seen).items() if type(value) in PLAIN}
         return seen
@@ -84,7 +87,7 @@ class Pending:
         if not self.waiting:
             return lambda: [self.index, self.opened, self.picks, self._made()]
         assert self.policy is not None  # others begin within the step that chose them
-        state = [self.index, self.opened, self.picks, {"policy": self.policy, "seen": self.seen}]
+        state = [self.index, self.opened, self.picks, self._to_draw(self.policy)]
         return lambda: state
 
     def _made(self) -> dict[str, Any]:
@@ -93,7 +96,10 @@ class Pending:
         except DrawingStopped as stopped:
             if stopped.policy is None:
                 raise
-            return {"policy": stopped.policy, "seen": self.seen}
+            return self._to_draw(stopped.policy)
+
+    def _to_draw(self, policy: KeptPolicy) -> dict[str, Any]:
+        return {"policy": policy, "seen": self.seen, "logged": self.logged}
 
     @classmethod
     def from_state(cls, state: list[Any], rows: Callable[[list[int]], list[dict[str, Any]]]) -> Pending:

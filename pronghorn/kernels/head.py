@@ -2,7 +2,8 @@
 
 Each chunk's logits are made by one product, read and overwritten by their gradient in one kernel (``logits.py``), and
 turned by a second product into the gradient of the hidden states, by a third into that of the head's weight where it
-trains. Peak memory is the results and one chunk, ``4 * chunk * (V + D)`` bytes: 256 MiB by default, and a little.
+trains. Peak memory is the results and one chunk, ``4 * chunk * (V + D)`` bytes: 256 MiB by default, and a little. Where
+the head trains, every chunk reads and writes that float32 gradient anew, so a chunk may be a quarter of its size.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ ORDERED_ROWS = 64
 _TILE = 128  # rows of a matrix product's tile: a part of one costs as much as all of it
 
 
-def chunk_rows(N: int, V: int) -> int:
-    """Rows whose logits exist at once: a multiple of 128, of about :data:`CHUNK_ELEMENTS` logits; N at most."""
-    return max(1, min(N, max(CHUNK_ELEMENTS // V // _TILE, 1) * _TILE))
+def chunk_rows(N: int, V: int, trained: int = 0) -> int:
+    """Rows whose logits exist at once: a multiple of 128, of about :data:`CHUNK_ELEMENTS` logits; N at most.
+
+    ``trained``: D where the weight ``[V, D]`` trains; then up to D / 4 rows, a quarter of its gradient's size.
+    """
+    return max(1, min(N, max(CHUNK_ELEMENTS // V // _TILE, trained // 4 // _TILE, 1) * _TILE))
 
 
 def head_logits(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None) -> torch.Tensor:
@@ -71,8 +75,10 @@ class HeadResult(NamedTuple):
     bias_V: torch.Tensor | None
 
 
-def check_head(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, chunk: int | None) -> int:
-    """Rows of a chunk.
+def check_head(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, chunk: int | None, trains: bool
+) -> int:
+    """Rows of a chunk; ``trains``: the weight's gradient is wanted.
 
     Raises:
         ValueError: the shapes do not fit, or ``chunk`` is below 1.
@@ -84,7 +90,7 @@ def check_head(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torc
         )
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} rows hold no logits; give 1 or more, or None for the default")
-    return chunk_rows(hidden_ND.shape[0], weight_VD.shape[0]) if chunk is None else chunk
+    return chunk_rows(hidden_ND.shape[0], weight_VD.shape[0], weight_VD.shape[1] * trains) if chunk is None else chunk
 
 
 def walk(

@@ -42,7 +42,7 @@ def linear_cross_entropy(
 
     Nothing waits for the GPU. Beside the loss, forward keeps the gradients: one ``[N, D]`` in the hidden states' dtype
     where those need it, and ``[V, D]`` in float32 where the head trains. While it runs, one chunk of logits in float32
-    exists beside them (256 MiB by default, :data:`pronghorn.kernels.head.CHUNK_ELEMENTS`).
+    exists beside them (256 MiB by default, :func:`pronghorn.kernels.head.chunk_rows`).
 
     Args:
         hidden_ND: hidden states that predict the targets, in the compute dtype.
@@ -64,13 +64,13 @@ def linear_cross_entropy(
         ValueError: the shapes do not fit, or ``softcap`` is not positive.
         RuntimeError: backward through the same loss a second time.
     """
-    chunk = check_head(hidden_ND, weight_VD, targets_N, chunk)
+    differentiable = torch.is_grad_enabled()
+    wanted = Gradients(*(differentiable and t is not None and t.requires_grad for t in (hidden_ND, weight_VD, bias_V)))
+    chunk = check_head(hidden_ND, weight_VD, targets_N, chunk, wanted.weight)
     if weights_N is not None and weights_N.shape != targets_N.shape:
         raise ValueError(f"weights have shape {tuple(weights_N.shape)}; targets {tuple(targets_N.shape)} need the same")
     if isinstance(denominator, torch.Tensor) and denominator.numel() != 1:
         raise ValueError(f"denominator has shape {tuple(denominator.shape)}; give a number or a 0-d tensor")
-    differentiable = torch.is_grad_enabled()
-    wanted = Gradients(*(differentiable and t is not None and t.requires_grad for t in (hidden_ND, weight_VD, bias_V)))
     loss: torch.Tensor = _LinearCrossEntropy.apply(
         hidden_ND, weight_VD, bias_V, targets_N, weights_N, denominator, wanted,
         {"softcap": softcap, "scale": scale, "ignore_index": ignore_index, "chunk": chunk},

@@ -58,7 +58,7 @@ def chosen_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} cannot divide logits; give a positive number (1.0 for greedy)")
-    chunk = check_head(hidden_ND, weight_VD, targets_N, chunk)
+    chunk = check_head(hidden_ND, weight_VD, targets_N, chunk, weight_VD.requires_grad and torch.is_grad_enabled())
     if entropy_gradient and with_entropy:
         both: tuple[torch.Tensor, torch.Tensor] = _ChosenLogprobsEntropy.apply(
             hidden_ND, weight_VD, targets_N, bias_V, temperature, softcap, scale, chunk

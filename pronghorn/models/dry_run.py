@@ -21,7 +21,7 @@ from .fused_block import Saving, fused_block
 from .keep import Keep
 from .modules import norm
 from .packed_layer import prepared_layers
-from .parts import Groups, Held, Parts, held_weights
+from .parts import Groups, Held, HeldOf, Parts, held_weights
 from .state import ATTRIBUTE
 from .tree import unwrap
 
@@ -39,7 +39,9 @@ def training_step(model: nn.Module) -> None:
     layer_step(model, found[0], [_TOKENS])
     if all(p.nf4 is not None for p in found[0][0].projections):  # which a plan may have in 16 bits too
         dtype = unwrap(model).__dict__[ATTRIBUTE].compute_dtype
-        layer_step(model, found[0], [_TOKENS], held=held_weights(found[0][1], dtype))
+        held = HeldOf(None, held_weights(found[0][1], dtype))
+        held.refresh(found[0][1])  # as every step but the first does
+        layer_step(model, found[0], [_TOKENS], held=held.weights)
     head_step(model)
     _optimizer_step([p for p in model.parameters() if p.requires_grad])
 

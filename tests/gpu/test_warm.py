@@ -88,7 +88,7 @@ def test_rollouts_find_their_kernels(warmed: Any, temperature_and_top_p: tuple[f
     assert found == []
 
 
-@pytest.mark.parametrize("length", [7, 400])
+@pytest.mark.parametrize("length", [7, 400, 700])  # 700: too many keys to copy prompts for backward
 def test_scoring_finds_its_kernels(warmed: Any, length: int) -> None:
     wait()
     config = GRPOConfig(

@@ -62,10 +62,19 @@ class Stuck:
         return drawing
 
 
-def by_step(completions: list[Any], trainer_state: Any, **kwargs: Any) -> list[float]:
+def by_state(completions: list[Any], trainer_state: Any, **kwargs: Any) -> list[float]:
     """Rewards that depend on what the reward function saw of the run when its generation was begun."""
     seen = trainer_state.global_step + 0.001 * trainer_state.num_input_tokens_seen
     return [score * (1.0 + 0.1 * seen) + 0.01 * i * seen for i, score in enumerate(letters(completions))]
+
+
+def by_step(completions: list[Any], trainer_state: Any, **kwargs: Any) -> list[float]:
+    """The same, of the log history too."""
+    history = trainer_state.log_history
+    shift = 0.1 * len(history) + sum(entry.get("reward", 0.0) for entry in history)
+    return [
+        score * (1.0 + 0.1 * shift) + 0.01 * i * shift for i, score in enumerate(by_state(completions, trainer_state))
+    ]
 
 
 def pending_of(checkpoint: Path) -> list[Any]:
@@ -247,7 +256,8 @@ SAVES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("save", SAVES)
 def test_a_checkpoint_of_the_end_has_what_the_last_measurement_let_go_of(tmp_path: Path, save: str) -> None:
     """A run that goes on from its end, ``max_steps`` raised, is the longer run."""
-    constant = {**SETTINGS, "lr_scheduler_type": "constant", "data": prompts(2)}
+    # by_state, as the shorter run's history has a record of its end that the longer one's has not
+    constant = {**SETTINGS, "rewards": by_state, "lr_scheduler_type": "constant", "data": prompts(2)}
     whole = measured(tmp_path / "whole", 2, **constant)
     whole.train()
     settings: dict[str, Any] = {**constant, **SAVES[save]}

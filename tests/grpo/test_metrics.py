@@ -20,6 +20,7 @@ def test_means_are_weighted_and_nan_is_left_out() -> None:
     metrics.mean("a", 1.0, 3)
     metrics.mean("a", 5.0, 1)
     metrics.mean("a", math.nan, 9)
+    metrics.mean("a", math.inf, 0)  # a sum of nothing
     metrics.mean("gone", math.nan)
     for value in (2.0, -1.0, math.nan):
         metrics.low("low", value)

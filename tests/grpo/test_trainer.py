@@ -14,6 +14,7 @@ from trl.trainer.grpo_config import GRPOConfig as TRLGRPOConfig
 
 from pronghorn.config.errors import ConfigError
 from pronghorn.config.sampling import SamplingParams
+from pronghorn.grpo import metrics as metrics_module
 from pronghorn.grpo.config import GRPOConfig
 from pronghorn.grpo.setup import as_model
 from pronghorn.grpo.trainer import GRPOTrainer
@@ -56,6 +57,34 @@ def test_metrics_have_trls_names_and_reach_the_files(tmp_path: Path) -> None:
     assert set(samples[0]) == {"step", "mode", "prompt", "completion", "rewards", "advantage", "extra"}
     assert lines[0]["sampling/sampling_logp_difference/max"] == pytest.approx(0, abs=1e-5)
     assert lines[0]["kl"] == 0 < lines[1]["kl"] and lines[0]["num_tokens"] > 0  # the first step is at the reference
+
+
+def test_what_a_gpu_computes_is_read_behind_backward_and_logged_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logged(name: str) -> list[dict[str, Any]]:
+        settings = {"gradient_accumulation_steps": 2, "use_adaptive_entropy": True, "beta": 0.04, "eval_steps": 1}
+        made = trainer(tmp_path / name, eval_dataset=prompts(4), eval_strategy="steps", **settings)
+        backward, train = made.accelerator.backward, made.metrics["train"]
+
+        def watched(loss: torch.Tensor) -> None:
+            before.append(len(train._coming))
+            backward(loss)
+            assert len(train._coming) == before[-1]
+
+        made.accelerator.backward = watched
+        made.train()
+        assert not any(metrics._coming for metrics in made.metrics.values())
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        clocks = ("time", "runtime", "per_second")
+        return [{key: value for key, value in line.items() if not key.endswith(clocks)} for line in lines]
+
+    before: list[int] = []
+    at_once = logged("at-once")
+    assert before == [0] * 4
+    monkeypatch.setattr(metrics_module, "_computing", lambda tensor: True)
+    assert logged("late") == at_once and len(at_once) == 5
+    assert min(before[4:]) > 15
 
 
 def test_rewards_see_columns_and_may_log(tmp_path: Path) -> None:

@@ -204,6 +204,8 @@ def test_chunk_rows() -> None:
     assert head.chunk_rows(300, 128256) == 300
     assert head.chunk_rows(4096, 10**6) == 128  # a tile of rows, whatever the vocabulary
     assert head.chunk_rows(10**6, 50257) % 128 == 0
+    assert head.chunk_rows(4096, 128256, 4096) == 1024  # the head trains: a quarter of its gradient
+    assert head.chunk_rows(4096, 50257, 896) == head.chunk_rows(4096, 50257)
     assert head.chunk_rows(0, 50257) == head.chunk_rows(1, 50257) == 1
 
 

@@ -22,6 +22,8 @@ from triton.runtime import driver
 from pronghorn import FastLanguageModel, GRPOConfig, SamplingParams
 from pronghorn.kernels import (
     adamw8bit_triton,
+    attention_cpu,
+    attention_cuda,
     attention_merge,
     decode_attention,
     glu,
@@ -38,8 +40,12 @@ from pronghorn.kernels import (
     rope,
     rope_kv,
     sample,
+    scaled_blocks,
+    shared_prefix,
 )  # fmt: skip
 from pronghorn.kernels.adamw8bit import BLOCK, Slot, rule
+from pronghorn.kernels.attention import Choice
+from pronghorn.kernels.attention import Path as Way
 from pronghorn.kernels.launch import Recorded, recording
 from pronghorn.loader import pretrained
 from pronghorn.models import attention, dry_run
@@ -66,12 +72,17 @@ class H200:
         return 0
 
 
+def flash_backward(_do: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
+    """Gradients as flash lays them out; it has no kernels of ours."""
+    return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in given[:3])
+
+
 def as_on_a_gpu() -> None:
     """Every kernel's own side, products for few rows, and attention in the sampler's order."""
     driver.set_active(H200())  # type: ignore[arg-type]
     kernels = (
         attention_merge, decode_attention, glu, logits, low_rank, nf4, nf4_table, ordered_attention, ordered_matmul,
-        rms_norm, rope, rope_kv, sample,
+        rms_norm, rope, rope_kv, sample, scaled_blocks,
     )  # fmt: skip
     for module in kernels:
         own: ModuleType = __import__(f"{module.__name__}_triton", fromlist=["_"])
@@ -83,8 +94,9 @@ def as_on_a_gpu() -> None:
     products._on_gpu = lambda tensor: True
     products._LONG_SUM = 512  # the down projection's here: of an 8B model's it is 8,192
     attention.in_order = prefill_attention.in_order = lambda *_, **__: True  # type: ignore[assignment]
-    cpu = attention.choose(None, torch.bfloat16, 64, None)  # of flash, which has no kernels of ours
-    attention.PackedAttention.choice = lambda *_, **__: cpu  # type: ignore[method-assign]
+    flash = Choice(Way.FLASH, "of a GPU")
+    attention.PackedAttention.choice = lambda *_, **__: flash  # type: ignore[method-assign]
+    attention_cuda.flash_forward, attention_cuda.flash_backward = attention_cpu.attention_forward, flash_backward  # type: ignore[assignment]
     dry_run.table = adamw8bit_triton.Table
 
 
@@ -189,6 +201,9 @@ def main() -> None:
         supervised(model, 2, 37)
         supervised(model, 1, 1)
         supervised(model, 3, 200)
+        for completions, length in ((3, 21), (3, 120), (16, 150)):
+            scored(model, completions, length)
+        shared_prefix.GATHER = 0  # as with more keys: backward in two parts
         scored(model, 3, 21)
         optimized(model)
         decoded = rolled_out(model, tokenizer, hold=True)

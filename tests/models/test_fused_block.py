@@ -17,7 +17,7 @@ from pronghorn.models.attention import PackedAttention
 from pronghorn.models.fused_block import Saving, fused_block
 from pronghorn.models.keep import Keep
 from pronghorn.models.llama import block
-from pronghorn.models.parts import held_weights, read_parts
+from pronghorn.models.parts import Held, held_weights, read_parts
 from pronghorn.quant.linear4bit import Linear4bit
 from tests.models.test_attach import make, relative
 
@@ -77,8 +77,10 @@ def test_values_and_gradients_equal_the_plain_block(saving: Saving, nf4: bool, h
         assert relative(got, want) < 2e-6
 
 
-@pytest.mark.parametrize(("nf4", "rank"), [(False, 4), (True, 4), (True, 8)])
-def test_a_partial_adapter_and_a_first_layer_without_input_gradient(nf4: bool, rank: int) -> None:
+@pytest.mark.parametrize(
+    ("nf4", "rank", "held"), [(False, 4, False), (True, 4, False), (True, 8, False), (True, 4, True), (True, 8, True)]
+)
+def test_a_partial_adapter_and_a_first_layer_without_input_gradient(nf4: bool, rank: int, held: bool) -> None:
     model = adapted(nf4, rank, exclude_modules=["k_proj", "down_proj", "up_proj"])
     layer = model.get_base_model().model.layers[0]
     hidden, rope, attention = inputs(model)
@@ -87,8 +89,10 @@ def test_a_partial_adapter_and_a_first_layer_without_input_gradient(nf4: bool, r
     expected = torch.autograd.grad(block(layer, hidden, rope, attention).square().sum(), trained)
     parts = read_parts(layer, "silu")
     assert not isinstance(parts, str)
+    groups = parts.rounded(hidden.dtype)
+    saving = Saving(Keep.INPUT, held=held_weights(groups, hidden.dtype) if held else Held())
     got = torch.autograd.grad(
-        fused_block(parts, parts.rounded(hidden.dtype), hidden, rope, attention, Saving(Keep.INPUT)).square().sum(),
+        fused_block(parts, groups, hidden, rope, attention, saving).square().sum(),
         trained,
     )
     for a, b in zip(got, expected):

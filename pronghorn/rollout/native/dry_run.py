@@ -24,6 +24,10 @@ from .paged import PagedDecode
 _TOKENS = (8, 16, 32, 272, 2064)
 """One number of rows for each way that the adapters' narrow products are taken (``kernels/low_rank_triton.py``)."""
 
+_SCORED = ([8, 4, 4], [136, 68, 68], [1032] + 8 * [129])
+"""A prompt and its completions, for each way that these products are written to two places. Attention's backward copies
+the first two prompts for their completions; the third is too long for that (``kernels/shared_prefix.py``)."""
+
 _POSITIONS = 512
 """Tokens of the longest row: two segments, so that their merging is walked too."""
 
@@ -49,7 +53,8 @@ def rollout_steps(model: nn.Module) -> None:
             _decode(model, found, cache, rows, hold=False)
         for rows in (32, MAX_ROWS):  # where there is memory for weights in 16 bits, many rows read those
             _decode(model, found, cache, rows, hold=True)
-    layer_step(model, found[0], [8, 4, 4], [None, 0, 0], ordered=True)
+    for lengths in _SCORED:
+        layer_step(model, found[0], lengths, [None] + [0] * (len(lengths) - 1), ordered=True)
 
 
 def _prefill(model: nn.Module, layer: tuple[Parts, Groups], tokens: int) -> None:
@@ -71,6 +76,7 @@ def _decode(model: nn.Module, found: list[tuple[Parts, Groups]], cache: KVCache,
     counts_B = torch.zeros(rows, dtype=torch.int32, device=device)
     heads = unwrap(model).config.num_attention_heads
     walk = DecodeWalk(model, found[:1], rows, _POSITIONS, hold)
+    walk.refresh()
     walk(torch.zeros(rows, dtype=torch.int64, device=device), PagedDecode(cache, table_BN, counts_B, counts_B, heads))
 
 
