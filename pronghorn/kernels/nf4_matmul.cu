@@ -49,6 +49,7 @@ struct Args {
 
 extern __shared__ __align__(128) u8 shared[];
 
+#ifndef INSTRUCTIONS_GIVEN  // by a test, in C++, which runs the kernel on a CPU
 __device__ __forceinline__ u32 shared_address(const void* p) {
     u32 a;
     asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(a) : "l"(p));
@@ -91,12 +92,6 @@ __device__ __forceinline__ float wide(u16 value) {
     return r;
 }
 
-// The table holds both levels of each byte of codes, 16 times over, so that the lanes of half a warp never meet in a
-// bank, and 256 bytes apart, so that one permutation makes the address of code and column.
-__device__ __forceinline__ u32 weights(u32 word, int byte, u32 column, float scale) {
-    const float2 level = *(const float2*)(shared + __byte_perm(word, column, 0x5504 | byte << 4));
-    return pair(scaled(level.x, scale), scaled(level.y, scale));
-}
 __device__ __forceinline__ void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if F16
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -104,6 +99,32 @@ __device__ __forceinline__ void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 #endif
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Four 8 x 8 pieces of rows, 16 bytes each; every lane gives the address of one.
+__device__ __forceinline__ void read_pieces(u32* x, u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
+}
+__device__ __forceinline__ u32 read_pair(u32 from) {
+    u32 r;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(from) : "memory");
+    return r;
+}
+#define COPIES_END asm volatile("cp.async.commit_group;")
+#define COPIES_WAIT(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")  // until but n groups are there
+#define TURN_WAIT(id) asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory")
+#define TURN_GIVE(id) asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory")
+#define NEXT_MAY_BEGIN asm volatile("griddepcontrol.launch_dependents;")
+#define BEFORE_HAS_ENDED asm volatile("griddepcontrol.wait;" ::: "memory")
+#define FETCH_TO_L2(p) asm volatile("prefetch.global.L2 [%0];" ::"l"(p))
+#define KEEP(value) asm volatile("" : "+r"(value))
+#endif
+
+// The table holds both levels of each byte of codes, 16 times over, so that the lanes of half a warp never meet in a
+// bank, and 256 bytes apart, so that one permutation makes the address of code and column.
+__device__ __forceinline__ u32 weights(u32 word, int byte, u32 column, float scale) {
+    const float2 level = *(const float2*)(shared + __byte_perm(word, column, 0x5504 | byte << 4));
+    return pair(scaled(level.x, scale), scaled(level.y, scale));
 }
 // One step of 16 columns: k[p] are a thread's weights of tile p, x[n] its part of rows 16 n to 16 n + 15, in the
 // instruction's order for a left operand (rows g, g + 8, and g, g + 8 again; columns 2 t and 2 t + 8 on).
@@ -121,14 +142,10 @@ __device__ __forceinline__ void step(float (*c)[SIXTEENS][4], const u32 (*k)[2],
 // x of one step. from: shared address of the lane's place in a stage, at the step's column.
 __device__ __forceinline__ void read_x(u32 (*x)[4], u32 from) {
 #if ROWS == 8
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x[0][0]) : "r"(from) : "memory");
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x[0][2]) : "r"(from + 16) : "memory");
-    x[0][1] = x[0][3] = 0;
+    x[0][0] = read_pair(from), x[0][2] = read_pair(from + 16), x[0][1] = x[0][3] = 0;
 #else
 #pragma unroll
-    for (int n = 0; n < SIXTEENS; ++n)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(x[n][0]), "=r"(x[n][1]), "=r"(x[n][2]), "=r"(x[n][3]) : "r"(from + n * 16 * X_ROW) : "memory");
+    for (int n = 0; n < SIXTEENS; ++n) read_pieces(x[n], from + n * 16 * X_ROW);
 #endif
 }
 
@@ -145,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
         ++which;
     }
 #if OVERLAP
-    asm volatile("griddepcontrol.launch_dependents;");  // who begins early waits, before all else, until this has ended
+    NEXT_MAY_BEGIN;  // who begins early waits, before all else, until this has ended
 #endif
     const Member& own = args.member[which];
     const int K = args.K, chunks = K / CHUNK, blocks = K / 64, last = own.outputs - 8;
@@ -176,8 +193,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
 #if RANK16
     if (own.b != 0)  // needed at the very end, and then at once
 #pragma unroll
-        for (int p = 0; p < PAIR; ++p)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(own.b + (u64)(min(o0 + p * 8, last) + g) * own.rank));
+        for (int p = 0; p < PAIR; ++p) FETCH_TO_L2(own.b + (u64)(min(o0 + p * 8, last) + g) * own.rank);
 #endif
     const float level = __ldg(args.nf4 + lane % 16), offset = NESTED ? __ldg(own.offset) : 0.0f;
 
@@ -196,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
             if (row < rows)
                 copy16(shared_address(x_stage) + row * X_ROW + column * 2, x_rows + (u64)row * args.x_stride + chunk * CHUNK + column);
         }
-        asm volatile("cp.async.commit_group;");
+        COPIES_END;
     };
     load_x(min(place, chunks - 1));
 #else
@@ -209,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
             for (int row = warp; row < rows; row += WARPS)
                 for (int column = lane * 8; column < columns; column += 256)
                     copy16(to + row * X_ROW + column * 2, x_rows + (u64)row * args.x_stride + panel * PANEL + column);
-        asm volatile("cp.async.commit_group;");
+        COPIES_END;
     };
     load_x(0);
 #pragma unroll
@@ -226,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
         *(float4*)(shared + i / 8 * 256 + i % 8 * 16) = make_float4(first, second, first, second);
     }
     u32 column = lane % 16 * 8;
-    asm volatile("" : "+r"(column));  // kept as it is, so that an address is one instruction
+    KEEP(column);  // as it is, so that an address is one instruction
     float c[SUMS][SIXTEENS][4] = {};
     float scale[PAIR];
     auto make_scales = [&](int chunk) {
@@ -265,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
         for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
             for (int p = 0; p < PAIR; ++p) make_block(&k[b * 4][p], p, b, ahead);
-        asm volatile("cp.async.wait_all;" ::: "memory");
+        COPIES_WAIT(0);
         __syncwarp();
 #if ROWS == 8
         u32 x[STEPS][1][4];
@@ -277,7 +293,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
 #pragma unroll 1
         for (int i = 0; i < once; ++i) {
             if (chunk > 0) {
-                asm volatile("bar.sync %0, 64;" ::"r"((1 + warp) % 16) : "memory");
+                TURN_WAIT((1 + warp) % 16);
 #pragma unroll
                 for (int m = 0; m < SUMS * SIXTEENS; ++m) {
                     const float4 v = handed[(place * SUMS * SIXTEENS + m) * 32 + lane];
@@ -302,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
                     const float* const own_c = c[m / SIXTEENS][m % SIXTEENS];
                     handed[(next * SUMS * SIXTEENS + m) * 32 + lane] = make_float4(own_c[0], own_c[1], own_c[2], own_c[3]);
                 }
-                asm volatile("bar.arrive %0, 64;" ::"r"((1 + group * RING + next) % 16) : "memory");
+                TURN_GIVE((1 + group * RING + next) % 16);
             }
         }
         __syncwarp();  // all have read the stage that is filled anew
@@ -313,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
     int chunk = 0;
 #pragma unroll 1
     for (int panel = 0; panel < panels; ++panel) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES > 1 ? STAGES - 2 : 0) : "memory");
+        COPIES_WAIT(STAGES > 1 ? STAGES - 2 : 0);
         __syncthreads();
         if (STAGES > 1) load_x(panel + STAGES - 1);
         const int until = min(chunks, (panel + 1) * (PANEL / CHUNK));
@@ -352,7 +368,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
     }
 #endif
 #if OVERLAP
-    asm volatile("griddepcontrol.wait;" ::: "memory");  // until the kernel before has ended: it makes low
+    BEFORE_HAS_ENDED;  // it makes low
 #endif
 #if RANK16
     if (own.b != 0) {

@@ -145,6 +145,38 @@ def _kernel(
     return CudaKernel(_source(), "nf4_matmul", defines, device, tile.shared_bytes(K, nested))
 
 
+def arguments(
+    x_MI: torch.Tensor,
+    members: Sequence[Member],
+    low_MR: torch.Tensor | None,
+    out_MO: torch.Tensor,
+    tile: Tile,
+    code: torch.Tensor,
+    levels: torch.Tensor,
+) -> tuple[_Args, int]:
+    """What the kernel is given, and its blocks of outputs. It holds addresses: the tensors have to live on.
+
+    ``code`` and ``levels``: the 16 levels of a weight, and the 256 of a scale where a weight has none of its own.
+    """
+    M, K = x_MI.shape
+    args = _Args(
+        x=pointer(x_MI), low=pointer(low_MR), y=pointer(out_MO), nf4=pointer(code), members=len(members), rows=M, K=K,
+        x_stride=x_MI.stride(0), low_stride=0 if low_MR is None else low_MR.stride(0), y_stride=out_MO.stride(0),
+    )  # fmt: skip
+    column = blocks = 0
+    for i, m in enumerate(members):
+        w = m.weight
+        args.member[i] = _Member(
+            codes=pointer(w.codes), scales=pointer(w.scales), nested=pointer(w.nested_absmax),
+            offset=pointer(w.offset), levels=pointer(levels if w.nested_code is None else w.nested_code),
+            b=pointer(m.b_Or), bias=pointer(m.bias_O), outputs=w.shape[0], column=column, at=m.at,
+            rank=0 if m.b_Or is None else m.b_Or.shape[1],
+        )  # fmt: skip
+        column += w.shape[0]
+        blocks += -(-w.shape[0] // tile.outputs)
+    return args, blocks
+
+
 def nf4_matmul(
     x_MI: torch.Tensor,
     members: Sequence[Member],
@@ -168,23 +200,9 @@ def nf4_matmul(
     tile = tile or tile_for(M, out_MO.shape[1], K, nested, shared_memory(device), _processors(device))
     if tile is None:
         raise ValueError(f"no tile for {K} inputs fits into {shared_memory(device)} bytes of shared memory")
-    args = _Args(
-        x=pointer(x_MI), low=pointer(low_MR), y=pointer(out_MO), nf4=pointer(nf4_code(device)),
-        members=len(members), rows=M, K=K,
-        x_stride=x_MI.stride(0), low_stride=0 if low_MR is None else low_MR.stride(0), y_stride=out_MO.stride(0),
-    )  # fmt: skip
-    column = rank16 = blocks = 0
-    for i, m in enumerate(members):
-        w = m.weight
-        levels = dynamic_code(device) if w.nested_code is None else w.nested_code
-        args.member[i] = _Member(
-            codes=pointer(w.codes), scales=pointer(w.scales), nested=pointer(w.nested_absmax),
-            offset=pointer(w.offset), levels=pointer(levels), b=pointer(m.b_Or), bias=pointer(m.bias_O),
-            outputs=w.shape[0], column=column, at=m.at, rank=0 if m.b_Or is None else m.b_Or.shape[1],
-        )  # fmt: skip
-        rank16 = max(rank16, args.member[i].rank // 16)
-        column += w.shape[0]
-        blocks += -(-w.shape[0] // tile.outputs)
+    code = nf4_code(device)
+    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, code, dynamic_code(device))
+    rank16 = max(member.rank // 16 for member in args.member)
     half = x_MI.dtype == torch.float16
     overlap = overlap and rank16 > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
     recorded = current_recording()

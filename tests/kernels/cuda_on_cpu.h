@@ -1,0 +1,163 @@
+// What nf4_matmul.cu needs to run on a CPU: a thread of the system for each of CUDA's, a block after another. Included
+// before the source (-include), with the kernel's macros. Instructions do what their manual says, sums in double.
+#define INSTRUCTIONS_GIVEN
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __align__(n)
+#define __launch_bounds__(...)
+using std::max;
+using std::min;
+
+struct uint2 { unsigned x, y; };
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct dim { int x, y, z; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+thread_local dim threadIdx, blockIdx;
+alignas(128) extern unsigned char shared[];
+alignas(128) unsigned char shared[232448];
+
+struct Warp {
+    std::barrier<> together{32};
+    unsigned u[32][8];
+    float f[32];
+};
+struct Named {  // bar.sync and bar.arrive of 64 threads
+    std::mutex mutex;
+    std::condition_variable changed;
+    int come = 0, round = 0;
+    void arrive(bool wait) {
+        std::unique_lock lock(mutex);
+        const int mine = round;
+        if (++come == 64) {
+            come = 0, ++round;
+            changed.notify_all();
+        } else if (wait) {
+            changed.wait(lock, [&] { return round != mine; });
+        }
+    }
+};
+std::vector<std::unique_ptr<Warp>> warps;
+std::unique_ptr<std::barrier<>> block;
+Named named[16];
+inline Warp& own_warp() { return *warps[threadIdx.x / 32]; }
+inline int own_lane() { return threadIdx.x % 32; }
+
+inline void __syncthreads() { block->arrive_and_wait(); }
+inline void __syncwarp() { own_warp().together.arrive_and_wait(); }
+inline float shuffle(float value, int from) {
+    Warp& w = own_warp();
+    w.f[own_lane()] = value;
+    __syncwarp();
+    const float r = w.f[from];
+    __syncwarp();
+    return r;
+}
+inline float __shfl_sync(unsigned, float value, int from) { return shuffle(value, from); }
+inline int __shfl_sync(unsigned, unsigned value, int from) { return (int)shuffle((float)value, from); }
+inline int __shfl_sync(unsigned, int value, int from) { return (int)shuffle((float)value, from); }
+inline float of_quad(float value, unsigned lane) { return shuffle(value, own_lane() / 4 * 4 + lane); }
+template <class T> T __ldg(const T* p) { return *p; }
+template <class T> T __ldcg(const T* p) { return *p; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned picks) {
+    const uint64_t both = (uint64_t)b << 32 | a;
+    unsigned r = 0;
+    for (int i = 0; i < 4; ++i) r |= (unsigned)(both >> (picks >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return r;
+}
+
+inline uint16_t narrow(float v) {
+#if F16
+    _Float16 h = (_Float16)v;
+    uint16_t r;
+    std::memcpy(&r, &h, 2);
+    return r;
+#else
+    uint32_t r;
+    std::memcpy(&r, &v, 4);
+    return (uint16_t)((r + 0x7fff + (r >> 16 & 1)) >> 16);
+#endif
+}
+inline float wide(uint16_t v) {
+#if F16
+    _Float16 h;
+    std::memcpy(&h, &v, 2);
+    return (float)h;
+#else
+    const uint32_t r = (uint32_t)v << 16;
+    float f;
+    std::memcpy(&f, &r, 4);
+    return f;
+#endif
+}
+inline unsigned pair(float first, float second) { return narrow(first) | (unsigned)narrow(second) << 16; }
+inline float scaled(float level, float scale) { return level * scale; }
+
+inline unsigned shared_address(const void* p) { return (unsigned)((const unsigned char*)p - shared); }
+inline void copy16(unsigned to, const void* from) { std::memcpy(shared + to, from, 16); }
+inline uint2 codes8(const unsigned char* from) {
+    uint2 r;
+    std::memcpy(&r, from, 8);
+    return r;
+}
+inline unsigned read_pair(unsigned from) {
+    unsigned r;
+    std::memcpy(&r, shared + from, 4);
+    return r;
+}
+inline void read_pieces(unsigned* x, unsigned from) {
+    Warp& w = own_warp();
+    const int lane = own_lane();
+    w.u[lane][0] = from;
+    __syncwarp();
+    for (int i = 0; i < 4; ++i) x[i] = read_pair(w.u[8 * i + lane / 4][0] + lane % 4 * 4);
+    __syncwarp();
+}
+inline void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    Warp& w = own_warp();
+    const int lane = own_lane(), g = lane / 4, t = lane % 4;
+    const unsigned given[6] = {a0, a1, a2, a3, b0, b1};
+    std::memcpy(w.u[lane], given, sizeof given);
+    __syncwarp();
+    auto half = [](unsigned word, int i) { return (double)wide((uint16_t)(word >> 16 * i)); };
+    for (int i = 0; i < 4; ++i) {
+        const int row = g + i / 2 * 8, column = t * 2 + i % 2;
+        double sum = 0;
+        for (int k = 0; k < 16; ++k) {
+            const int of = k % 8 / 2;  // the thread of a quad that has columns k
+            sum += half(w.u[row % 8 * 4 + of][row / 8 + k / 8 * 2], k % 2) * half(w.u[column * 4 + of][4 + k / 8], k % 2);
+        }
+        c[i] = (float)(c[i] + sum);
+    }
+    __syncwarp();
+}
+#define COPIES_END
+#define COPIES_WAIT(n)
+#define TURN_WAIT(id) named[id].arrive(true)
+#define TURN_GIVE(id) named[id].arrive(false)
+#define NEXT_MAY_BEGIN
+#define BEFORE_HAS_ENDED
+#define FETCH_TO_L2(p) (void)(p)
+#define KEEP(value)
+
+struct Args;
+extern "C" void nf4_matmul(const Args args);
+extern "C" void run(const Args* args, int grid_x, int grid_y);
