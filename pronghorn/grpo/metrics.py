@@ -45,7 +45,7 @@ class Metrics:
         self._take("last", name, value, 1.0, 1.0)
 
     def _take(self, kind: str, name: str, value: float | torch.Tensor, factor: float, weight: float) -> None:
-        """In the order in which they came, whoever they are."""
+        """Take one now, or behind those that are still coming: a name's values are put in the order of their calls."""
         if isinstance(value, torch.Tensor):
             value = value.detach()
             if _computing(value) or self._coming:

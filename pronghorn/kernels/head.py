@@ -3,7 +3,8 @@
 Each chunk's logits are made by one product, read and overwritten by their gradient in one kernel (``logits.py``), and
 turned by a second product into the gradient of the hidden states, by a third into that of the head's weight where it
 trains. Peak memory is the results and one chunk, ``4 * chunk * (V + D)`` bytes: 256 MiB by default, and a little. Where
-the head trains, every chunk reads and writes that float32 gradient anew, so a chunk may be a quarter of its size.
+the head trains, every chunk reads and writes that float32 gradient whole, so there a chunk's logits may take a quarter
+of its size: fewer chunks.
 """
 
 from __future__ import annotations

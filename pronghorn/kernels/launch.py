@@ -180,7 +180,8 @@ class Launcher:
         key: list[Any] = [_device_of(args), *options.items()]
         for value, constant in zip(args, self.constants):
             if isinstance(value, torch.Tensor):
-                key.append((value.dtype, value.data_ptr() % 16 == 0))
+                # On the CPU or not, too: Triton refuses what a GPU cannot read, and sees it where a key is new.
+                key.append((value.dtype, value.data_ptr() % 16 == 0, value.is_cuda))
             elif constant or not isinstance(value, int) or isinstance(value, bool):
                 key.append(value if constant else type(value))
             else:

@@ -42,7 +42,8 @@ def linear_cross_entropy(
 
     Nothing waits for the GPU. Beside the loss, forward keeps the gradients: one ``[N, D]`` in the hidden states' dtype
     where those need it, and ``[V, D]`` in float32 where the head trains. While it runs, one chunk of logits in float32
-    exists beside them (256 MiB by default, :func:`pronghorn.kernels.head.chunk_rows`).
+    exists beside them (:func:`pronghorn.kernels.head.chunk_rows`: by default 256 MiB, or a quarter of the head's
+    gradient where it trains and that is more).
 
     Args:
         hidden_ND: hidden states that predict the targets, in the compute dtype.

@@ -10,6 +10,22 @@ from ..kernels.scaled_blocks import Block, scaled_blocks
 from .projection import Group, Piece, table
 
 
+class Beside:
+    """Writes adapters beside held weights, by one launch. Where they lie is looked up once, and anew for others."""
+
+    def __init__(self) -> None:
+        self._of: object = None
+        self._write: Callable[[], None] | None = None
+
+    def __call__(self, of: object, blocks: Callable[[], list[Block]]) -> None:
+        """Write ``blocks``, which are those of the adapters ``of`` until these are other ones."""
+        if self._of is not of:
+            found = blocks()
+            self._of, self._write = of, scaled_blocks(found) if found else None
+        if self._write is not None:
+            self._write()
+
+
 class HeldWeights:
     """``[W | s B]`` of all of a group's projections, one under another, and below it their A: ``[O + R, I + R]``.
 
@@ -30,11 +46,10 @@ class HeldWeights:
             else:
                 weight_OI.copy_(p.weight(dtype))
         self.outputs, self.inputs = O, I
-        with torch.no_grad():
+        self._beside = Beside()
+        with torch.no_grad():  # one by one, as a layer's are written together from then on (models/parts.py)
             for source, place, factor in self.blocks(group):
                 torch.mul(source, factor, out=place)
-        self._of: Group | None = None
-        self._write: Callable[[], None] | None = None
 
     def blocks(self, group: Group) -> list[Block]:
         """What :meth:`refresh` writes: each B times its scaling beside its W, and every A below."""
@@ -49,11 +64,7 @@ class HeldWeights:
 
     def refresh(self, group: Group) -> None:
         """Write the adapters as they are rounded now."""
-        if self._of is not group:
-            blocks = self.blocks(group)
-            self._of, self._write = group, scaled_blocks(blocks) if blocks else None
-        if self._write is not None:
-            self._write()
+        self._beside(group, lambda: self.blocks(group))
 
     @property
     def bytes(self) -> int:

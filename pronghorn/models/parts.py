@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from ..kernels.glu import ACTIVATIONS
-from ..kernels.scaled_blocks import scaled_blocks
-from ..lora.held import HeldWeights
+from ..lora.held import Beside, HeldWeights
 from ..lora.projection import Group, Projection, hooked, read_projection
 from ..lora.rounded import Rounded
 
@@ -43,17 +42,12 @@ class HeldOf:
 
     def __init__(self, key: object, weights: Held) -> None:
         self.key, self.weights = key, weights
-        self._of: Groups | None = None
-        self._write: Callable[[], None] | None = None
+        self._beside = Beside()
 
     def refresh(self, groups: Groups) -> None:
         """Write the adapters beside the weights anew: one launch for a layer."""
-        if self._of is not groups:
-            held = [(own, group) for own, group in zip(self.weights, groups) if own is not None]
-            blocks = [block for own, group in held for block in own.blocks(group)]
-            self._of, self._write = groups, scaled_blocks(blocks) if blocks else None
-        if self._write is not None:
-            self._write()
+        held = zip(self.weights, groups)
+        self._beside(groups, lambda: [b for own, group in held if own is not None for b in own.blocks(group)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeldOf:
         return HeldOf(None, Held())

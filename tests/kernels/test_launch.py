@@ -37,6 +37,12 @@ class Compiled:
         return lambda *args: self.calls.append((grid, args))
 
 
+class OnGPU(torch.Tensor):
+    """Says that it lies on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
 class Kernel:
     """As a ``@triton.jit`` function: parameters, and a call that gives the compiled kernel back."""
 
@@ -64,6 +70,7 @@ def test_one_binding_for_each_specialization() -> None:
     others = [
         (x[1:], 32, 0.5, 7),  # not aligned to 16 bytes
         (x.double(), 32, 0.5, 7),
+        (x.as_subclass(OnGPU), 32, 0.5, 7),
         (x, 33, 0.5, 7),  # not divisible by 16
         (x, 1, 0.5, 7),
         (x, 1 << 33, 0.5, 7),  # 64 bits
