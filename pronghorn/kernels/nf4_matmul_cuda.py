@@ -100,17 +100,19 @@ def tile_for(
 def _tiles(rows: int, groups: int, least: int, K: int) -> Iterator[Tile]:
     """What suits so many rows and at most so many groups of 16 outputs, the best first."""
     pair = 2
-    if rows > 16:
-        groups, pair = (-(-groups // 2), 4) if groups > 7 else (4, 2)
+    if rows > 8 and groups > 7:
+        groups, pair = -(-groups // 2), 4
+    elif rows > 16:
+        groups = 4
     while groups >= least:
-        if rows <= 16 and groups <= 7:
-            for chunk in (256, 128) if rows == 8 else (128,):
-                yield Tile(groups, _RING.get(groups, 2), 2, rows, 256, 1, chunk)
+        if rows <= 16 and groups <= 7 and pair == 2:
+            for chunk in (256, 128) if rows == 8 and groups < 3 else (128,):
+                yield Tile(groups, 4 if chunk == 256 else _RING.get(groups, 2), 2, rows, 256, 1, chunk)
         if K <= 4096:
             yield Tile(groups, 1, pair, rows, K, 1, 256)
-        for panel in (1024, 512, 256):
-            for stages in (3, 2):
-                yield Tile(groups, 1, pair, rows, panel, stages, 256)
+        panels = [(panel, stages) for panel in (1024, 512, 256) for stages in (3, 2)]
+        for panel, stages in sorted(panels, key=lambda p: -p[1]) if rows > 32 else panels:
+            yield Tile(groups, 1, pair, rows, panel, stages, 256)
         groups //= 2
     if least == 1:
         yield Tile(1, 1, 1, rows, 256, 2, 256)

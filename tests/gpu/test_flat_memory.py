@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -84,6 +85,7 @@ def train(model: Any, lengths: list[list[int]], device: str, optimizer: Any) -> 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostStore]:
     """The GPU's store of offloaded activations with small segments, empty before and after."""
+    gc.collect()  # the model of the test before: a cycle, which would go at some step of this one
     torch.cuda.empty_cache()
     own = host_store(torch.cuda.current_device())
     monkeypatch.setattr(own, "memory", HostMemory(segment=SEGMENT))
