@@ -77,11 +77,9 @@ def test_every_tile_fits_into_shared_memory(M: int, outputs: int, K: int, nested
     assert tile.shared_bytes(K, nested) <= limit * 1024
     assert tile.rows in (8, 16, 32, 64) and (tile.rows >= M or limit < 227)
     assert tile.warps <= 16  # a barrier each
-    if tile.ring > 1:
-        assert tile.pair == 2 and K % tile.chunk == 0
-    else:
-        assert tile.chunk == 256 and tile.panel % 256 == 0
-        assert tile.stages >= 2 or tile.panel >= K
+    assert tile.panel % 256 == 0 and tile.panel % tile.chunk == 0 and K % tile.chunk == 0
+    assert 2 <= tile.stages <= 8 or tile.panel >= K
+    assert tile.pair == 2 if tile.ring > 1 else tile.chunk == 256
 
 
 @pytest.mark.parametrize(("outputs", "blocks"), [(6144, 128), (4096, 128), (28672, 128)])
