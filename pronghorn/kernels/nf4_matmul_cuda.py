@@ -84,8 +84,9 @@ def tile_for(
 
     As many groups of 16 outputs in a block as give each multiprocessor one block. Few of them would leave it without
     work to do between one product and the next, so warps take turns there, with x in shared memory once for all. Many
-    rows of many outputs are read by few warps with many outputs each, since then what bounds it is reading x. Where a GPU's blocks have less memory, panels and stages get
-    smaller first, then the groups fewer, then the rows fewer, at last both.
+    rows of many outputs are read by few warps with many outputs each, since then what bounds it is reading x. Where a
+    GPU's blocks have less memory, panels and stages get smaller first, then the groups fewer, then the rows fewer, at
+    last both.
     """
     groups = max(min(-(-outputs // (16 * processors)), _MOST_GROUPS), 1)
     for least in (max(groups // 4, 1), 0):
