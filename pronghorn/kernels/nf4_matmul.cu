@@ -2,8 +2,8 @@
 // What the kernel is and why it is so: nf4_matmul.py. Compiled at run time, with these given:
 //   GROUPS  groups of warps in a block, PAIR tiles of 8 outputs each
 //   RING    warps of a group: 1, or more that take turns at the inputs of the same outputs (PAIR is 2 then)
-//   ROWS    rows of x: 8, or a multiple of 16                      PANEL   columns of x in a stage (RING 1)
-//   STAGES  stages of x on their way or in use (RING 1)            CHUNK   columns of a turn (256, with RING 128 too)
+//   ROWS    rows of x: 8, or a multiple of 16                      PANEL   columns of x in a stage
+//   STAGES  stages of x on their way or in use                     CHUNK   columns of a turn (256, with RING 128 too)
 //   NESTED  scales are 8-bit codes (else float32)                  RANK16  16-column pieces of an adapter
 //   F16     float16 in place of bfloat16                           OVERLAP begins while the kernel before runs, which
 //           makes low, and nothing else that is read here
@@ -41,8 +41,8 @@ struct Args {
 #define SUMS (WIDE ? PAIR / 2 : PAIR)    // accumulators of a thread, for each 16 rows
 #define BLOCKS (CHUNK / 64)              // scales of a row in a chunk
 #define STEPS (CHUNK / 16)
-#define X_COLUMNS (RING > 1 ? CHUNK : PANEL)
-#define X_ROW (X_COLUMNS * 2 + 16)       // bytes: eight rows' 16 bytes lie in different banks
+#define PANEL_CHUNKS (PANEL / CHUNK)
+#define X_ROW (PANEL * 2 + 16)           // bytes: eight rows' 16 bytes lie in different banks
 #define X_STAGE (ROWS * X_ROW)
 #define TABLE 65536
 #define LEVELS 1024
@@ -105,13 +105,24 @@ __device__ __forceinline__ void read_pieces(u32* x, u32 from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
 }
-__device__ __forceinline__ u32 read_pair(u32 from) {
-    u32 r;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(from) : "memory");
-    return r;
+// Counters of arrivals in shared memory. Each time that all have come a phase ends, whose parity one can wait for.
+__device__ __forceinline__ void counter_begin(u32 counter, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(counter), "r"(arrivals) : "memory");
 }
-#define COPIES_END asm volatile("cp.async.commit_group;")
-#define COPIES_WAIT(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")  // until but n groups are there
+__device__ __forceinline__ void counter_arrive(u32 counter) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(counter) : "memory");
+}
+__device__ __forceinline__ void counter_arrive_with_copies(u32 counter) {  // when this thread's copies are there
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(counter) : "memory");
+}
+__device__ __forceinline__ void counter_wait(u32 counter, u32 parity) {
+    u32 ended;
+    do
+        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(ended) : "r"(counter), "r"(parity) : "memory");
+    while (!ended);
+}
+#define COPIES_WAIT asm volatile("cp.async.wait_all;" ::: "memory")
 #define TURN_WAIT(id) asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory")
 #define TURN_GIVE(id) asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory")
 #define NEXT_MAY_BEGIN asm volatile("griddepcontrol.launch_dependents;")
@@ -139,13 +150,18 @@ __device__ __forceinline__ void step(float (*c)[SIXTEENS][4], const u32 (*k)[2],
         for (int p = 0; p < PAIR; ++p) multiply(c[p][n], x[n][0], x[n][1], x[n][2], x[n][3], k[p][0], k[p][1]);
 #endif
 }
-// x of one step. from: shared address of the lane's place in a stage, at the step's column.
-__device__ __forceinline__ void read_x(u32 (*x)[4], u32 from) {
+// x of as many steps as one instruction reads of eight rows, or of one. from: shared address of the lane's place in a
+// stage, at the first step's column.
+#define READ_STEPS (ROWS == 8 ? 2 : 1)
+__device__ __forceinline__ void read_x(u32 (*x)[SIXTEENS][4], u32 from) {
 #if ROWS == 8
-    x[0][0] = read_pair(from), x[0][2] = read_pair(from + 16), x[0][1] = x[0][3] = 0;
+    u32 v[4];
+    read_pieces(v, from);
+    x[0][0][0] = v[0], x[0][0][2] = v[1], x[1][0][0] = v[2], x[1][0][2] = v[3];
+    x[0][0][1] = x[0][0][3] = x[1][0][1] = x[1][0][3] = 0;
 #else
 #pragma unroll
-    for (int n = 0; n < SIXTEENS; ++n) read_pieces(x[n], from + n * 16 * X_ROW);
+    for (int n = 0; n < SIXTEENS; ++n) read_pieces(x[0][n], from + n * 16 * X_ROW);
 #endif
 }
 
@@ -201,36 +217,47 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
     u8* const scales = shared + TABLE + LEVELS;           // [OUTPUTS, blocks]
     const int scale_row = blocks * (NESTED ? 1 : 4);      // bytes, a multiple of 4
     u8* const rest = scales + (OUTPUTS * scale_row + 127) / 128 * 128;
+    const u32 filled = shared_address(rest), emptied = filled + 64, x_stages = filled + 128;  // counters, and x
+    if (threadIdx.x < STAGES) {
+        counter_begin(filled + threadIdx.x * 8, WARPS * 32);
+        counter_begin(emptied + threadIdx.x * 8, WARPS);
+    }
+    __syncthreads();
 
-    // x, without what it has not: rows that are not there are columns of nothing that is stored.
-#if RING > 1
-    u8* const x_stage = rest + warp * X_STAGE;
-    auto load_x = [&](int chunk) {
-#pragma unroll
-        for (int i = 0; i < ROWS * CHUNK / 256; ++i) {
-            const int piece = i * 32 + lane, row = piece / (CHUNK / 8), column = piece % (CHUNK / 8) * 8;
-            if (row < rows)
-                copy16(shared_address(x_stage) + row * X_ROW + column * 2, x_rows + (u64)row * args.x_stride + chunk * CHUNK + column);
-        }
-        COPIES_END;
-    };
-    load_x(min(place, chunks - 1));
-#else
+    // x comes in panels, of which each warp copies a part, and without what it has not: rows that are not there are
+    // columns of nothing that is stored. Blocks begin at different places, not to ask the same memory all at once.
     const int panels = (K + PANEL - 1) / PANEL;
     auto load_x = [&](int panel) {
-        const u32 to = shared_address(rest) + panel % STAGES * X_STAGE;
-        const int columns = min(PANEL, K - panel * PANEL);
-        if (panel < panels)
+        const u32 to = x_stages + panel % STAGES * X_STAGE;
+        const int wide_pieces = min(PANEL, K - panel * PANEL) / 256, pieces = rows * wide_pieces;
 #pragma unroll 1
-            for (int row = warp; row < rows; row += WARPS)
-                for (int column = lane * 8; column < columns; column += 256)
-                    copy16(to + row * X_ROW + column * 2, x_rows + (u64)row * args.x_stride + panel * PANEL + column);
-        COPIES_END;
+        for (int i = warp; i < pieces; i += WARPS) {
+            const int piece = (i + blockIdx.x) % pieces, row = piece / wide_pieces, column = piece % wide_pieces * 256 + lane * 8;
+            copy16(to + row * X_ROW + column * 2, x_rows + (u64)row * args.x_stride + panel * PANEL + column);
+        }
+        counter_arrive_with_copies(filled + panel % STAGES * 8);
     };
-    load_x(0);
-#pragma unroll
-    for (int s = 1; s < STAGES - 1; ++s) load_x(s);
-#endif
+    // One stage less is filled ahead where they are filled again: who asks for that then has others to wait for that
+    // are a panel behind, not a chunk.
+    int loaded = 0, left = 0;
+    const int ahead = panels > STAGES ? STAGES - 1 : STAGES;
+    auto load_until = [&](int end) {
+#pragma unroll 1
+        for (; loaded < min(end, panels); ++loaded) {
+            if (loaded >= STAGES) counter_wait(emptied + loaded % STAGES * 8, (loaded / STAGES - 1) & 1);
+            load_x(loaded);
+        }
+    };
+    // This warp reads no panel before `next` any more. It says so of none before it has filled that one's stage: until
+    // then the stage's counter may be counting for the panel before.
+    auto leave_panels = [&](int next) {
+        for (; left < next; ++left) {
+            load_until(left + 1);
+            if (left + STAGES < panels && lane == 0) counter_arrive(emptied + left % STAGES * 8);
+        }
+        load_until(next + ahead);
+    };
+    leave_panels(0);
     // All scales of the block's outputs at once (a 32nd of its codes), and the table.
     const int scale_words = min(OUTPUTS, own.outputs - first_output) * scale_row / 4;
     const u32* const own_scales = (const u32*)((const u8*)own.scales + (u64)first_output * scale_row);
@@ -262,31 +289,35 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
         for (int q = 0; q < 4; ++q) k[q * PAIR][0] = weights(v.x, q, column, s), k[q * PAIR][1] = weights(v.y, q, column, s);
     };
     // Where in a stage a lane reads x: ldmatrix takes an address of a row from each.
-    const int x_place = ROWS == 8 ? g * X_ROW + t * 4 : lane % 16 * X_ROW + lane / 16 * 16;
+    const int x_place = ROWS == 8 ? lane % 8 * X_ROW + lane / 8 * 16 : lane % 16 * X_ROW + lane / 16 * 16;
+    auto x_of = [&](int chunk) {
+        const int panel = chunk / PANEL_CHUNKS;
+        counter_wait(filled + panel % STAGES * 8, panel / STAGES & 1);
+        return x_stages + panel % STAGES * X_STAGE + chunk % PANEL_CHUNKS * (CHUNK * 2) + x_place;
+    };
+    __syncthreads();
 
 #if RING > 1
     // A chunk's operands are made by one warp while others make theirs; only the products wait for their turn, with the
     // accumulators handed from warp to warp, so that each sum is in order.
-    float4* const handed = (float4*)(rest + WARPS * X_STAGE) + group * RING * SUMS * SIXTEENS * 32;
-    const u32 x_at = shared_address(x_stage) + x_place;
+    float4* const handed = (float4*)(rest + 128 + STAGES * X_STAGE) + group * RING * SUMS * SIXTEENS * 32;
     const int once = min(args.rows, 1);
-    __syncthreads();
+    leave_panels(min(place / PANEL_CHUNKS, panels));  // which may have others to wait for
 #pragma unroll 1
     for (int chunk = place; chunk < chunks; chunk += RING) {
         make_scales(chunk);
         read_nested(min(chunk + RING, chunks - 1));
-        const u32 ahead = min(chunk + RING, chunks - 1) * BLOCKS;
+        const u32 fetched = min(chunk + RING, chunks - 1) * BLOCKS;
         u32 k[STEPS][PAIR][2];
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
-            for (int p = 0; p < PAIR; ++p) make_block(&k[b * 4][p], p, b, ahead);
-        COPIES_WAIT(0);
-        __syncwarp();
+            for (int p = 0; p < PAIR; ++p) make_block(&k[b * 4][p], p, b, fetched);
+        const u32 x_at = x_of(chunk);
 #if ROWS == 8
         u32 x[STEPS][1][4];
 #pragma unroll
-        for (int j = 0; j < STEPS; ++j) read_x(x[j], x_at + j * 32);
+        for (int j = 0; j < STEPS; j += 2) read_x(&x[j], x_at + j * 32);
 #endif
         // A loop of one round, of which the compiler does not know that it is one: it would move the making of operands
         // in between the products, where all other warps wait for it.
@@ -306,9 +337,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
 #if ROWS == 8
                 step(c, k[j], x[j]);
 #else
-                u32 x[SIXTEENS][4];
+                u32 x[1][SIXTEENS][4];
                 read_x(x, x_at + j * 32);
-                step(c, k[j], x);
+                step(c, k[j], x[0]);
 #endif
             }
             if (chunk + 1 < chunks) {
@@ -321,37 +352,35 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
                 TURN_GIVE((1 + group * RING + next) % 16);
             }
         }
-        __syncwarp();  // all have read the stage that is filled anew
-        if (chunk + RING < chunks) load_x(chunk + RING);
+        __syncwarp();  // all have read x
+        leave_panels(chunk + RING < chunks ? (chunk + RING) / PANEL_CHUNKS : panels);
     }
-    if ((chunks - 1) % RING != place) return;  // the sums are whole with who had the last turn
+    if ((chunks - 1) % RING != place) {  // the sums are whole with who had the last turn
+        COPIES_WAIT;
+        return;
+    }
 #else
-    int chunk = 0;
 #pragma unroll 1
-    for (int panel = 0; panel < panels; ++panel) {
-        COPIES_WAIT(STAGES > 1 ? STAGES - 2 : 0);
-        __syncthreads();
-        if (STAGES > 1) load_x(panel + STAGES - 1);
-        const int until = min(chunks, (panel + 1) * (PANEL / CHUNK));
-        u32 x_at = shared_address(rest) + panel % STAGES * X_STAGE + x_place;
-#pragma unroll 1
-        for (; chunk < until; ++chunk, x_at += CHUNK * 2) {
-            const int next = min(chunk + 1, chunks - 1);
-            make_scales(chunk);
-            read_nested(next);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const int next = min(chunk + 1, chunks - 1);
+        const u32 x_at = x_of(chunk);
+        make_scales(chunk);
+        read_nested(next);
 #pragma unroll
-            for (int b = 0; b < BLOCKS; ++b) {
-                u32 k[4][PAIR][2];
+        for (int b = 0; b < BLOCKS; ++b) {
+            u32 k[4][PAIR][2];
 #pragma unroll
-                for (int p = 0; p < PAIR; ++p) make_block(&k[0][p], p, b, next * BLOCKS);
+            for (int p = 0; p < PAIR; ++p) make_block(&k[0][p], p, b, next * BLOCKS);
 #pragma unroll
-                for (int q = 0; q < 4; ++q) {
-                    u32 x[SIXTEENS][4];
-                    read_x(x, x_at + (b * 4 + q) * 32);
-                    step(c, k[q], x);
-                }
+            for (int q = 0; q < 4; q += READ_STEPS) {
+                u32 x[READ_STEPS][SIXTEENS][4];
+                read_x(x, x_at + (b * 4 + q) * 32);
+#pragma unroll
+                for (int i = 0; i < READ_STEPS; ++i) step(c, k[q + i], x[i]);
             }
         }
+        __syncwarp();
+        leave_panels((chunk + 1) / PANEL_CHUNKS);
     }
 #endif
 

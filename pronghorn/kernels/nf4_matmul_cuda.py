@@ -40,7 +40,7 @@ HOPPER_SHARED = SHARED[9, 0] * 1024
 HOPPER_PROCESSORS = 132
 _TABLE = 65536 + 1024  # bytes: the levels of each byte of codes, and those of the scales' codes
 _MOST_GROUPS = 14
-_RING = {1: 8, 2: 6, 3: 4, 4: 3}  # warps that take turns, by the groups of a block; 2 up to 7 groups, then 1
+_RING = {1: 8, 2: 4, 3: 4, 4: 3}  # warps that take turns, by the groups of a block; 2 up to 7 groups, then 1
 
 
 class Tile(NamedTuple):
@@ -66,10 +66,9 @@ class Tile(NamedTuple):
     def shared_bytes(self, K: int, nested: bool) -> int:
         """Shared memory of a block."""
         scales = -(-self.outputs * (K // 64) * (1 if nested else 4) // 128) * 128
-        if self.ring == 1:
-            return _TABLE + scales + self.stages * self.rows * (self.panel * 2 + 16)
+        x = 128 + self.stages * self.rows * (self.panel * 2 + 16)
         sums = self.pair // 2 if self.rows == 8 else self.pair * self.rows // 16
-        return _TABLE + scales + self.warps * (self.rows * (self.chunk * 2 + 16) + sums * 512)
+        return _TABLE + scales + x + (self.warps * sums * 512 if self.ring > 1 else 0)
 
 
 def tile_for(
@@ -102,20 +101,23 @@ def _tiles(rows: int, groups: int, least: int, K: int) -> Iterator[Tile]:
     pair = 2
     if rows > 8 and groups > 7:
         groups, pair = -(-groups // 2), 4
-    elif rows > 16:
-        groups = 4
     while groups >= least:
-        if rows <= 16 and groups <= 7 and pair == 2:
-            for chunk in (256, 128) if rows == 8 and groups < 3 else (128,):
-                yield Tile(groups, 4 if chunk == 256 else _RING.get(groups, 2), 2, rows, 256, 1, chunk)
-        if K <= 4096:
-            yield Tile(groups, 1, pair, rows, K, 1, 256)
-        panels = [(panel, stages) for panel in (1024, 512, 256) for stages in (3, 2)]
-        for panel, stages in sorted(panels, key=lambda p: -p[1]) if rows > 32 else panels:
-            yield Tile(groups, 1, pair, rows, panel, stages, 256)
+        ring = _RING.get(groups, 2) if groups <= 7 and pair == 2 else 1
+        for panel, stages in _stages(rows):
+            if panel <= K or panel == 256:
+                yield Tile(groups, ring, pair, rows, panel, stages, 256 if ring == 1 or rows == 8 else 128)
         groups //= 2
     if least == 1:
         yield Tile(1, 1, 1, rows, 256, 2, 256)
+
+
+def _stages(rows: int) -> Iterator[tuple[int, int]]:
+    """Columns of a stage of x and their number, the best first."""
+    panel = min(1024, 16384 // rows)
+    while panel >= 256:
+        for stages in (4, 3, 2):
+            yield panel, stages
+        panel //= 2
 
 
 @lru_cache(maxsize=8)
@@ -202,6 +204,8 @@ def nf4_matmul(
     tile = tile or tile_for(M, out_MO.shape[1], K, nested, shared_memory(device), _processors(device))
     if tile is None:
         raise ValueError(f"no tile for {K} inputs fits into {shared_memory(device)} bytes of shared memory")
+    if tile.stages == 1 and tile.panel < K:
+        raise ValueError(f"{tile}: one stage holds all of x or none; {K} inputs need two stages, or a panel of {K}")
     code = nf4_code(device)
     args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, code, dynamic_code(device))
     rank16 = max(member.rank // 16 for member in args.member)

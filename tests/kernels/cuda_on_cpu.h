@@ -118,17 +118,12 @@ inline uint2 codes8(const unsigned char* from) {
     std::memcpy(&r, from, 8);
     return r;
 }
-inline unsigned read_pair(unsigned from) {
-    unsigned r;
-    std::memcpy(&r, shared + from, 4);
-    return r;
-}
 inline void read_pieces(unsigned* x, unsigned from) {
     Warp& w = own_warp();
     const int lane = own_lane();
     w.u[lane][0] = from;
     __syncwarp();
-    for (int i = 0; i < 4; ++i) x[i] = read_pair(w.u[8 * i + lane / 4][0] + lane % 4 * 4);
+    for (int i = 0; i < 4; ++i) std::memcpy(x + i, shared + w.u[8 * i + lane / 4][0] + lane % 4 * 4, 4);
     __syncwarp();
 }
 inline void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
@@ -149,8 +144,33 @@ inline void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a
     }
     __syncwarp();
 }
-#define COPIES_END
-#define COPIES_WAIT(n)
+struct Counter {  // mbarrier
+    std::mutex mutex;
+    std::condition_variable changed;
+    int all = 0, missing = 0;
+    unsigned phase = 0;
+};
+Counter counters[sizeof shared / 8];
+inline void counter_begin(unsigned at, int arrivals) {
+    Counter& c = counters[at / 8];
+    std::unique_lock lock(c.mutex);
+    c.all = c.missing = arrivals, c.phase = 0;
+}
+inline void counter_arrive(unsigned at) {
+    Counter& c = counters[at / 8];
+    std::unique_lock lock(c.mutex);
+    if (--c.missing == 0) {
+        c.missing = c.all, ++c.phase;
+        c.changed.notify_all();
+    }
+}
+inline void counter_arrive_with_copies(unsigned at) { counter_arrive(at); }
+inline void counter_wait(unsigned at, unsigned parity) {  // until the phase of this parity has ended
+    Counter& c = counters[at / 8];
+    std::unique_lock lock(c.mutex);
+    c.changed.wait(lock, [&] { return (c.phase & 1) != parity; });
+}
+#define COPIES_WAIT
 #define TURN_WAIT(id) named[id].arrive(true)
 #define TURN_GIVE(id) named[id].arrive(false)
 #define NEXT_MAY_BEGIN

@@ -56,16 +56,22 @@ CASES = {
     "x whole": (Tile(2, 1, 2, 8, 512, 1, 256), 5, [40, 24], 512, 32, False, True, BF16),
     "two stages, a bias": (Tile(2, 1, 2, 8, 256, 2, 256), 8, [40, 24], 768, 16, True, True, F16),
     "8 outputs a warp, plain scales": (Tile(3, 1, 1, 8, 256, 3, 256), 3, [40], 512, 0, True, False, BF16),
+    "stages filled often": (Tile(4, 1, 2, 8, 256, 3, 256), 6, [40, 24], 2560, 32, False, True, BF16),
     "a panel that is not whole": (Tile(2, 1, 2, 8, 512, 2, 256), 1, [16], 768, 32, False, True, BF16),
     "16 rows": (Tile(2, 1, 2, 16, 256, 3, 256), 13, [40, 24], 1024, 32, False, True, BF16),
     "32 rows, 32 outputs a warp": (Tile(1, 1, 4, 32, 512, 2, 256), 27, [40, 8], 512, 32, False, True, F16),
     "blocks of rows": (Tile(2, 1, 2, 16, 512, 1, 256), 37, [40], 512, 16, False, True, BF16),
-    # several that take turns: more chunks than warps, fewer, a bias, more rows
-    "turns": (Tile(2, 3, 2, 8, 256, 1, 256), 6, [40, 24], 1280, 32, False, True, BF16),
-    "more warps than turns": (Tile(1, 6, 2, 8, 256, 1, 256), 2, [24], 512, 32, False, True, BF16),
-    "short turns, a bias": (Tile(1, 4, 2, 8, 256, 1, 128), 8, [24], 512, 16, True, True, F16),
-    "turns of 16 rows": (Tile(2, 2, 2, 16, 256, 1, 128), 11, [40], 512, 32, False, True, BF16),
-    "turns of 32 rows, plain scales": (Tile(1, 3, 2, 32, 256, 1, 128), 30, [16], 512, 32, False, False, BF16),
+    # several that take turns: x all there, its stages filled again, warps that miss whole panels; more chunks than
+    # warps, fewer, a bias, more rows
+    "turns, x whole": (Tile(2, 3, 2, 8, 512, 3, 256), 6, [40, 24], 1280, 32, False, True, BF16),
+    "turns, two stages": (Tile(2, 3, 2, 8, 256, 2, 256), 6, [40, 24], 1280, 32, False, True, BF16),
+    "turns, three stages filled often": (Tile(3, 4, 2, 8, 256, 3, 128), 7, [40], 3072, 32, False, True, BF16),
+    "warps that miss panels": (Tile(2, 5, 2, 8, 256, 2, 128), 4, [40], 2304, 16, False, True, BF16),
+    "more warps than turns": (Tile(1, 6, 2, 8, 256, 2, 256), 2, [24], 512, 32, False, True, BF16),
+    "short turns, a bias": (Tile(1, 4, 2, 8, 512, 1, 128), 8, [24], 512, 16, True, True, F16),
+    "turns of 16 rows": (Tile(2, 2, 2, 16, 256, 3, 128), 11, [40], 1024, 32, False, True, BF16),
+    "turns of 32 rows, plain scales": (Tile(1, 3, 2, 32, 256, 2, 128), 30, [16], 512, 32, False, False, BF16),
+    "turns of 64 rows": (Tile(2, 3, 2, 64, 256, 3, 128), 50, [40], 1280, 32, False, True, BF16),
 }
 
 
