@@ -44,6 +44,7 @@ struct Args {
 #define PANEL_CHUNKS (PANEL / CHUNK)
 #define X_ROW (PANEL * 2 + 16)           // bytes: eight rows' 16 bytes lie in different banks
 #define X_STAGE (ROWS * X_ROW)
+#define COUNTERS 128                     // bytes: of arrivals, two for each stage
 #define TABLE 65536
 #define LEVELS 1024
 
@@ -118,11 +119,17 @@ __device__ __forceinline__ void counter_arrive_with_copies(u32 counter) {  // wh
 __device__ __forceinline__ void counter_wait(u32 counter, u32 parity) {
     u32 ended;
     do
+#if __CUDA_ARCH__ >= 900  // sleeps a while
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#else
         asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#endif
                      : "=r"(ended) : "r"(counter), "r"(parity) : "memory");
     while (!ended);
 }
-#define COPIES_WAIT asm volatile("cp.async.wait_all;" ::: "memory")
+#define COPIES_END asm volatile("cp.async.commit_group;")
+#define COPIES_WAIT(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")  // until but n groups are there
+#define ALL_COPIES_WAIT asm volatile("cp.async.wait_all;" ::: "memory")
 #define TURN_WAIT(id) asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory")
 #define TURN_GIVE(id) asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory")
 #define NEXT_MAY_BEGIN asm volatile("griddepcontrol.launch_dependents;")
@@ -217,26 +224,35 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
     u8* const scales = shared + TABLE + LEVELS;           // [OUTPUTS, blocks]
     const int scale_row = blocks * (NESTED ? 1 : 4);      // bytes, a multiple of 4
     u8* const rest = scales + (OUTPUTS * scale_row + 127) / 128 * 128;
-    const u32 filled = shared_address(rest), emptied = filled + 64, x_stages = filled + 128;  // counters, and x
+    const int panels = (K + PANEL - 1) / PANEL;
+    const u32 x_stages = shared_address(rest) + COUNTERS;
+    // Each warp copies a part of a panel, and not what x has not: rows that are not there are columns of nothing that is
+    // stored.
+    auto copy_panel = [&](int panel) {
+        const u32 to = x_stages + panel % STAGES * X_STAGE;
+        const int columns = min(PANEL, K - panel * PANEL);
+#pragma unroll 1
+        for (int row = warp; row < rows; row += WARPS)
+            for (int column = lane * 8; column < columns; column += 256)
+                copy16(to + row * X_ROW + column * 2, x_rows + (u64)row * args.x_stride + panel * PANEL + column);
+    };
+#if RING == 1
+    auto load_x = [&](int panel) {
+        if (panel < panels) copy_panel(panel);
+        COPIES_END;
+    };
+    load_x(0);
+#pragma unroll
+    for (int s = 1; s < STAGES - 1; ++s) load_x(s);
+#else
+    // Warps that take turns are at different panels, so there is no point at which all could meet: a stage's counters
+    // say when all of it is there, and when all have read it.
+    const u32 filled = shared_address(rest), emptied = filled + 64;
     if (threadIdx.x < STAGES) {
         counter_begin(filled + threadIdx.x * 8, WARPS * 32);
         counter_begin(emptied + threadIdx.x * 8, WARPS);
     }
     __syncthreads();
-
-    // x comes in panels, of which each warp copies a part, and without what it has not: rows that are not there are
-    // columns of nothing that is stored. Blocks begin at different places, not to ask the same memory all at once.
-    const int panels = (K + PANEL - 1) / PANEL;
-    auto load_x = [&](int panel) {
-        const u32 to = x_stages + panel % STAGES * X_STAGE;
-        const int wide_pieces = min(PANEL, K - panel * PANEL) / 256, pieces = rows * wide_pieces;
-#pragma unroll 1
-        for (int i = warp; i < pieces; i += WARPS) {
-            const int piece = (i + blockIdx.x) % pieces, row = piece / wide_pieces, column = piece % wide_pieces * 256 + lane * 8;
-            copy16(to + row * X_ROW + column * 2, x_rows + (u64)row * args.x_stride + panel * PANEL + column);
-        }
-        counter_arrive_with_copies(filled + panel % STAGES * 8);
-    };
     // One stage less is filled ahead where they are filled again: who asks for that then has others to wait for that
     // are a panel behind, not a chunk.
     int loaded = 0, left = 0;
@@ -245,19 +261,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
 #pragma unroll 1
         for (; loaded < min(end, panels); ++loaded) {
             if (loaded >= STAGES) counter_wait(emptied + loaded % STAGES * 8, (loaded / STAGES - 1) & 1);
-            load_x(loaded);
+            copy_panel(loaded);
+            counter_arrive_with_copies(filled + loaded % STAGES * 8);
         }
     };
     // This warp reads no panel before `next` any more. It says so of none before it has filled that one's stage: until
     // then the stage's counter may be counting for the panel before.
     auto leave_panels = [&](int next) {
+#pragma unroll 1
         for (; left < next; ++left) {
             load_until(left + 1);
             if (left + STAGES < panels && lane == 0) counter_arrive(emptied + left % STAGES * 8);
         }
         load_until(next + ahead);
     };
-    leave_panels(0);
+    load_until(ahead);
+#endif
     // All scales of the block's outputs at once (a 32nd of its codes), and the table.
     const int scale_words = min(OUTPUTS, own.outputs - first_output) * scale_row / 4;
     const u32* const own_scales = (const u32*)((const u8*)own.scales + (u64)first_output * scale_row);
@@ -288,19 +307,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
 #pragma unroll
         for (int q = 0; q < 4; ++q) k[q * PAIR][0] = weights(v.x, q, column, s), k[q * PAIR][1] = weights(v.y, q, column, s);
     };
+    // The adapter's B is read ahead of the last products, where nothing is left to hide it behind.
+#if RANK16
+    u32 up[RANK16][PAIR][2];
+    auto read_up = [&] {
+        if (own.b != 0)
+#pragma unroll
+            for (int r = 0; r < RANK16; ++r)
+#pragma unroll
+                for (int p = 0; p < PAIR; ++p) {
+                    const u32* const from = (const u32*)(own.b + (u64)(min(o0 + p * 8, last) + g) * own.rank + r * 16 + t * 2);
+                    up[r][p][0] = r * 16 < own.rank ? __ldg(from) : 0, up[r][p][1] = r * 16 < own.rank ? __ldg(from + 4) : 0;
+                }
+    };
+#else
+    auto read_up = [] {};
+#endif
     // Where in a stage a lane reads x: ldmatrix takes an address of a row from each.
     const int x_place = ROWS == 8 ? lane % 8 * X_ROW + lane / 8 * 16 : lane % 16 * X_ROW + lane / 16 * 16;
-    auto x_of = [&](int chunk) {
-        const int panel = chunk / PANEL_CHUNKS;
-        counter_wait(filled + panel % STAGES * 8, panel / STAGES & 1);
-        return x_stages + panel % STAGES * X_STAGE + chunk % PANEL_CHUNKS * (CHUNK * 2) + x_place;
-    };
-    __syncthreads();
-
 #if RING > 1
+    __syncthreads();
     // A chunk's operands are made by one warp while others make theirs; only the products wait for their turn, with the
     // accumulators handed from warp to warp, so that each sum is in order.
-    float4* const handed = (float4*)(rest + 128 + STAGES * X_STAGE) + group * RING * SUMS * SIXTEENS * 32;
+    float4* const handed = (float4*)(rest + COUNTERS + STAGES * X_STAGE) + group * RING * SUMS * SIXTEENS * 32;
     const int once = min(args.rows, 1);
     leave_panels(min(place / PANEL_CHUNKS, panels));  // which may have others to wait for
 #pragma unroll 1
@@ -313,7 +342,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
         for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
             for (int p = 0; p < PAIR; ++p) make_block(&k[b * 4][p], p, b, fetched);
-        const u32 x_at = x_of(chunk);
+        if (chunk + 1 == chunks) read_up();
+        const int panel = chunk / PANEL_CHUNKS;
+        const u32 x_at = x_stages + panel % STAGES * X_STAGE + chunk % PANEL_CHUNKS * (CHUNK * 2) + x_place;
+        counter_wait(filled + panel % STAGES * 8, panel / STAGES & 1);
 #if ROWS == 8
         u32 x[STEPS][1][4];
 #pragma unroll
@@ -356,46 +388,41 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
         leave_panels(chunk + RING < chunks ? (chunk + RING) / PANEL_CHUNKS : panels);
     }
     if ((chunks - 1) % RING != place) {  // the sums are whole with who had the last turn
-        COPIES_WAIT;
+        ALL_COPIES_WAIT;
         return;
     }
 #else
+    read_up();
+    int chunk = 0;
 #pragma unroll 1
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-        const int next = min(chunk + 1, chunks - 1);
-        const u32 x_at = x_of(chunk);
-        make_scales(chunk);
-        read_nested(next);
+    for (int panel = 0; panel < panels; ++panel) {
+        COPIES_WAIT(STAGES > 1 ? STAGES - 2 : 0);
+        __syncthreads();
+        if (STAGES > 1) load_x(panel + STAGES - 1);
+        const int until = min(chunks, (panel + 1) * PANEL_CHUNKS);
+        u32 x_at = x_stages + panel % STAGES * X_STAGE + x_place;
+#pragma unroll 1
+        for (; chunk < until; ++chunk, x_at += CHUNK * 2) {
+            const int next = min(chunk + 1, chunks - 1);
+            make_scales(chunk);
+            read_nested(next);
 #pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) {
-            u32 k[4][PAIR][2];
+            for (int b = 0; b < BLOCKS; ++b) {
+                u32 k[4][PAIR][2];
 #pragma unroll
-            for (int p = 0; p < PAIR; ++p) make_block(&k[0][p], p, b, next * BLOCKS);
+                for (int p = 0; p < PAIR; ++p) make_block(&k[0][p], p, b, next * BLOCKS);
 #pragma unroll
-            for (int q = 0; q < 4; q += READ_STEPS) {
-                u32 x[READ_STEPS][SIXTEENS][4];
-                read_x(x, x_at + (b * 4 + q) * 32);
+                for (int q = 0; q < 4; q += READ_STEPS) {
+                    u32 x[READ_STEPS][SIXTEENS][4];
+                    read_x(x, x_at + (b * 4 + q) * 32);
 #pragma unroll
-                for (int i = 0; i < READ_STEPS; ++i) step(c, k[q + i], x[i]);
+                    for (int i = 0; i < READ_STEPS; ++i) step(c, k[q + i], x[i]);
+                }
             }
         }
-        __syncwarp();
-        leave_panels((chunk + 1) / PANEL_CHUNKS);
     }
 #endif
 
-#if RANK16
-    u32 up[RANK16][PAIR][2];
-    if (own.b != 0) {
-#pragma unroll
-        for (int r = 0; r < RANK16; ++r)
-#pragma unroll
-            for (int p = 0; p < PAIR; ++p) {
-                const u32* const from = (const u32*)(own.b + (u64)(min(o0 + p * 8, last) + g) * own.rank + r * 16 + t * 2);
-                up[r][p][0] = r * 16 < own.rank ? __ldg(from) : 0, up[r][p][1] = r * 16 < own.rank ? __ldg(from + 4) : 0;
-            }
-    }
-#endif
 #if OVERLAP
     BEFORE_HAS_ENDED;  // it makes low
 #endif

@@ -170,7 +170,9 @@ inline void counter_wait(unsigned at, unsigned parity) {  // until the phase of 
     std::unique_lock lock(c.mutex);
     c.changed.wait(lock, [&] { return (c.phase & 1) != parity; });
 }
-#define COPIES_WAIT
+#define COPIES_END
+#define COPIES_WAIT(n)
+#define ALL_COPIES_WAIT
 #define TURN_WAIT(id) named[id].arrive(true)
 #define TURN_GIVE(id) named[id].arrive(false)
 #define NEXT_MAY_BEGIN
