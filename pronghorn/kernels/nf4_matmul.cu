@@ -1,7 +1,7 @@
 // y = x [W_1; W_2; W_3]^T + low (s B)^T + bias for a handful of rows, weights read as NF4 codes, once.
 // What the kernel is and why it is so: nf4_matmul.py. Compiled at run time, with these given:
 //   GROUPS  groups of warps in a block, PAIR tiles of 8 outputs each
-//   RING    warps of a group: 1, or more that take turns at the inputs of the same outputs (PAIR is 2 then)
+//   RING    warps of a group: 1, or more that take turns at the inputs of the same outputs
 //   ROWS    rows of x: 8, or a multiple of 16                      PANEL   columns of x in a stage
 //   STAGES  stages of x on their way or in use                     CHUNK   columns of a turn (256, with RING 128 too)
 //   NESTED  scales are 8-bit codes (else float32)                  RANK16  16-column pieces of an adapter

@@ -38,7 +38,7 @@ __all__ = ["MAX_ROWS", "Member", "NF4Weight", "nf4_matmul", "why_not"]
 MAX_ROWS = 64
 """Rows of x up to which this is the faster way; above, make the weight and call cuBLAS."""
 
-_COLUMNS = 256  # inputs of one stage
+_COLUMNS = 256  # inputs that are made into operands at a time, at most
 
 
 def _path(tensor: torch.Tensor) -> ModuleType:
@@ -74,7 +74,7 @@ def why_not(weights: Sequence[NF4Weight], dtype: torch.dtype, device: torch.devi
         from pronghorn.kernels.nf4_matmul_cuda import shared_memory, tile_for
 
         outputs, K, nested = sum(w.shape[0] for w in weights), weights[0].shape[1], weights[0].nested_absmax is not None
-        if any(tile_for(M, outputs, K, nested, shared_memory(device)) is None for M in (8, MAX_ROWS)):
+        if tile_for(MAX_ROWS, outputs, K, nested, shared_memory(device)) is None:
             return f"{K} inputs in {shared_memory(device)} bytes of shared memory"
     return ""
 

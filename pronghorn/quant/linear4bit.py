@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +21,17 @@ from pronghorn.quant.nf4 import NF4Tensor
 # Fields of NF4Tensor that are buffers of the module; the weight parameter holds ``codes``.
 _BUFFERS = ("scales", "nested_absmax", "offset", "nested_code")
 _ZERO_BYTE = 0x77  # two codes of the level 0.0
+_left_out: ContextVar[bool] = ContextVar("left_out", default=False)
+
+
+@contextmanager
+def weights_left_out() -> Iterator[None]:
+    """State dicts made in this thread have no 4-bit weights: to make those, every layer's codes would be copied."""
+    token = _left_out.set(True)
+    try:
+        yield
+    finally:
+        _left_out.reset(token)
 
 
 class Linear4bit(nn.Linear):
@@ -27,8 +40,9 @@ class Linear4bit(nn.Linear):
     Subclasses ``nn.Linear``, so that code that looks for linear layers (PEFT, ``all-linear``) finds it. ``weight`` is
     the packed codes, a uint8 Parameter [ceil(out * in / 2), 1] that asks for no gradient, in tiles where the shape
     allows it (``kernels/nf4_layout.py``); the scales are buffers. No cast (``.half()``, ``.to(dtype)``) touches either.
-    The state dict has bitsandbytes' keys and order, and loads from them, or from a plain ``weight`` of 16 or 32 bits,
-    which is then quantized. Until loaded, the weight is zero.
+    The state dict has bitsandbytes' keys and order, so codes that lie in tiles are copied for it, and what is written
+    to the copy changes no layer. It loads from such keys, or from a plain ``weight`` of 16 or 32 bits, which is then
+    quantized. Until loaded, the weight is zero.
     """
 
     weight: nn.Parameter
@@ -147,6 +161,9 @@ class Linear4bit(nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if _left_out.get():
+            del destination[f"{prefix}weight"]
+            return
         saved = dataclasses.replace(self.nf4, dtype=self.saved_dtype)
         destination.update(to_bnb(saved, f"{prefix}weight"))
 

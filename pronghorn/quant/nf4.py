@@ -22,7 +22,8 @@ class NF4Tensor:
     Blocks of ``blocksize`` run flat over the flattened weight and take no notice of rows.
 
     Attributes:
-        codes: uint8 [ceil(numel / 2)], two codes a byte, the earlier element in the high nibble.
+        codes: uint8 [ceil(numel / 2)], two codes a byte, the earlier element in the high nibble; bytes in the weight's
+            order unless ``tiled``.
         scales: uint8 [blocks], 8-bit codes of the block scales; float32 [blocks] where the scales themselves were
             never quantized (single quantization, bitsandbytes' ``compress_statistics=False``).
         nested_absmax: float32 [ceil(blocks / nested_blocksize)], or None with single quantization.

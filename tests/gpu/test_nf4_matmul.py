@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pronghorn.kernels.launch import chained
 from pronghorn.kernels.low_rank import low_rank
 from pronghorn.kernels.nf4 import quantize_nf4
 from pronghorn.kernels.nf4_matmul import Member, nf4_matmul
@@ -126,6 +127,20 @@ def test_no_race_and_nan_shows() -> None:
     x[2, 7] = float("nan")
     found = nf4_matmul(x, members, low)
     assert found[2].isnan().all() and torch.equal(found[[0, 1, 3, 4, 5]], first[[0, 1, 3, 4, 5]])
+
+
+@pytest.mark.parametrize("outputs", [[512, 256], [28672]], ids=["turns", "none"])
+def test_begun_beside_the_low_rank_product_it_has_the_same_bits(outputs: list[int]) -> None:
+    members = group(outputs, 4096, 32, False, torch.bfloat16)
+    a = torch.randn(32 * len(outputs), 4096, device="cuda").bfloat16()
+    xs = [torch.randn(6, 4096, device="cuda").bfloat16() for _ in range(50)]
+    expected = [nf4_matmul(x, members, low_rank(x, a)) for x in xs]
+    torch.cuda.synchronize()
+    begun = [nf4_matmul(x, members, low_rank(x, a), overlap=True) for x in xs]
+    with chained():
+        early = [nf4_matmul(x, members, low_rank(x, a), overlap=True) for x in xs]
+    for found in (begun, early):
+        assert all(torch.equal(own, y) for own, y in zip(found, expected))
 
 
 @pytest.mark.parametrize(("I", "R"), [(4096, 96), (14336, 32), (4096, 64)])

@@ -112,7 +112,17 @@ inline unsigned pair(float first, float second) { return narrow(first) | (unsign
 inline float scaled(float level, float scale) { return level * scale; }
 
 inline unsigned shared_address(const void* p) { return (unsigned)((const unsigned char*)p - shared); }
-inline void copy16(unsigned to, const void* from) { std::memcpy(shared + to, from, 16); }
+// Copies happen as late as they may: those of a thread when it waits for them, or when it says that they have come.
+struct Copy { unsigned to; const void* from; };
+thread_local std::vector<std::vector<Copy>> copies(1);  // the last group is open
+inline void copy16(unsigned to, const void* from) { copies.back().push_back({to, from}); }
+inline void copies_end() { copies.emplace_back(); }
+inline void copies_wait(size_t newest, bool open) {  // all groups but the newest ones, the open one not counted
+    while (copies.size() > newest + 1 || (open && !copies.front().empty())) {
+        for (const Copy& c : copies.front()) std::memcpy(shared + c.to, c.from, 16);
+        if (copies.size() > 1) copies.erase(copies.begin()); else copies.front().clear();
+    }
+}
 inline uint2 codes8(const unsigned char* from) {
     uint2 r;
     std::memcpy(&r, from, 8);
@@ -164,15 +174,18 @@ inline void counter_arrive(unsigned at) {
         c.changed.notify_all();
     }
 }
-inline void counter_arrive_with_copies(unsigned at) { counter_arrive(at); }
+inline void counter_arrive_with_copies(unsigned at) {
+    copies_wait(0, true);
+    counter_arrive(at);
+}
 inline void counter_wait(unsigned at, unsigned parity) {  // until the phase of this parity has ended
     Counter& c = counters[at / 8];
     std::unique_lock lock(c.mutex);
     c.changed.wait(lock, [&] { return (c.phase & 1) != parity; });
 }
-#define COPIES_END
-#define COPIES_WAIT(n)
-#define ALL_COPIES_WAIT
+#define COPIES_END copies_end()
+#define COPIES_WAIT(n) copies_wait(n, false)
+#define ALL_COPIES_WAIT copies_wait(0, true)
 #define TURN_WAIT(id) named[id].arrive(true)
 #define TURN_GIVE(id) named[id].arrive(false)
 #define NEXT_MAY_BEGIN

@@ -1,7 +1,8 @@
 """``nf4_matmul.cu`` itself on a CPU: a thread for each of CUDA's, its instructions in C++ (``cuda_on_cpu.h``).
 
 What a GPU alone can show, bits of its matrix instruction and speed, is tested there; here, on odd sizes, which element
-goes where, who waits for whom, and that nothing is read before it is written (shared memory begins as NaN).
+goes where, who waits for whom, and that nothing is read before it is written (shared memory begins as NaN, and copies
+to it happen when they are waited for). Not seen: a missing wait of a warp for its own lanes.
 """
 
 from __future__ import annotations

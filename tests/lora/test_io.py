@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from pronghorn.api import add_methods
 from pronghorn.config.errors import ConfigError
 from pronghorn.config.load import LoadConfig
 from pronghorn.loader import from_pretrained, get_peft_model
 from pronghorn.lora.active import adapter
 from pronghorn.lora.io import load_lora, save_lora
+from pronghorn.quant import linear4bit
 from tests.helpers import perturb, relative_error, tiny_llama
 
 IDS = torch.arange(3, 12).unsqueeze(0)
@@ -67,6 +69,23 @@ def test_a_4bit_model_saves_float32_masters_and_loads_its_own_adapter(tmp_path: 
     perturb(model, seed=3)
     with adapter(model, load_lora(model, tmp_path / "adapter")):
         assert torch.allclose(answer(model), before, rtol=0, atol=1e-6)
+
+
+def test_pefts_own_save_copies_no_4bit_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's trainers save by it at each checkpoint; the whole state dict would hold every layer's codes once more."""
+    model = make(tiny_llama(tmp_path), load_in_4bit=True)
+    peft.PeftModel.save_pretrained(model, tmp_path / "whole")
+    add_methods(model)
+
+    def packed(*_: Any) -> None:
+        raise AssertionError("a 4-bit weight was packed")
+
+    monkeypatch.setattr(linear4bit, "to_bnb", packed)
+    model.save_pretrained(tmp_path / "adapter")
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "adapter" / n).read_bytes() for n in names)
+    with pytest.raises(AssertionError, match="packed"):
+        model.state_dict()
 
 
 def test_a_loaded_adapter_is_not_trained_not_saved_and_not_loaded_twice(tmp_path: Path) -> None:

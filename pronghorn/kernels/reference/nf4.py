@@ -19,7 +19,7 @@ from pronghorn.kernels.nf4_code import (
     nf4_midpoints,
     nf4_pairs,
 )
-from pronghorn.kernels.nf4_layout import to_rows
+from pronghorn.kernels.nf4_layout import TILE_OUTPUTS, to_rows
 
 # Elements handled at a time: small enough to stay in a core's cache, so that temporaries cost little and stay little.
 _QUANTIZE_CHUNK = 1 << 20
@@ -171,8 +171,6 @@ def dequantize_nf4(
     Returns:
         The weight, ``dtype``, of ``shape``.
     """
-    if tiled:
-        codes = to_rows(codes, shape)
     numel = math.prod(shape)
     absmax = dequantize_scales(scales, nested_absmax, offset, nested_code, nested_blocksize)
     result = output(out, shape, dtype, codes.device)
@@ -180,10 +178,12 @@ def dequantize_nf4(
     flat, packed = whole.view(-1), codes.reshape(-1)
     # A byte's two float32 levels are moved as one 64-bit item.
     pairs = nf4_pairs(codes.device).view(torch.int64).view(-1)
-    chunk = max(_DEQUANTIZE_CHUNK // blocksize, 1) * blocksize
+    piece = math.lcm(blocksize, TILE_OUTPUTS * shape[1]) if tiled else blocksize  # whole rows of tiles, whole blocks
+    chunk = max(_DEQUANTIZE_CHUNK // piece, 1) * piece
     for start in range(0, numel, chunk):
         stop = min(start + chunk, numel)
-        byte = packed[start // 2 : (stop + 1) // 2].to(torch.int32)
+        own = packed[start // 2 : (stop + 1) // 2]
+        byte = (to_rows(own, ((stop - start) // shape[1], shape[1])) if tiled else own).to(torch.int32)
         level = pairs.index_select(0, byte).view(torch.float32)[: stop - start]
         scale = absmax[start // blocksize : -(-stop // blocksize)]
         if level.numel() % blocksize:
