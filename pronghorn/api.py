@@ -180,7 +180,7 @@ def push_to_hub_merged(
 
 def save_pretrained(self: nn.Module, *args: Any, **options: Any) -> Any:
     """PEFT's own ``save_pretrained``, which takes the adapter out of the whole model's state dict: of one without the
-    4-bit weights, which would be copied for it (3.5 GB of an 8B model, at each checkpoint of TRL's trainers)."""
+    4-bit weights, which would be copied for it (half a byte a weight, at each checkpoint of TRL's trainers)."""
     from .quant.linear4bit import weights_left_out
 
     with weights_left_out():

@@ -15,11 +15,12 @@ multiplies 6 rows here and a trainer that multiplies thousands there get the sam
 (``mma`` m16n8k16), whose k of 16 consecutive inputs four threads share, and 8 rows of x are the right one; with more
 rows x is the left one. Codes lie in tiles (``nf4_layout.py``), so that a warp reads its own 256 bytes at once, straight
 into registers, some way ahead. A byte becomes its two float32 levels by one read of a table in shared memory, they are
-multiplied by their scale and rounded into a register of the operand. x comes through shared memory. Where outputs are
-few, several warps take turns at the inputs of the same 16 and hand the accumulators on.
+multiplied by their scale and rounded into a register of the operand. x comes through shared memory, once for a block.
+Where outputs are few, several warps take turns at the inputs of the same 16 and hand the accumulators on.
 
-**What bounds it** at few rows is not memory and not the number of instructions, but the load/store unit: of 10.5 turns
-that 256 weights cost it, 8 are that table's (``docs/log.md``).
+**What bounds it** at few rows is not memory. Where outputs are many it is the load/store unit: of 10.5 turns that 256
+weights cost it, 8 are that table's. Where they are few it is, by counting, the order of the sum: the turns at products
+that wait for each other (``docs/log.md``).
 """
 
 from __future__ import annotations
