@@ -42,9 +42,9 @@ def test_a_prefill_is_not_looked_at_however_many_chunks_it_has(loaded, monkeypat
     expected = said(stepwise.generate(PROMPTS, params))
     looks, chunks, prefill = watch_looks(monkeypatch), [], Runner.prefill
 
-    def watched(self: Runner, step: Any) -> Any:
+    def watched(self: Runner, step: Any, *walk: Any) -> Any:
         chunks.append(sum(c.stop - c.start for c in step.prefill))
-        return prefill(self, step)
+        return prefill(self, step, *walk)
 
     monkeypatch.setattr(Runner, "prefill", watched)
     for tokens, expected_chunks in ((4096, [94]), (40, [40, 40, 14]), (9, [9] * 10 + [4])):

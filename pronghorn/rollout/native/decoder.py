@@ -21,7 +21,7 @@ from ...lora.projection import row_columns
 from ...models.forward import Head
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
-from .decode_walk import DecodeWalk, few_rows
+from .decode_walk import DecodeWalk, PrefillWalk, few_rows
 from .kv_cache import KVCache
 from .paged import PagedDecode
 from .products import HeldProduct, takes_nf4
@@ -119,6 +119,7 @@ class Decoder:
         self._written: dict[int, int] = {}  # entries of each slot's table that were written
         self.query_heads = base.config.num_attention_heads
         self._walks: dict[bool, DecodeWalk] = {}
+        self._prefill: PrefillWalk | None = None
         # Where no group takes the 4-bit kernel, one walk serves any number of rows: two would hold weights twice.
         self._few_in_nf4 = not self.hold or any(
             takes_nf4(group, cache.shape.dtype) for _, groups in found for group in groups
@@ -286,6 +287,14 @@ class Decoder:
             most = bucket_of(self.sizes.rows) if many else few_rows(self.hold)
             self._walks[many] = DecodeWalk(self.model, self._found, most, self.sizes.positions, self.hold)
         return self._walks[many]
+
+    @property
+    def prefill_walk(self) -> PrefillWalk:
+        """What computes prompts for these rows, on the weights that a step of all of them reads."""
+        if self._prefill is None:
+            walk = self._walk(bucket_of(self.sizes.rows))
+            self._prefill = PrefillWalk(self.model, self._found, self.cache.shape.dtype, walk)
+        return self._prefill
 
     def _step(self, rows: int) -> None:
         walk, state = self._walk(rows), self.state

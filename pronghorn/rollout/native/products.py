@@ -163,12 +163,12 @@ def product_of(group: Group, dtype: torch.dtype, rows: int, most_in_nf4: int, he
     weights = [p.nf4 for p in group.members if p.nf4 is not None]
     if not weights and _on_gpu(group.members[0].base.weight):
         fits = not ordered.why_not(dense_members(group, dtype), dtype) and agrees(group, dtype)
-        return DenseProduct(group, dtype) if fits else TrainerProduct(group)
+        return DenseProduct(group, dtype) if fits else TrainerProduct(group, dtype)
     if len(weights) < len(group.members):
-        return TrainerProduct(group)
+        return TrainerProduct(group, dtype)
     if rows <= most_in_nf4 and takes_nf4(group, dtype):
         return NF4Product(group, dtype)
     biased = any(p.base.bias is not None for p in group.members)
     if held is None or biased:
-        return TrainerProduct(group)
+        return TrainerProduct(group, dtype)
     return HeldProduct(group, dtype, held, rows)
