@@ -24,7 +24,7 @@ from ...models.tree import unwrap
 from .decode_walk import DecodeWalk, PrefillWalk, few_rows
 from .kv_cache import KVCache
 from .paged import PagedDecode
-from .products import HeldProduct, takes_nf4
+from .products import HeldProduct, align_of, takes_nf4
 from .random import stream_key
 from .request import Sequence
 
@@ -343,8 +343,10 @@ class Decoder:
 def held_bytes_of(found: list[tuple[Parts, Groups]], dtype: torch.dtype) -> int:
     """What the 4-bit weights of these layers take in ``dtype``, adapters beside them."""
     sizes = [(group, group.members[0].base.in_features) for _, groups in found for group in groups]
-    rows = sum((group.outputs + group.rank) * row_columns(inputs + group.rank) for group, inputs in sizes)
-    return rows * dtype.itemsize
+    elements = (
+        (group.outputs + group.rank) * row_columns(inputs + group.rank, align_of(inputs)) for group, inputs in sizes
+    )
+    return sum(elements) * dtype.itemsize
 
 
 def sizes_of(sequences: Seq[Sequence], max_rows: int) -> Sizes:
