@@ -115,8 +115,9 @@ def _merge(
         used = (length + SEGMENT - 1) // SEGMENT
         for group in range(0, used, AT_ONCE):
             for j in tl.static_range(AT_ONCE):
-                there = (h < H) & (group + j < used)  # one that is not: a segment without a key, which changes no bit
-                row = (b * segments + group + j) * H + h
+                segment = tl.zeros((HEADS,), tl.int32) + group + j
+                there = (h < H) & (segment < used)  # one that is not: a segment without a key, which changes no bit
+                row = (b * segments + segment) * H + h
                 next_peak = tl.load(stats_ptr + row * 2, mask=there, other=float("-inf"))
                 next_total = tl.load(stats_ptr + row * 2 + 1, mask=there, other=0.0)
                 mask = there[:, None] & (e < E)[None, :]

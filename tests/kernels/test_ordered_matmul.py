@@ -113,14 +113,15 @@ def test_writes_where_it_is_told() -> None:
     assert ordered_matmul(x[:0], members).shape == (0, 24)
 
 
-def test_tiles_cover_all_rows_in_half_a_multiprocessor() -> None:
+def test_tiles_cover_all_rows_in_half_a_multiprocessor_or_have_it_to_themselves() -> None:
     for M in (1, 8, 9, 16, 17, 33, 64, 65, 128):
         for outputs in (1024, 4096, 28672):
             for capability, limit in (((9, 0), 113), ((8, 0), 99), ((8, 6), 99)):
                 tile = tile_for(M, outputs, capability)
                 assert tile.rows >= min(M, module.MAX_ROWS) and tile.rows >= 8
                 stage = (tile.outputs + tile.rows) * tile.inputs * 2
-                assert 2 * stage <= (tile.num_stages - 1) * stage <= (limit - 2) * 1024
+                alone = capability == (9, 0) and M > 8 and -(-outputs // tile.outputs) <= 132 and tile.outputs == 64
+                assert 2 * stage <= (tile.num_stages - 1) * stage <= ((227 if alone else limit) - 2) * 1024
 
 
 def test_refuses_what_does_not_fit() -> None:
