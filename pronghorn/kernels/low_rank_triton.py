@@ -14,10 +14,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from pronghorn.kernels.launch import Launcher
+from pronghorn.kernels.low_rank import FEW_ROWS
 from pronghorn.kernels.reference.low_rank import SPLITS, run_length
-
-FEW_ROWS = 256
-"""Up to so many rows, runs are programs of their own."""
 
 
 class Tile(NamedTuple):
@@ -65,20 +63,27 @@ def _run(
 
 @triton.jit(do_not_specialize=["T"])
 def _few_rows(
-    x_ptr, a_ptr, out_ptr, part_ptr, arrived_ptr, T, R, x_stride, out_stride, width, step,
+    x_ptr, a_ptr, out_ptr, part_ptr, arrived_ptr, flag_ptr, T, R, x_stride, out_stride, width, step,
     SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, EARLY: tl.constexpr,
-    CHAIN: tl.constexpr,
+    FLAG: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """A run a program; the last of a tile adds all of them up, from the first, and clears the count.
 
-    EARLY lets a kernel that was launched to overlap begin now, when x is whole; others still wait for the end.
+    EARLY lets a kernel that was launched to overlap begin when x is whole; others still wait for the end. FLAG lets it
+    begin before, and says when x is whole: who reads it (acquire) sees what this program's wait made seen. One program
+    sets it, once: each block of its reader then counts itself in it, and the last one clears it.
     """
+    if EARLY and FLAG:
+        gdc_launch_dependents()
     if CHAIN:
         gdc_wait()
-    if EARLY:
-        gdc_launch_dependents()
     split = tl.program_id(0)
     tile = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+    if FLAG:
+        if split + tile == 0:
+            tl.atomic_xchg(flag_ptr, 1, sem="release")
+    elif EARLY:
+        gdc_launch_dependents()
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     x_row = x_ptr + t.to(tl.int64)[:, None] * x_stride
@@ -146,6 +151,7 @@ def low_rank(
     also_TR: torch.Tensor | None = None,
     few_rows: int = FEW_ROWS,
     tile: Tile | None = None,
+    flag: torch.Tensor | None = None,
 ) -> None:
     """See :func:`pronghorn.kernels.low_rank.low_rank`; ``few_rows`` is for tests, and few rows' ``tile`` is for tests
     and measurements.
@@ -164,8 +170,10 @@ def low_rank(
             stream = torch.cuda.current_stream(x_TI.device).cuda_stream if x_TI.is_cuda else 0
             part, arrived = _workspace(x_TI.device, stream, tiles_t * tiles_r, block_t * block_r)
             _launch_few(
-                (SPLITS, tiles_t, tiles_r), x_TI, a_RI, out_TR, part, arrived, *common, block_t, block_r, block_i,
-                x_TI.is_cuda and _capability(x_TI.get_device()) >= (9, 0),
+                (SPLITS, tiles_t, tiles_r),
+                x_TI, a_RI, out_TR, part, arrived, arrived if flag is None else flag, *common,
+                block_t, block_r, block_i,
+                x_TI.is_cuda and _capability(x_TI.get_device()) >= (9, 0), flag is not None,
                 num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
             )  # fmt: skip
             if also_TR is not None:
