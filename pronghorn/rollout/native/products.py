@@ -64,7 +64,7 @@ class NF4Product:
                 self._scaled.append((table[:, span.start - first : span.stop - first], b_Or, p.scaling))
             self.members.append(Member(p.nf4, table, first, bias_O))
         self.columns = -(-group.rank // _STEP) * _STEP
-        self._flag = torch.zeros(1, dtype=torch.int32, device=self.members[0].weight.codes.device)  # x is whole
+        self._flag = torch.zeros(1, dtype=torch.int32, device=self.members[0].weight.codes.device)
         self.refresh()
 
     def place(self, rows: int) -> torch.Tensor | None:
@@ -84,9 +84,8 @@ class NF4Product:
         flag = flag_for(x_MI, self._flag)
         try:
             low_rank(x_MI, self.group.a_RI, low_MR[:, :R], flag=flag)
-            return nf4_matmul(
-                x_MI, self.members, low_MR, overlap=True, flag=flag
-            )  # else x was whole before x A^T began
+            # Without a flag x was whole before x A^T let this begin.
+            return nf4_matmul(x_MI, self.members, low_MR, overlap=True, flag=flag)
         except BaseException:
             if flag is not None:
                 flag.zero_()  # set by the first, and cleared by nobody, it would tell the next product too early
