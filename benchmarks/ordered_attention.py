@@ -110,7 +110,8 @@ def bench_rows(results: Results, case: str, rate: float, stream: torch.cuda.Stre
         if every:
             rows = OrderedRows.packed(lengths, torch.device("cuda"), prefix)
             run = ordered_attention_triton.ordered_attention_forward
-            calls.update({f"config {name}": partial(run, q, k, v, rows, SCALE, c) for name, c in CONFIGS.items()})
+            out = torch.empty_like(q)
+            calls.update({f"config {name}": partial(run, q, k, v, rows, SCALE, out, c) for name, c in CONFIGS.items()})
     stream.synchronize()
     for impl, call in calls.items():
         ms = graphed(call, stream)

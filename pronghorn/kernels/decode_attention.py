@@ -23,6 +23,7 @@ from types import ModuleType
 
 import torch
 
+from pronghorn.kernels.ordered_attention import check_output
 from pronghorn.kernels.ordered_rows import SEGMENT
 from pronghorn.kernels.reference import decode_attention as reference
 
@@ -52,6 +53,7 @@ def decode_attention(
     lengths_B: torch.Tensor,
     scale: float,
     workspace: torch.Tensor | None = None,
+    out_BHE: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from one token a row to the tokens of its blocks; query head h reads kv head ``h // (H // K)``.
 
@@ -66,10 +68,11 @@ def decode_attention(
             tokens of the table are attended to, and nothing outside of it is read. On a CPU it raises.
         scale: multiplies scores; above 0.
         workspace: float32, contiguous, of at least :func:`workspace_elements`; overwritten. None: made for the call.
+        out_BHE: where to write, of q's shape and dtype, heads dense, rows at any stride. None: a new tensor.
 
     Returns:
-        ``[B, H, E]`` in q's dtype, contiguous; scores, softmax and sums are float32. What unused slots of the cache
-        hold, NaN included, has no effect.
+        ``[B, H, E]`` in q's dtype, contiguous unless ``out_BHE`` is given; scores, softmax and sums are float32. What
+        unused slots of the cache hold, NaN included, has no effect.
 
     Raises:
         ValueError: shapes, dtypes or layouts do not fit; or, on a CPU, a length beyond the table.
@@ -89,8 +92,10 @@ def decode_attention(
                 f"workspace is {workspace.dtype} {tuple(workspace.shape)}; give {needed} float32 elements without a gap"
             )
         workspace = workspace.flatten()
+    if out_BHE is not None:
+        check_output(out_BHE, q_BHE)
     o_BHE: torch.Tensor = _path(q_BHE).decode_attention(
-        q_BHE, k_cache, v_cache, block_table_BN, lengths_B, scale, workspace
+        q_BHE, k_cache, v_cache, block_table_BN, lengths_B, scale, workspace, out_BHE
     )
     return o_BHE
 
@@ -127,9 +132,9 @@ def write_kv(
 
 
 def check_cache(
-    x: torch.Tensor, name: str, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table_BN: torch.Tensor
+    x: torch.Tensor, name: str, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table_BN: torch.Tensor | None
 ) -> None:
-    """Raise where one token a row, the caches and the table do not fit together."""
+    """Raise where one token a row, the caches and the table, if there is one, do not fit together."""
     B, _, E = x.shape
     if k_cache.ndim != 4 or k_cache.shape != v_cache.shape or k_cache.shape[3] != E:
         raise ValueError(
@@ -140,15 +145,17 @@ def check_cache(
         raise ValueError(f"{name} is {x.dtype} and the caches {k_cache.dtype} and {v_cache.dtype}; give one dtype")
     if x.stride(2) != 1 or (x.shape[1] > 1 and x.stride(1) != E):
         raise ValueError(f"{name} has strides {x.stride()}; a row's heads must follow each other without a gap")
+    for what, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{what} has strides {tensor.stride()}; make it contiguous")
+    if block_table_BN is None:
+        return
     if block_table_BN.ndim != 2 or block_table_BN.shape[0] != B or block_table_BN.dtype != torch.int32:
         raise ValueError(
             f"block_table is {block_table_BN.dtype} {tuple(block_table_BN.shape)}; {B} rows need int32 [{B}, blocks]"
         )
     if block_table_BN.shape[1] > 1 and block_table_BN.stride(1) != 1:
         raise ValueError(f"block_table has strides {block_table_BN.stride()}; a row's blocks must follow each other")
-    for what, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{what} has strides {tensor.stride()}; make it contiguous")
 
 
 def check_counts(name: str, counts_B: torch.Tensor, rows: int) -> None:

@@ -20,6 +20,9 @@ from pronghorn.kernels.ordered_step_triton import COLUMNS, finish, merge_step, t
 AT_ONCE = 4
 """Segments that a merging program has on their way at once; merged strictly in order all the same."""
 
+HEADS = 8
+"""Heads of a row that one program merges: thousands of small programs would take longer to begin than to run."""
+
 
 class Config(NamedTuple):
     """Warps, and how many tiles are on their way or in use at once."""
@@ -46,7 +49,7 @@ def _length(lengths_ptr, b, N, PAGE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "table_stride"])  # tables grow: one compilation serves all widths
 def _attend(
-    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, o_ptr, part_ptr, stats_ptr, q_stride, table_stride, N, scale,
+    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, o_ptr, part_ptr, stats_ptr, q_stride, table_stride, o_stride, N, scale,
     K: tl.constexpr, R: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +85,7 @@ def _attend(
             peak, total, acc = tile_step(q, k, v, ones, seen, first + TILE > length, scale, peak, total, acc)
         sums = tl.max(total, axis=1)
         if length <= SEGMENT:
-            o_at = o_ptr + (b * (K * R) + heads)[:, None] * E + e[None, :]
+            o_at = o_ptr + b * o_stride + heads[:, None] * E + e[None, :]
             tl.store(o_at, finish(sums, acc).to(o_ptr.dtype.element_ty), mask=real)
         else:
             row = (b * tl.num_programs(1) + segment) * (K * R) + heads
@@ -93,35 +96,35 @@ def _attend(
 
 @triton.jit(do_not_specialize=["N", "segments"])
 def _merge(
-    part_ptr, stats_ptr, lengths_ptr, o_ptr, N, segments, H: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr,
-    SEGMENT: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_E: tl.constexpr, CHAIN: tl.constexpr,
+    part_ptr, stats_ptr, lengths_ptr, o_ptr, o_stride, N, segments, H: tl.constexpr, E: tl.constexpr,
+    PAGE: tl.constexpr, SEGMENT: tl.constexpr, AT_ONCE: tl.constexpr, HEADS: tl.constexpr, BLOCK_E: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row, from the segments that hold tokens: the others wrote nothing, and are not read."""
+    """Some heads of one row, from the segments that hold tokens: the others wrote nothing, and are not read."""
     if CHAIN:
         gdc_wait()
         gdc_launch_dependents()
-    h = tl.program_id(0)
+    h = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     b = tl.program_id(1).to(tl.int64)
     length = _length(lengths_ptr, b, N, PAGE)
     if length > SEGMENT:
-        one = tl.arange(0, 1)
         e = tl.arange(0, BLOCK_E)
-        peak = tl.full((1,), float("-inf"), tl.float32)
-        total = tl.zeros((1, 1), tl.float32)
-        acc = tl.zeros((1, BLOCK_E), tl.float32)
+        peak = tl.full((HEADS,), float("-inf"), tl.float32)
+        total = tl.zeros((HEADS, 1), tl.float32)
+        acc = tl.zeros((HEADS, BLOCK_E), tl.float32)
         used = (length + SEGMENT - 1) // SEGMENT
         for group in range(0, used, AT_ONCE):
             for j in tl.static_range(AT_ONCE):
-                there = group + j + one < used  # one that is not: a segment without a key, which changes no bit
-                row = (b * segments + group + j) * H + h + one
+                there = (h < H) & (group + j < used)  # one that is not: a segment without a key, which changes no bit
+                row = (b * segments + group + j) * H + h
                 next_peak = tl.load(stats_ptr + row * 2, mask=there, other=float("-inf"))
                 next_total = tl.load(stats_ptr + row * 2 + 1, mask=there, other=0.0)
                 mask = there[:, None] & (e < E)[None, :]
                 next_acc = tl.load(part_ptr + row[:, None] * E + e[None, :], mask=mask, other=0.0)
                 peak, total, acc = merge_step(peak, total, acc, next_peak, next_total[:, None], next_acc)
         o = finish(tl.max(total, axis=1), acc)
-        o_at = o_ptr + ((b * H + h + one) * E)[:, None] + e[None, :]
-        tl.store(o_at, o.to(o_ptr.dtype.element_ty), mask=(e < E)[None, :])
+        o_at = o_ptr + b * o_stride + (h * E)[:, None] + e[None, :]
+        tl.store(o_at, o.to(o_ptr.dtype.element_ty), mask=(h < H)[:, None] & (e < E)[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "table_stride"])
@@ -159,11 +162,12 @@ def decode_attention(
     lengths_B: torch.Tensor,
     scale: float,
     workspace: torch.Tensor | None = None,
+    out_BHE: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
     """See :func:`pronghorn.kernels.decode_attention.decode_attention`; ``config`` is for measurements."""
     (B, H, E), N, (_, page, K, _) = q_BHE.shape, block_table_BN.shape[1], k_cache.shape
-    o_BHE = torch.empty((B, H, E), dtype=q_BHE.dtype, device=q_BHE.device)
+    o_BHE = torch.empty((B, H, E), dtype=q_BHE.dtype, device=q_BHE.device) if out_BHE is None else out_BHE
     if not o_BHE.numel():
         return o_BHE
     num_warps, num_stages = config or launch_config(E)
@@ -177,14 +181,16 @@ def decode_attention(
     with torch.cuda.device_of(q_BHE):
         _launch_attend(
             (K, segments, B), q_BHE, k_cache, v_cache, block_table_BN, lengths_B, o_BHE, part, stats,
-            q_BHE.stride(0), block_table_BN.stride(0), N, scale * math.log2(math.e), K, R, E, page, block_r, block_e,
-            TILE, SEGMENT,
+            q_BHE.stride(0), block_table_BN.stride(0), o_BHE.stride(0), N, scale * math.log2(math.e), K, R, E, page,
+            block_r, block_e, TILE, SEGMENT,
             num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
         )  # fmt: skip
         if segments > 1:
+            heads = min(HEADS, int(triton.next_power_of_2(H)))
             _launch_merge(
-                (H, B), part, stats, lengths_B, o_BHE, N, segments, H, E, page, SEGMENT, AT_ONCE, block_e,
-                num_warps=1, enable_fp_fusion=False,
+                (triton.cdiv(H, heads), B), part, stats, lengths_B, o_BHE, o_BHE.stride(0), N, segments, H, E, page,
+                SEGMENT, AT_ONCE, heads, block_e,
+                num_warps=4 if heads > 2 else 1, enable_fp_fusion=False,
             )  # fmt: skip
     return o_BHE
 

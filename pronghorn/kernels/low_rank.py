@@ -22,7 +22,7 @@ from pronghorn.kernels.reference.low_rank import SPLITS, run_length
 __all__ = ["FEW_ROWS", "SPLITS", "flag_for", "low_rank", "run_length"]
 
 FEW_ROWS = 256
-"""Up to so many rows, runs are programs of their own."""
+"""Up to so many rows, runs are programs of their own: their sums are written, and read again."""
 
 
 def _path(tensor: torch.Tensor) -> ModuleType:
@@ -77,10 +77,7 @@ def low_rank(
     if flag is None:
         _path(x_TI).low_rank(x_TI, a_RI, out_TR, also_TR)
         return out_TR
-    if also_TR is not None or flag_for(x_TI, flag) is None:
-        raise ValueError(
-            f"a flag for {T} rows on {x_TI.device}{'' if also_TR is None else ' and a second output'}; "
-            "give the one that flag_for returns, and one output"
-        )
-    _path(x_TI).low_rank(x_TI, a_RI, out_TR, flag=flag)
+    if flag_for(x_TI, flag) is None:
+        raise ValueError(f"a flag for {T} rows on {x_TI.device} here; give what flag_for returns")
+    _path(x_TI).low_rank(x_TI, a_RI, out_TR, also_TR, flag=flag)
     return out_TR

@@ -66,7 +66,12 @@ def _path(tensor: torch.Tensor) -> ModuleType:
 
 
 def ordered_attention_forward(
-    q_THE: torch.Tensor, k_UKE: torch.Tensor, v_UKE: torch.Tensor, rows: OrderedRows, scale: float
+    q_THE: torch.Tensor,
+    k_UKE: torch.Tensor,
+    v_UKE: torch.Tensor,
+    rows: OrderedRows,
+    scale: float,
+    out_THE: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(o_THE, lse_HT)`` of packed queries, each over the keys of its row up to its own position.
 
@@ -76,10 +81,11 @@ def ordered_attention_forward(
         k_UKE, v_UKE: of q's dtype: the packed keys of the same tokens, or a paged cache with its blocks flattened.
         rows: which queries there are, and where the keys of their rows lie. Every query stands in one row.
         scale: multiplies scores; above 0.
+        out_THE: where to write o: q's shape and dtype, heads dense, tokens at any stride. None: a new tensor.
 
     Returns:
-        o in q's dtype, contiguous, and the log-sum-exp of each query's scores in nats, ``[H, T]`` float32 (float64 for
-        float64): what :func:`pronghorn.kernels.attention.attention_backward` takes.
+        o in q's dtype, contiguous unless ``out_THE`` is given, and the log-sum-exp of each query's scores in nats,
+        ``[H, T]`` float32 (float64 for float64): what :func:`pronghorn.kernels.attention.attention_backward` takes.
 
     Raises:
         ValueError: shapes, dtypes or layouts do not fit.
@@ -99,5 +105,19 @@ def ordered_attention_forward(
         raise ValueError(f"rows hold {sum(rows.counts)} queries and q {T}; name every query once")
     if scale <= 0:
         raise ValueError(f"scale={scale} is out of range; give one above 0")
-    found: tuple[torch.Tensor, torch.Tensor] = _path(q_THE).ordered_attention_forward(q_THE, k_UKE, v_UKE, rows, scale)
-    return found
+    if out_THE is None:
+        out_THE = torch.empty((T, H, E), dtype=q_THE.dtype, device=q_THE.device)
+    check_output(out_THE, q_THE)
+    lse_HT: torch.Tensor = _path(q_THE).ordered_attention_forward(q_THE, k_UKE, v_UKE, rows, scale, out_THE)
+    return out_THE, lse_HT
+
+
+def check_output(out: torch.Tensor, q: torch.Tensor) -> None:
+    """Raise where attention of ``q`` ``[rows, H, E]`` cannot be written to ``out``."""
+    H, E = q.shape[1:]
+    dense = out.shape[1:].numel() == 0 or (out.stride(2) == 1 and (H == 1 or out.stride(1) == E))
+    if out.shape != q.shape or out.dtype != q.dtype or not dense:
+        raise ValueError(
+            f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()}; give {q.dtype} {tuple(q.shape)}, "
+            "a row's heads one after another"
+        )

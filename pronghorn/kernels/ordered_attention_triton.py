@@ -50,7 +50,7 @@ def _padded(E: int) -> int:
 @triton.jit(do_not_specialize=["T"])  # packed batches differ in length: one compilation serves all
 def _attend(
     q_ptr, k_ptr, v_ptr, tiles_ptr, keys_ptr, o_ptr, lse_ptr, q_stride, q_head_stride, k_stride, k_head_stride,
-    v_stride, v_head_stride, T, scale,
+    v_stride, v_head_stride, o_stride, T, scale,
     K: tl.constexpr, R: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
     TILE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +93,7 @@ def _attend(
     sums = tl.max(all_total, axis=1)
     o = finish(sums, all_acc)
     tl.store(lse_ptr + heads * T + token, (all_peak + tl.log2(sums)) * 0.6931471805599453, mask=live)
-    o_at = o_ptr + ((token * (K * R) + heads) * E)[:, None] + e[None, :]
+    o_at = o_ptr + (token * o_stride + heads * E)[:, None] + e[None, :]
     tl.store(o_at, o.to(o_ptr.dtype.element_ty), mask=real)
 
 
@@ -106,23 +106,25 @@ def ordered_attention_forward(
     v_UKE: torch.Tensor,
     rows: OrderedRows,
     scale: float,
+    out_THE: torch.Tensor,
     config: Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`pronghorn.kernels.ordered_attention.ordered_attention_forward`; ``config`` is for measurements."""
+) -> torch.Tensor:
+    """Writes o to ``out_THE`` and gives the log-sum-exp; see
+    :func:`pronghorn.kernels.ordered_attention.ordered_attention_forward`. ``config`` is for measurements.
+    """
     (T, H, E), K = q_THE.shape, k_UKE.shape[1]
-    o_THE = torch.empty((T, H, E), dtype=q_THE.dtype, device=q_THE.device)
     lse_HT = torch.empty((H, T), dtype=torch.float32, device=q_THE.device)
     block_m, num_warps, num_stages = config or launch_config(E, _capability(q_THE.get_device()))
     R = H // K
     block_m = max(block_m, int(triton.next_power_of_2(R)))
     tiles_N4 = rows.tiles(block_m // R)
     if not tiles_N4.shape[0]:
-        return o_THE, lse_HT
+        return lse_HT
     with torch.cuda.device_of(q_THE):
         _launch(
-            (tiles_N4.shape[0] * K,), q_THE, k_UKE, v_UKE, tiles_N4, rows.keys, o_THE, lse_HT,
+            (tiles_N4.shape[0] * K,), q_THE, k_UKE, v_UKE, tiles_N4, rows.keys, out_THE, lse_HT,
             q_THE.stride(0), q_THE.stride(1), k_UKE.stride(0), k_UKE.stride(1), v_UKE.stride(0), v_UKE.stride(1),
-            T, scale * math.log2(math.e), K, R, E, block_m, _padded(E), TILE, SEGMENT,
+            out_THE.stride(0), T, scale * math.log2(math.e), K, R, E, block_m, _padded(E), TILE, SEGMENT,
             num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
         )  # fmt: skip
-    return o_THE, lse_HT
+    return lse_HT

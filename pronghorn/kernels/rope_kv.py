@@ -32,17 +32,18 @@ def rope_and_write_kv(
     sin_PE: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    block_table_BN: torch.Tensor,
+    places: torch.Tensor,
     positions_B: torch.Tensor,
 ) -> None:
-    """Rotate q and k in place and store k and v at their row's position in the blocks of its table.
+    """Rotate q and k in place and store k and v at their row's position in the blocks of its table, or in its slot.
 
     Args:
         q_BHE, k_BKE, v_BKE: float32, float16 or bfloat16 (float64 in plain PyTorch), of the caches' dtype, heads dense,
             rows at any stride: views of one projection's output. H divisible by K.
         cos_PE, sin_PE: tables ``[P, R]`` of any float dtype, one row a position, R <= E rotary dimensions whose two
             halves are equal, as in :func:`pronghorn.kernels.rope.rotate_`.
-        k_cache, v_cache, block_table_BN: see :func:`pronghorn.kernels.decode_attention.decode_attention`.
+        k_cache, v_cache: see :func:`pronghorn.kernels.decode_attention.decode_attention`.
+        places: that function's ``block_table_BN``; or int32 ``[B]``, each row's slot among all the blocks' tokens.
         positions_B: int32, from 0; a row of position -1 (padding) is left as it is. A position beyond the table of
             blocks or of angles is a caller's error: a GPU leaves the row as it is, a CPU raises.
 
@@ -57,7 +58,9 @@ def rope_and_write_kv(
             f"give both as [{B}, {K}, {E}], with {K} a divisor of q's heads"
         )
     for name, x in (("q", q_BHE), ("k", k_BKE), ("v", v_BKE)):
-        check_cache(x, name, k_cache, v_cache, block_table_BN)
+        check_cache(x, name, k_cache, v_cache, places if places.ndim == 2 else None)
+    if places.ndim == 1:
+        check_counts("slots", places, B)
     R = cos_PE.shape[-1]
     if cos_PE.ndim != 2 or sin_PE.shape != cos_PE.shape or R % 2 or not 0 < R <= E:
         raise ValueError(
@@ -67,4 +70,4 @@ def rope_and_write_kv(
     if cos_PE.stride(1) != 1 or sin_PE.stride(1) != 1:
         raise ValueError("cos and sin need unit stride in the last dimension; give them .contiguous()")
     check_counts("positions", positions_B, B)
-    _path(k_cache).rope_and_write_kv(q_BHE, k_BKE, v_BKE, cos_PE, sin_PE, k_cache, v_cache, block_table_BN, positions_B)
+    _path(k_cache).rope_and_write_kv(q_BHE, k_BKE, v_BKE, cos_PE, sin_PE, k_cache, v_cache, places, positions_B)

@@ -16,22 +16,26 @@ from pronghorn.kernels.rope_triton import rotate_heads, rotated
 
 @triton.jit(do_not_specialize=["N", "P", "table_stride"])
 def _rope_kv(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, table_ptr, positions_ptr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, places_ptr, positions_ptr,
     q_stride, k_stride, v_stride, cos_stride, sin_stride, table_stride, N, P,
     K: tl.constexpr, R: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_E: tl.constexpr,
-    CHAIN: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_E: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """One kv head of one row with its R query heads."""
+    """One kv head of one row with its R query heads. SLOTS: places are slots, not tables of blocks."""
     if CHAIN:
         gdc_wait()
         gdc_launch_dependents()
-    head = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(1)
+    b = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + b)
     if (position >= 0) & (position < N * PAGE) & (position < P):
-        page = tl.load(table_ptr + b * table_stride + position // PAGE).to(tl.int64)
-        slot = ((page * PAGE + position % PAGE) * K + head) * E
+        if SLOTS:
+            place = tl.load(places_ptr + b).to(tl.int64)
+        else:
+            page = tl.load(places_ptr + b * table_stride + position // PAGE).to(tl.int64)
+            place = page * PAGE + position % PAGE
+        slot = (place * K + head) * E
         column = tl.arange(0, BLOCK_HALF)
         inside = column < HALF
         at = position.to(tl.int64)
@@ -69,7 +73,7 @@ def rope_and_write_kv(
     sin_PE: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    block_table_BN: torch.Tensor,
+    places: torch.Tensor,
     positions_B: torch.Tensor,
 ) -> None:
     """See :func:`pronghorn.kernels.rope_kv.rope_and_write_kv`."""
@@ -79,11 +83,13 @@ def rope_and_write_kv(
     R, half = H // K, rotary // 2
     block_half, block_rest, block_e = (int(triton.next_power_of_2(max(n, 1))) for n in (half, E - rotary, E))
     block_r = min(int(triton.next_power_of_2(R)), max(1, 512 // block_half))  # at most 16 pairs a thread
+    slots = places.ndim == 1
+    N = -(-P // k_cache.shape[1]) if slots else places.shape[1]  # of slots any position holds that has angles
     with torch.cuda.device_of(q_BHE):
         _launch(
-            (K, B), q_BHE, k_BKE, v_BKE, cos_PE, sin_PE, k_cache, v_cache, block_table_BN, positions_B,
+            (B, K), q_BHE, k_BKE, v_BKE, cos_PE, sin_PE, k_cache, v_cache, places, positions_B,
             q_BHE.stride(0), k_BKE.stride(0), v_BKE.stride(0), cos_PE.stride(0), sin_PE.stride(0),
-            block_table_BN.stride(0), block_table_BN.shape[1], P, K, R, E, half, k_cache.shape[1],
+            places.stride(0), N, P, K, R, E, half, k_cache.shape[1], slots,
             block_r, block_half, block_rest, block_e,
             num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip

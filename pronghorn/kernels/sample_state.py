@@ -140,6 +140,7 @@ class SampleState:
         self.token_logps_B, self.policy_logps_B = full(0, f32), full(0, f32)
         self.out_tokens_BT = full(-1, i32, max_tokens)
         self.out_token_logps_BT, self.out_policy_logps_BT = full(0, f32, max_tokens), full(0, f32, max_tokens)
+        self._columns = [x for x in vars(self).values() if torch.is_tensor(x) and x.numel()]
         self.scratch: Any = None  # the kernel's; made at its first call
 
     def load(self, at: Sequence[int], rows: Sequence[RowSettings]) -> None:
@@ -194,6 +195,15 @@ class SampleState:
             self.finished_B.index_fill_(0, index, EMPTY)
             self.slots_B.index_fill_(0, index, -1)
             self.lengths_B.index_fill_(0, index, 0)
+
+    def move(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """The rows ``source`` go on as the rows ``target``, which nobody owns; as they stand on the device, whatever
+        that is by then.
+        """
+        from_, to = self._to([*source, *target], torch.int64).chunk(2)
+        for x in self._columns:
+            x.index_copy_(0, to, x.index_select(0, from_))
+        self.clear(source)
 
     def _to(self, values: list[Any], dtype: torch.dtype) -> torch.Tensor:
         return on_device(values, dtype, self.tokens_B.device)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..kernels.scaled_blocks import Block, scaled_blocks
-from .projection import Group, Piece, table
+from .projection import ROW_ALIGN, Group, Piece, table, whole_rows
 
 
 class Beside:
@@ -32,13 +32,18 @@ class HeldWeights:
     Forward multiplies ``[x | x A^T]`` by the rows of W; backward multiplies ``[dy | s dy B]`` by the columns of W, A.
     Either way the adapter costs no product and no pass of its own. W stays, A and B are written anew with every
     :meth:`refresh`.
+
+    Args:
+        group: the projections.
+        dtype: of the weights.
+        align: elements that rows are a multiple of apart; zeros stand between them.
     """
 
-    def __init__(self, group: Group, dtype: torch.dtype) -> None:
+    def __init__(self, group: Group, dtype: torch.dtype, align: int = ROW_ALIGN) -> None:
         base = group.members[0].base
         O, I, R = group.outputs, base.in_features, group.rank  # noqa: E741 - shape letters
-        self.table = table(O + R, I + R, dtype, base.weight.device)
-        self.table[:O, I:].zero_()  # beside every B stand zeros; the corner below is never read
+        self.table = table(O + R, I + R, dtype, base.weight.device, align)
+        whole_rows(self.table)[:O, I:].zero_()  # beside every B stand zeros; the corner below is never read
         for p, columns in zip(group.members, group.columns):
             weight_OI = self.table[columns, :I]
             if p.nf4 is not None:

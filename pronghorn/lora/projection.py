@@ -109,14 +109,19 @@ one, and whoever reads a tile of 64 columns would read two lines for each of its
 """
 
 
-def row_columns(columns: int) -> int:
+def row_columns(columns: int, align: int = ROW_ALIGN) -> int:
     """Elements from the begin of one row of a table to that of the next."""
-    return -(-columns // ROW_ALIGN) * ROW_ALIGN
+    return -(-columns // align) * align
 
 
-def table(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``[rows, columns]``, uninitialized, its rows :data:`ROW_ALIGN` apart."""
-    return torch.empty(rows, row_columns(columns), dtype=dtype, device=device)[:, :columns]
+def table(rows: int, columns: int, dtype: torch.dtype, device: torch.device, align: int = ROW_ALIGN) -> torch.Tensor:
+    """``[rows, columns]``, uninitialized, its rows a multiple of ``align`` apart."""
+    return torch.empty(rows, row_columns(columns, align), dtype=dtype, device=device)[:, :columns]
+
+
+def whole_rows(table: torch.Tensor) -> torch.Tensor:
+    """A table's rows with what lies between them."""
+    return table.as_strided((table.shape[0], table.stride(0)), table.stride())
 
 
 STACK = 1 << 25

@@ -8,12 +8,15 @@ from peft import get_peft_model
 
 from pronghorn.config.sampling import SamplingParams
 from pronghorn.kernels import launch
+from pronghorn.kernels.sample_state import SampleState
 from pronghorn.lora.config import register
 from pronghorn.models.attention import PackedAttention
 from pronghorn.models.forward import hidden_states, logits
 from pronghorn.rollout import base
 from pronghorn.rollout.native import engine as engine_module
 from pronghorn.rollout.native.decoder import Decoder
+from pronghorn.rollout.native.look import Look
+from pronghorn.rollout.native.request import Prompt, Sequence
 from tests.grpo.support import fill_lora, lora
 from tests.helpers import tiny_llama
 from tests.rollout.conftest import load, with_lora
@@ -97,13 +100,16 @@ def test_the_schedule_changes_nothing_but_rounding(on_gpu):
     assert tight.scheduler.preemptions > 0
 
 
-def test_nothing_waits_for_the_gpu_between_two_looks(graphs, monkeypatch):
-    """Many chunks, shared blocks that are copied, penalties and bursts: torch raises where the host would wait."""
+def test_nothing_waits_for_the_gpu_but_taking_a_look(graphs, monkeypatch):
+    """Many chunks, shared blocks that are copied, penalties and bursts, rows that leave and move, and looks that begin:
+    torch raises where the host would wait."""
     model, tokenizer = graphs
     engine = base.create("native", model, tokenizer, max_prefill_tokens=32)
-    params = SamplingParams(n=3, max_tokens=60, seed=2, ignore_eos=True, repetition_penalty=1.1, presence_penalty=0.2)
+    shared = {"n": 3, "ignore_eos": True, "repetition_penalty": 1.1, "presence_penalty": 0.2}
+    params = [SamplingParams(max_tokens=n, seed=n, **shared) for n in (20, 20, 60, 60)]
     expected = [o.outputs for o in engine.generate(PROMPTS, params)]  # compiles, and captures graphs
-    run, look, looks = engine_module.run_ahead, Decoder.look, []
+    run, begin, take, move = engine_module.run_ahead, Decoder.begin_look, Look.take, SampleState.move
+    looks, moves = [], []
 
     def running(*args):
         torch.cuda.set_sync_debug_mode("error")
@@ -112,17 +118,76 @@ def test_nothing_waits_for_the_gpu_between_two_looks(graphs, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def looking(self, sequences):
+    def beginning(self, sequences):
         looks.append([s.unseen for s in sequences])
+        return begin(self, sequences)
+
+    def taking(self):
         torch.cuda.set_sync_debug_mode("default")
-        drawn = look(self, sequences)
+        drawn = take(self)
         torch.cuda.set_sync_debug_mode("error")
         return drawn
 
+    def moving(self, source, target):
+        moves.append(len(source))
+        move(self, source, target)
+
     monkeypatch.setattr(engine_module, "run_ahead", running)
-    monkeypatch.setattr(Decoder, "look", looking)
+    monkeypatch.setattr(SampleState, "move", moving)
+    monkeypatch.setattr(Decoder, "begin_look", beginning)
+    monkeypatch.setattr(Look, "take", taking)
     assert [o.outputs for o in engine.generate(PROMPTS, params)] == expected
-    assert looks == [[33] * 12, [27] * 12], "six chunks of 32 tokens and a burst, and the rest"
+    assert looks[0] == [9] * 12, "six chunks of 32 tokens and a burst"
+    assert looks == [[9] * 12, [8] * 12, [8] * 12, *[[8] * 6] * 4, [3] * 6]
+    assert moves == [4], "the last rows move to the first slots"
+
+
+LONG = 400_000_000
+"""Cycles, some 0.2 s: much longer than the host takes for a burst."""
+
+
+def test_a_burst_is_launched_while_the_one_before_it_runs(graphs, monkeypatch):
+    """The GPU is held up before each burst. The host is through with the next launch long before the look at this one
+    is there, and has taken this look long before the next burst has run."""
+    model, tokenizer = graphs
+    engine = base.create("native", model, tokenizer)
+    params = SamplingParams(n=3, max_tokens=40, seed=2, ignore_eos=True, repetition_penalty=1.1)
+    expected = [o.outputs for o in engine.generate(PROMPTS, params)]  # compiles, and captures graphs
+    run, take, ends, early, in_flight = Decoder.run, Look.take, [], [], []
+
+    def running(self, sequences, steps):
+        torch.cuda._sleep(LONG)
+        run(self, sequences, steps)
+        ends.append(torch.cuda.current_stream().record_event())
+
+    def taking(self):
+        early.append(not self._ready.query())
+        drawn = take(self)
+        in_flight.append(not ends[-1].query())
+        return drawn
+
+    monkeypatch.setattr(Decoder, "run", running)
+    monkeypatch.setattr(Look, "take", taking)
+    assert [o.outputs for o in engine.generate(PROMPTS, params)] == expected
+    assert len(ends) == 5, "1 + 8, 8, 8, 8 and 7 tokens"
+    assert early == [True] * 5, "no launch waits for what was launched before"
+    assert in_flight == [True] * 4 + [False], "no look waits for what was launched after it"
+
+
+def test_block_tables_that_wait_to_be_copied_are_not_written_over(graphs):
+    model, tokenizer = graphs
+    engine = base.create("native", model, tokenizer)
+    engine.generate(PROMPTS, SamplingParams(max_tokens=8, seed=2, ignore_eos=True))
+    decoder, row = engine._decoder, Sequence(0, 0, 0, Prompt([0]), SamplingParams(), max_new=8)
+    decoder.slot_of[id(row)] = 0
+    found = []
+    torch.cuda._sleep(LONG)
+    for block in (3, 5, 7):
+        row.table = [block]
+        decoder._write_tables([row], 1)
+        found.append(decoder.table_BN[0, 0].clone())
+    assert [block.item() for block in found] == [3, 5, 7]
+    decoder.clear()
 
 
 def test_steps_that_begin_early_give_the_same_bits(graphs, monkeypatch):

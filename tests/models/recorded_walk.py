@@ -54,9 +54,9 @@ from pronghorn.rollout import base
 from pronghorn.rollout.native import attention as prefill_attention
 from pronghorn.rollout.native import engine as engine_module
 from pronghorn.rollout.native import products
-from pronghorn.rollout.native.decoder import BUCKETS, Decoder, Drawn
+from pronghorn.rollout.native.decoder import BUCKETS, Decoder
 from pronghorn.rollout.native.dry_run import rollout_steps
-from pronghorn.rollout.native.request import Sequence
+from pronghorn.rollout.native.look import Drawn, Look
 
 
 class H200:
@@ -137,12 +137,12 @@ def scored(model: Any, completions: int, length: int) -> None:
     step(step.pack(made), window_of(made), Metrics()).backward()
 
 
-def made_up(self: Decoder, sequences: list[Sequence]) -> list[Drawn]:
+def made_up(self: Look) -> list[Drawn]:
     """What the host sees where nothing was drawn: the same token over and over, up to each row's length."""
     found = []
-    for s in sequences:
-        n = min(s.unseen, s.max_new - len(s.output))
-        s.unseen = 0
+    for s, covered in zip(self.sequences, self.unseen):
+        n = min(covered, s.max_new - len(s.output))
+        s.unseen -= covered
         found.append(Drawn([7] * n, [0.0] * n, [0.0] * n, len(s.output) + n == s.max_new))
     return found
 
@@ -159,7 +159,7 @@ def rolled_out(model: Any, tokenizer: Any, hold: bool) -> set[int]:
         seen.add(rows)
         step(self, rows)
 
-    Decoder.look, Decoder._step = made_up, watched  # type: ignore[method-assign, assignment]
+    Look.take, Decoder._step = made_up, watched  # type: ignore[method-assign, assignment]
     engine_module.memory_budget = lambda *_: hold << 40
     engine = base.create("native", model, tokenizer, ahead=True, max_num_seqs=BUCKETS[-1], max_prefill_tokens=384)
     params = SamplingParams(n=1, max_tokens=3, ignore_eos=True, seed=0, top_p=0.9)

@@ -32,7 +32,7 @@ def expected(group: Group, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [1, 64, 65])
 def test_both_are_the_projection(group: Group, rows: int) -> None:
     x = torch.randn(rows, 48)
-    for product in (DenseProduct(group, torch.float32), TrainerProduct(group)):
+    for product in (DenseProduct(group, torch.float32), TrainerProduct(group, torch.float32)):
         torch.testing.assert_close(product(x), expected(group, x))
 
 
@@ -42,7 +42,7 @@ def test_is_tried_once_and_leaves_random_numbers_alone(group: Group, monkeypatch
     def as_the_trainer(self: DenseProduct, x: torch.Tensor) -> torch.Tensor:
         calls.append(x.shape)
         assert self.group.a_RI is not None and not torch.equal(self.group.a_RI, group.a_RI)  # B may be 0 yet, A is not
-        return TrainerProduct(self.group)(x)
+        return TrainerProduct(self.group, x.dtype)(x)
 
     monkeypatch.setattr(DenseProduct, "__call__", as_the_trainer)
     before = torch.get_rng_state()
@@ -53,7 +53,7 @@ def test_is_tried_once_and_leaves_random_numbers_alone(group: Group, monkeypatch
 
 def test_one_bit_of_difference_is_seen_and_said(group: Group, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def nearly(self: DenseProduct, x: torch.Tensor) -> torch.Tensor:
-        y = TrainerProduct(self.group)(x)
+        y = TrainerProduct(self.group, x.dtype)(x)
         y[3, 5] = torch.nextafter(y[3, 5], torch.tensor(torch.inf))
         return y
 

@@ -12,6 +12,7 @@ from pronghorn.config.sampling import SamplingParams
 from pronghorn.rollout import base
 from pronghorn.rollout.native import engine as engine_module
 from pronghorn.rollout.native import kv_cache
+from pronghorn.rollout.native.decode_walk import PrefillWalk
 from pronghorn.rollout.native.runner import LivePolicy
 from tests.grpo.support import pronghorn_model
 from tests.helpers import tiny_llama
@@ -104,16 +105,17 @@ def test_a_fault_in_a_later_chunk_of_a_prefill(engine, loaded, monkeypatch, call
     made = base.create("native", model, tokenizer, ahead=engine.ahead, max_prefill_tokens=16)
     prompts = [PROMPT[:9], PROMPT[:12], PROMPT, [0, 9]]
     expected = ids(made.generate(prompts, PARAMS))
-    walk, calls = LivePolicy.hidden_states, []
+    where, name = (PrefillWalk, "__call__") if engine.ahead else (LivePolicy, "hidden_states")
+    walk, calls = getattr(where, name), []
 
-    def failing(self: LivePolicy, ids_T: torch.Tensor, *args: Any) -> torch.Tensor:
+    def failing(self: Any, ids_T: torch.Tensor, *args: Any) -> torch.Tensor:
         calls.append(len(ids_T))
         if len(calls) == call:
             raise error
         return walk(self, ids_T, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LivePolicy, "hidden_states", failing)
+        patch.setattr(where, name, failing)
         with pytest.raises(error if isinstance(error, type) else type(error)):
             made.generate(prompts, PARAMS)
     assert calls == [16, 16, 16, 5][:call], "prefills alone"

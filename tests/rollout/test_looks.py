@@ -1,4 +1,5 @@
-"""When the host looks: not between the chunks of a prefill, nor before the first burst, whatever ends meanwhile."""
+"""When the host looks: not between the chunks of a prefill, nor before the first burst, whatever ends meanwhile; and
+from then on with the next burst in flight."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 
 from pronghorn.config.sampling import SamplingParams
 from pronghorn.rollout.native.decoder import Decoder
+from pronghorn.rollout.native.look import Look
 from pronghorn.rollout.native.runner import Runner
 from tests.helpers import tiny_llama
 from tests.rollout.conftest import load
@@ -23,16 +25,63 @@ def loaded(tmp_path_factory) -> tuple[Any, Any]:
 
 
 def watch_looks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """At every look to come, where the host waits for the GPU: most tokens that each row has drawn since the last."""
+    """At every look to come, as it begins: most tokens that each row has drawn since the last."""
     looks: list[list[int]] = []
-    look = Decoder.look
+    begin = Decoder.begin_look
 
-    def watched(self: Decoder, sequences: Any) -> Any:
+    def watched(self: Decoder, sequences: Any) -> Look:
         looks.append([s.unseen for s in sequences])
-        return look(self, sequences)
+        return begin(self, sequences)
 
-    monkeypatch.setattr(Decoder, "look", watched)
+    monkeypatch.setattr(Decoder, "begin_look", watched)
     return looks
+
+
+def watch_order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the host does, in its order: prefills, bursts, looks begun and taken."""
+    events: list[str] = []
+
+    def watch(owner: Any, name: str, event: str) -> None:
+        do = getattr(owner, name)
+
+        def watched(*args: Any) -> Any:
+            events.append(event)
+            return do(*args)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(Runner, "prefill", "prefill")
+    watch(Decoder, "run", "burst")
+    watch(Decoder, "begin_look", "begin")
+    watch(Look, "take", "take")
+    return events
+
+
+def test_the_next_burst_is_launched_before_the_host_takes_the_look_at_the_one_before(loaded, monkeypatch):
+    model, tokenizer = loaded
+    ahead, stepwise = both(model, tokenizer)
+    events = watch_order(monkeypatch)
+    outputs = ahead.generate(PROMPTS, SamplingParams(n=2, max_tokens=30, seed=1, ignore_eos=True))
+    between = ["burst", "take", "begin"]
+    assert events == ["prefill", "burst", "begin", *between * 3, "take"], "1 + 8, 8, 8 and 5 tokens"
+    assert said(outputs) == said(
+        stepwise.generate(PROMPTS, SamplingParams(n=2, max_tokens=30, seed=1, ignore_eos=True))
+    )
+
+
+def test_a_prefill_too_is_launched_with_a_look_on_its_way(loaded, monkeypatch):
+    """Of the second prompt's rows, once the first one's have ended by a stop id, which no length foretells."""
+    model, tokenizer = loaded
+    ahead, stepwise = both(model, tokenizer, max_num_seqs=2)
+    plain = SamplingParams(max_tokens=30, seed=3, ignore_eos=True)
+    ids = ahead.generate(PROMPTS[:1], plain)[0].outputs[0].token_ids
+    at = next(i for i in range(9, 17) if ids.index(ids[i]) == i)
+    first = SamplingParams(max_tokens=30, seed=3, ignore_eos=True, stop_token_ids=[ids[at]])
+    params = [first, *[SamplingParams(max_tokens=60, seed=4 + i, ignore_eos=True) for i in range(3)]]
+    events = watch_order(monkeypatch)
+    assert_same(ahead, stepwise, params)
+    behind = [i for i, e in enumerate(events) if e == "prefill" and i]
+    assert events[behind[0] - 1 :][:4] == ["begin", "prefill", "take", "burst"]
 
 
 def test_a_prefill_is_not_looked_at_however_many_chunks_it_has(loaded, monkeypatch):
@@ -42,22 +91,22 @@ def test_a_prefill_is_not_looked_at_however_many_chunks_it_has(loaded, monkeypat
     expected = said(stepwise.generate(PROMPTS, params))
     looks, chunks, prefill = watch_looks(monkeypatch), [], Runner.prefill
 
-    def watched(self: Runner, step: Any) -> Any:
+    def watched(self: Runner, step: Any, *walk: Any) -> Any:
         chunks.append(sum(c.stop - c.start for c in step.prefill))
-        return prefill(self, step)
+        return prefill(self, step, *walk)
 
     monkeypatch.setattr(Runner, "prefill", watched)
     for tokens, expected_chunks in ((4096, [94]), (40, [40, 40, 14]), (9, [9] * 10 + [4])):
         engine, _ = both(model, tokenizer, max_prefill_tokens=tokens)
         assert said(engine.generate(PROMPTS, params)) == expected
         assert chunks == expected_chunks
-        assert looks == [[33] * 8, [7] * 8], "the first token and 32 more, then the rest"
+        assert looks == [[9] * 8, *[[8] * 8] * 3, [7] * 8], "the first token and 8 more, and so on, then the rest"
         looks.clear()
         chunks.clear()
 
 
 def test_those_that_end_with_their_first_token_in_an_early_chunk(loaded, monkeypatch):
-    """By a stop id, which the host cannot foresee: their rows idle until the look."""
+    """By a stop id, which the host cannot foresee: their rows idle until the look, and in the burst behind it."""
     model, tokenizer = loaded
     ahead, stepwise = both(model, tokenizer, max_prefill_tokens=9)
     plain = [SamplingParams(n=2, max_tokens=20, seed=20 + i, ignore_eos=True) for i in range(len(PROMPTS))]
@@ -68,12 +117,15 @@ def test_those_that_end_with_their_first_token_in_an_early_chunk(loaded, monkeyp
             SamplingParams(**{**p.__dict__, "stop_token_ids": [first[i]] if i in early else []})
             for i, p in enumerate(plain)
         ]
+        looks.clear()
         outputs = assert_same(ahead, stepwise, params)
+        lengths = [len(c.token_ids) for o in outputs for c in o.outputs]
+        left = [sum(n > seen for n in lengths) for seen in (0, 9, 17)]
+        assert [len(rows) for rows in looks] == [n for n in left if n] and looks[0] == [9] * 8
         for i in early:
             c = outputs[i].outputs[0]
             assert (c.token_ids, c.finish_reason, c.stop_reason) == ([first[i]], "stop", first[i])
             assert len(c.token_logprobs) == len(c.policy_logprobs) == 1
-    assert {len(rows) for rows in looks} == {8} and len(looks) == 5, "one look each, after the only burst"
 
 
 def test_those_that_are_known_to_end_with_their_first_token_make_room(loaded, monkeypatch):
@@ -95,7 +147,7 @@ def test_rows_are_admitted_while_others_decode(loaded, monkeypatch):
     looks = watch_looks(monkeypatch)
     params = [SamplingParams(n=2, max_tokens=n, seed=n, ignore_eos=True) for n in (3, 60, 21, 50)]
     assert_same(ahead, stepwise, params)
-    assert any(len(set(rows)) == 2 for rows in looks), "33 unseen tokens of new rows beside 32 of old ones"
+    assert any(len(set(rows)) == 2 for rows in looks), "9 unseen tokens of new rows beside 8 of old ones"
 
 
 def test_a_prefill_can_be_stopped_between_its_chunks(loaded):
@@ -105,7 +157,7 @@ def test_a_prefill_can_be_stopped_between_its_chunks(loaded):
     seen: list[tuple[int, int, int]] = []
     params = SamplingParams(max_tokens=20, seed=1, ignore_eos=True)
     expected = said(engine.generate(PROMPTS, params, progress=lambda *a: seen.append(a)))
-    assert seen == [(0, 4, 0)] * 11 + [(4, 4, 80)]
+    assert seen == [(0, 4, 0)] * 11 + [(0, 4, 36), (0, 4, 68), (4, 4, 80)]
 
     def stop(*_: int) -> None:
         seen.append((0, 0, 0))

@@ -13,6 +13,7 @@ def decode_attention(
     lengths_B: torch.Tensor,
     scale: float,
     workspace: torch.Tensor | None = None,
+    out_BHE: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See :func:`pronghorn.kernels.decode_attention.decode_attention`; no workspace is used."""
     (B, H, E), N, (_, size, K, _) = q_BHE.shape, block_table_BN.shape[1], k_cache.shape
@@ -31,7 +32,8 @@ def decode_attention(
     probs_BKRU = scores_BKRU.masked_fill(hidden_BU[:, None, None], float("-inf")).softmax(-1)
     probs_BKRU = probs_BKRU.masked_fill((lengths_B < 1)[:, None, None, None], 0.0)
     o_BKRE = torch.einsum("bkru,buke->bkre", probs_BKRU, gathered(v_cache))
-    return o_BKRE.reshape(B, H, E).to(q_BHE.dtype)
+    o_BHE = o_BKRE.reshape(B, H, E).to(q_BHE.dtype)
+    return o_BHE if out_BHE is None else out_BHE.copy_(o_BHE)
 
 
 def write_kv(

@@ -8,12 +8,18 @@ from pronghorn.kernels.ordered_rows import OrderedRows
 
 
 def ordered_attention_forward(
-    q_THE: torch.Tensor, k_UKE: torch.Tensor, v_UKE: torch.Tensor, rows: OrderedRows, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`pronghorn.kernels.ordered_attention.ordered_attention_forward`; sums in the order of torch."""
+    q_THE: torch.Tensor,
+    k_UKE: torch.Tensor,
+    v_UKE: torch.Tensor,
+    rows: OrderedRows,
+    scale: float,
+    out_THE: torch.Tensor,
+) -> torch.Tensor:
+    """See :func:`pronghorn.kernels.ordered_attention.ordered_attention_forward`; sums in the order of torch. It
+    writes o to ``out_THE`` and gives the log-sum-exp.
+    """
     (T, H, E), K = q_THE.shape, k_UKE.shape[1]
     wide = torch.promote_types(q_THE.dtype, torch.float32)
-    o_THE = q_THE.new_empty(T, H, E)
     lse_HT = q_THE.new_empty(H, T, dtype=wide)
     for start, count, first, offset in zip(rows.starts, rows.counts, rows.firsts, rows.offsets):
         own, length = slice(start, start + count), first + count
@@ -25,5 +31,5 @@ def ordered_attention_forward(
         lse_KRn = s_KRnS.logsumexp(-1)
         lse_HT[:, own] = lse_KRn.flatten(0, 1)
         o_KRnE = (s_KRnS - lse_KRn.unsqueeze(-1)).exp() @ v_K1SE
-        o_THE[own] = o_KRnE.flatten(0, 1).transpose(0, 1).to(q_THE.dtype)
-    return o_THE, lse_HT
+        out_THE[own] = o_KRnE.flatten(0, 1).transpose(0, 1).to(q_THE.dtype)
+    return lse_HT

@@ -16,14 +16,20 @@ def rope_and_write_kv(
     sin_PE: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    block_table_BN: torch.Tensor,
+    places: torch.Tensor,
     positions_B: torch.Tensor,
 ) -> None:
     """See :func:`pronghorn.kernels.rope_kv.rope_and_write_kv`."""
-    within("position", positions_B, min(block_table_BN.shape[1] * k_cache.shape[1], cos_PE.shape[0]))
+    room = k_cache.shape[1] * places.shape[1] if places.ndim == 2 else cos_PE.shape[0]
+    within("position", positions_B, min(room, cos_PE.shape[0]))
     with torch.no_grad():
         rows = (positions_B >= 0).nonzero().squeeze(1)
         turned = rope(q_BHE[rows], k_BKE[rows], cos_PE, sin_PE, positions_B[rows].long())
         for x, new in zip((q_BHE, k_BKE), turned):
             x[rows] = new
-        write_kv(k_BKE, v_BKE, k_cache, v_cache, block_table_BN, positions_B)
+        if places.ndim == 2:
+            write_kv(k_BKE, v_BKE, k_cache, v_cache, places, positions_B)
+            return
+        slots = places[rows].long()
+        k_cache.flatten(0, 1).index_copy_(0, slots, k_BKE[rows])
+        v_cache.flatten(0, 1).index_copy_(0, slots, v_BKE[rows])

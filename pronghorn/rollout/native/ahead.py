@@ -1,16 +1,20 @@
-"""The loop on a GPU: prefills and several decode steps for every look of the host."""
+"""The loop on a GPU: prefills and several decode steps for every look of the host, and the next ones before it."""
 
 from __future__ import annotations
 
 from ...kernels.head import head_logits
-from .decoder import Decoder, Drawn
+from .decoder import Decoder
 from .ending import Ending
+from .look import Drawn, Look
 from .request import Sequence
 from .runner import Runner
 from .scheduler import Scheduler, Step
 
-STEPS, FEW_STEPS = 32, 8
-"""Steps between two looks, at most, of few rows and of many: a row that ends meanwhile idles until the next."""
+STEPS, FEW_STEPS = 8, 4
+"""Steps between two looks, at most, of few rows and of many. A row that ends idles for the rest of its burst and for
+the next one, which is launched by then; so these are as few as keep a burst several times longer than what the host
+does for it.
+"""
 
 _FEW = 32  # rows up to which idling is cheap: a step reads all weights whatever their number
 
@@ -19,27 +23,39 @@ def run_ahead(scheduler: Scheduler, runner: Runner, ending: Ending, decoder: Dec
     """Run until every sequence has ended. On the way out, however that comes, no sequence holds a slot.
 
     Prefills are launched one behind the other and the first burst of decode steps behind them: while the GPU computes
-    one chunk, the host packs the next. It looks after a burst, and where the scheduler has to know who has ended.
+    one chunk, the host packs the next. From then on the host launches the next burst, or prefill, before it takes the
+    look at the burst before: while it waits for that look, records it and plans, the GPU has work. So two bursts are in
+    flight at most. Where the scheduler has to know who has ended, the look comes first and the GPU waits.
+
+    Whoever a look shows to have ended gives slot and blocks back while the next burst is in flight. In it the row idles
+    or, ended by a stop string, which the GPU does not know, draws on and writes to blocks that were its own when the
+    burst was planned. Whoever gets them next is queued behind that burst, on the same stream: block copies, prefills,
+    slots and tables, so it neither reads nor loses anything by it. Tokens of that burst are never looked at.
     """
+    begun: Look | None = None
     try:
         while (step := scheduler.next_step(_steps(scheduler))) is not None:
             runner.cache.copy(step.copies)
             if step.prefill:
                 _prefill(step, scheduler, runner, decoder)
-                ending.report(0)  # the next look may be seconds away; whoever listens can stop it here
-                continue
-            if step.decode:
-                decoder.forget_all_but(step.decode)
+            elif step.decode:
+                decoder.forget_all_but(scheduler.running)
                 decoder.admit(decoder.without_slot(step.decode))  # all but whose newest token a prefill computed anew
                 decoder.run(step.decode, step.ahead)
-            _look(scheduler, decoder, ending)
+            elif begun is None:
+                begun = _begin(scheduler, decoder)
+            if begun is not None:
+                _take(begun, decoder, ending)
+            elif step.prefill:
+                ending.report(0)  # the next look may be seconds away; whoever listens can stop it here
+            begun = _begin(scheduler, decoder) if step.decode else None
     finally:
         decoder.clear()
 
 
 def _prefill(step: Step, scheduler: Scheduler, runner: Runner, decoder: Decoder) -> None:
     """Launch the chunks, and the draws of those that end a prompt."""
-    hidden_LD, copies, sequences = runner.prefill(step)
+    hidden_LD, copies, sequences = runner.prefill(step, decoder.prefill_walk)
     if sequences:
         decoder.forget_all_but(scheduler.running)
         decoder.admit(sequences)
@@ -47,11 +63,16 @@ def _prefill(step: Step, scheduler: Scheduler, runner: Runner, decoder: Decoder)
         decoder.draw(x_LV.index_select(0, runner.ids(copies)), sequences)
 
 
-def _look(scheduler: Scheduler, decoder: Decoder, ending: Ending) -> None:
-    """Take in all that was drawn since the last look; who has ended leaves."""
+def _begin(scheduler: Scheduler, decoder: Decoder) -> Look | None:
+    """Begin to look at all that was drawn since the last look, which has been taken."""
     sequences = [s for s in scheduler.running if s.unseen]
-    drawn = decoder.look(sequences)
-    decoder.release([s for s, new in zip(sequences, drawn) if _record(s, new, ending)])
+    return decoder.begin_look(sequences) if sequences else None
+
+
+def _take(look: Look, decoder: Decoder, ending: Ending) -> None:
+    """Take in what a look shows; who has ended leaves."""
+    drawn = look.take()
+    decoder.release([s for s, new in zip(look.sequences, drawn) if _record(s, new, ending)])
     ending.report(sum(len(new.tokens) for new in drawn))
 
 
@@ -75,5 +96,4 @@ def _record(sequence: Sequence, drawn: Drawn, ending: Ending) -> bool:
         if not ending.check(sequence):
             raise RuntimeError(f"request {sequence.request} ended on the device and not on the host: a fault")
         return True
-    sequence.computed = len(sequence) - 1  # all but the newest token are in the cache
     return False

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 
 from ...kernels.ordered_attention import ordered_attention_forward
 from ...kernels.ordered_rows import OrderedRows
+from ...kernels.rope import rotate_
+from ...kernels.rope_kv import rope_and_write_kv
 from ...kernels.spans import on_device
 from ...models.attention import PackedAttention, in_order
 from .kv_cache import KVCache
@@ -50,6 +52,9 @@ class PrefillAttention:
         own = torch.cat([row[c.start :] for c, row in zip(chunks, slots)])
         self.slots_T = on_device(own, torch.int64, device)
         lengths = [c.stop - c.start for c in chunks]
+        positions = torch.cat([torch.arange(c.start, c.stop) for c in chunks])
+        self.positions_T = on_device(positions, torch.int32, device)
+        self._places_T: torch.Tensor | None = None  # the slots in 32 bits, where a kernel writes to them
         self.ordered: OrderedRows | None = None
         if in_order(device, shape.dtype, shape.head_dim):
             self.ordered = OrderedRows.gathered(lengths, slots, device)
@@ -76,8 +81,7 @@ class PrefillAttention:
         """Store this step's keys and values, then attend: ``[T, H, E]``."""
         self.cache.write(layer_idx, self.slots_T, k_TKE, v_TKE)
         if self.ordered is not None:
-            k_UKE, v_UKE = (t[layer_idx].flatten(0, 1) for t in (self.cache.keys, self.cache.values))
-            return ordered_attention_forward(q_THE, k_UKE, v_UKE, self.ordered, scale)[0]
+            return self._in_order(self.ordered, layer_idx, q_THE, scale)
         if self.from_start:
             return self.packed(layer_idx, q_THE, k_TKE, v_TKE, scale)
         _, H, E = q_THE.shape
@@ -92,6 +96,41 @@ class PrefillAttention:
             enable_gqa=k_TKE.shape[1] != H,
         )
         return o_BHQE.transpose(1, 2).flatten(0, 1).index_select(0, self.spread_T)
+
+    def rotate_and_attend(
+        self,
+        layer_idx: int,
+        q_THE: torch.Tensor,
+        k_TKE: torch.Tensor,
+        v_TKE: torch.Tensor,
+        cos_PE: torch.Tensor,
+        sin_PE: torch.Tensor,
+        scale: float,
+        out_THE: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The same for q and k as they come from their projections, rotated in place by tables of angles; written to
+        ``out_THE`` where that is given.
+        """
+        if self.ordered is None:
+            rotate_(q_THE, k_TKE, cos_PE, sin_PE, self.positions_T)
+            o_THE = self(layer_idx, q_THE, k_TKE, v_TKE, scale)
+            return o_THE if out_THE is None else out_THE.copy_(o_THE)
+        if self._places_T is None:
+            self._places_T = self.slots_T.to(torch.int32)
+        pages = self.cache.keys[layer_idx], self.cache.values[layer_idx]
+        rope_and_write_kv(q_THE, k_TKE, v_TKE, cos_PE, sin_PE, *pages, self._places_T, self.positions_T)
+        return self._in_order(self.ordered, layer_idx, q_THE, scale, out_THE)
+
+    def _in_order(
+        self,
+        rows: OrderedRows,
+        layer_idx: int,
+        q_THE: torch.Tensor,
+        scale: float,
+        out_THE: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        k_UKE, v_UKE = (t[layer_idx].flatten(0, 1) for t in (self.cache.keys, self.cache.values))
+        return ordered_attention_forward(q_THE, k_UKE, v_UKE, rows, scale, out_THE)[0]
 
 
 def _gather(pages: torch.Tensor, slots_BS: torch.Tensor) -> torch.Tensor:

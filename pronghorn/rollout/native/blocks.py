@@ -64,6 +64,11 @@ class BlockManager:
                 self._free.append(block)
         table.clear()
 
+    def takes(self, table: list[int], position: int) -> bool:
+        """Whether :meth:`make_writable` takes a block."""
+        index = position // self.block_size
+        return index == len(table) or self.holders[table[index]] > 1
+
     def make_writable(self, table: list[int], position: int) -> tuple[int, int] | None:
         """Make room in ``table`` for the token at ``position``, which is at most one past the last block's end.
 

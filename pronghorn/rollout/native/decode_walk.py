@@ -1,13 +1,14 @@
-"""One token a row through the whole model: the trainer's kernels in the trainer's order, with products for few rows.
+"""Tokens through the whole model in a rollout: the trainer's kernels in the trainer's order, launched one by one.
 
 Every operation here gives the bits that the trainer's forward gives for the same token: the same element-wise kernels,
-products that sum in the same order, attention in the same order. Nothing is decided on the host, so a CUDA graph can
-hold it.
+products that sum in the same order, attention in the same order. A decode step has products for few rows; nothing of it
+is decided on the host, so a CUDA graph can hold it. A prefill has the trainer's products, on the weights in 16 bits
+that decoding keeps, where it does; the last layer's is done for the rows alone that are asked for.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -18,12 +19,15 @@ from ...kernels.head import head_logits
 from ...kernels.launch import chained
 from ...kernels.nf4_matmul import MAX_ROWS
 from ...kernels.rms_norm import add_norm_forward, norm_forward
+from ...lora.held import HeldWeights
 from ...lora.projection import hooked
 from ...models.forward import Head, head
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
+from .attention import PrefillAttention
+from .dense import TrainerProduct
 from .paged import PagedDecode
-from .products import Product, Tables, product_of
+from .products import HeldProduct, Product, Tables, product_of
 
 
 class _Layer(NamedTuple):
@@ -34,10 +38,69 @@ class _Layer(NamedTuple):
     down: Product
 
 
-class DecodeWalk:
-    """The layers of a prepared model for up to ``rows`` rows.
+class WalkAttention(Protocol):
+    """Attention that rotates q and k in place, stores keys and values, and writes where it is told."""
 
-    It holds no weights: products read the modules' own, and the adapters as ``prepared`` rounds them, in place.
+    def rotate_and_attend(
+        self,
+        layer_idx: int,
+        q_THE: torch.Tensor,
+        k_TKE: torch.Tensor,
+        v_TKE: torch.Tensor,
+        cos_PE: torch.Tensor,
+        sin_PE: torch.Tensor,
+        scale: float,
+        out_THE: torch.Tensor | None = None,
+        /,
+    ) -> torch.Tensor: ...
+
+
+class _Walk:
+    """The layers of a prepared model. It holds no weights: products read the modules' own, and the adapters as
+    ``prepared`` rounds them, in place.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[_Layer], cos_PE: torch.Tensor, sin_PE: torch.Tensor) -> None:
+        self.base = unwrap(model)
+        self.layers, self.cos_PE, self.sin_PE = layers, cos_PE, sin_PE
+        self.head: Head = head(model)
+
+    def refresh(self) -> None:
+        """The adapters were rounded anew."""
+        for layer in self.layers:
+            for product in layer[1:]:
+                product.refresh()
+
+    def _walk(
+        self, tokens_T: torch.Tensor, attention: WalkAttention, asked_L: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states after the last norm, ``[T, D]``; of the tokens ``asked_L`` alone, where that is given."""
+        stack, T = self.base.model, tokens_T.shape[0]
+        hidden_TD = F.embedding(tokens_T, stack.embed_tokens.weight)
+        added_TD: torch.Tensor | None = None
+        for parts, qkv, o, gate_up, down in self.layers:
+            normed_TD, hidden_TD = _norm(added_TD, hidden_TD, parts.norm1_D, parts.eps, qkv)
+            H, K = parts.heads
+            heads_THE = qkv(normed_TD).view(T, H + 2 * K, parts.head_dim)
+            q, k, v = heads_THE[:, :H], heads_THE[:, H : H + K], heads_THE[:, H + K :]
+            asked = asked_L if parts is self.layers[-1].parts else None
+            place = o.place(T) if asked is None else None
+            out = None if place is None else place.unflatten(1, (H, parts.head_dim))
+            rotated = (self.cos_PE, self.sin_PE, parts.scale)
+            attended_TD = attention.rotate_and_attend(parts.layer_idx, q, k, v, *rotated, out).flatten(1)
+            if asked is not None:
+                attended_TD, hidden_TD = attended_TD.index_select(0, asked), hidden_TD.index_select(0, asked)
+                if not len(hidden_TD):
+                    return hidden_TD
+            normed_TD, hidden_TD = _norm(o(attended_TD), hidden_TD, parts.norm2_D, parts.eps, gate_up)
+            gate_TI, up_TI = gate_up(normed_TD).chunk(2, dim=1)
+            added_TD = down(glu_forward(gate_TI, up_TI, parts.activation, down.place(gate_TI.shape[0])))
+        norm = stack.norm
+        return _norm(added_TD, hidden_TD, norm.weight, float(norm.variance_epsilon))[0]
+
+
+class DecodeWalk(_Walk):
+    """One token a row, for up to ``rows`` rows.
 
     Args:
         model: the model.
@@ -50,49 +113,52 @@ class DecodeWalk:
     def __init__(
         self, model: nn.Module, found: list[tuple[Parts, Groups]], rows: int, max_positions: int, hold: bool = False
     ) -> None:
-        self.base = unwrap(model)
-        stack = self.base.model
+        stack = unwrap(model).model
         weight_VD = stack.embed_tokens.weight
         most, tables = few_rows(hold), Tables() if hold else None
-        self.layers = [
+        layers = [
             _Layer(parts, *(product_of(group, weight_VD.dtype, rows, most, tables) for group in groups))
             for parts, groups in found
         ]
         positions_1P = torch.arange(max_positions, device=weight_VD.device).unsqueeze(0)
         cos_1PE, sin_1PE = stack.rotary_emb(weight_VD[:1], position_ids=positions_1P)
-        self.cos_PE, self.sin_PE = cos_1PE[0].contiguous(), sin_1PE[0].contiguous()
-        self.head: Head = head(model)
-
-    def refresh(self) -> None:
-        """The adapters were rounded anew."""
-        for layer in self.layers:
-            for product in layer[1:]:
-                product.refresh()
+        super().__init__(model, layers, cos_1PE[0].contiguous(), sin_1PE[0].contiguous())
 
     def __call__(self, tokens_B: torch.Tensor, attention: PagedDecode) -> torch.Tensor:
         """The head's products ``[B, V]``, float32, for the token after each of ``tokens_B``, which go to the cache."""
         with chained():
-            normed_BD = self._layers(tokens_B, attention)
+            normed_BD = self._walk(tokens_B, attention)
         return head_logits(normed_BD, self.head.weight_VD, None)
 
-    def _layers(self, tokens_B: torch.Tensor, attention: PagedDecode) -> torch.Tensor:
-        """Hidden states after the last norm, ``[B, D]``."""
-        stack = self.base.model
-        hidden_BD = F.embedding(tokens_B, stack.embed_tokens.weight)
-        added_BD: torch.Tensor | None = None
-        for parts, qkv, o, gate_up, down in self.layers:
-            normed_BD, hidden_BD = _norm(added_BD, hidden_BD, parts.norm1_D, parts.eps, qkv)
-            H, K = parts.heads
-            heads_BHE = qkv(normed_BD).view(tokens_B.shape[0], H + 2 * K, parts.head_dim)
-            q, k, v = heads_BHE[:, :H], heads_BHE[:, H : H + K], heads_BHE[:, H + K :]
-            rotated = (self.cos_PE, self.sin_PE, parts.scale)
-            attended_BHE = attention.rotate_and_attend(parts.layer_idx, q, k, v, *rotated)
-            normed_BD, hidden_BD = _norm(o(attended_BHE.flatten(1)), hidden_BD, parts.norm2_D, parts.eps, gate_up)
-            gate_BI, up_BI = gate_up(normed_BD).chunk(2, dim=1)
-            place = down.place(gate_BI.shape[0])
-            added_BD = down(glu_forward(gate_BI, up_BI, parts.activation, place))
-        norm = stack.norm
-        return _norm(added_BD, hidden_BD, norm.weight, float(norm.variance_epsilon))[0]
+
+class PrefillWalk(_Walk):
+    """Packed chunks of prompts, over the same weights, adapters and angles as ``decode``.
+
+    Args:
+        model: the model.
+        found: its layers, as ``decode`` was given them.
+        dtype: of hidden states.
+        decode: a decode step of the same model; weights that it keeps in 16 bits are read here too.
+    """
+
+    def __init__(
+        self, model: nn.Module, found: list[tuple[Parts, Groups]], dtype: torch.dtype, decode: DecodeWalk
+    ) -> None:
+        layers = [
+            _Layer(parts, *(TrainerProduct(g, dtype, _held(product)) for g, product in zip(groups, layer[1:])))
+            for (parts, groups), layer in zip(found, decode.layers)
+        ]
+        super().__init__(model, layers, decode.cos_PE, decode.sin_PE)
+
+    @torch.no_grad()
+    def __call__(self, tokens_T: torch.Tensor, attention: PrefillAttention, asked_L: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the last norm, ``[L, D]``, of the tokens ``asked_L`` among ``tokens_T``."""
+        with chained():
+            return self._walk(tokens_T, attention, asked_L)
+
+
+def _held(product: Product) -> HeldWeights | None:
+    return product.held if isinstance(product, HeldProduct) else None
 
 
 def why_no_walk(model: nn.Module) -> str:

@@ -1,5 +1,9 @@
 """Decoding on a GPU: rows in slots, a CUDA graph a batch size, and the host looking in every few steps.
 
+All of it is queued on one stream, in order, and nothing here waits for the GPU: a slot, a block or a table's row that
+changes hands while a burst of steps is in flight does so behind that burst. Only taking a look waits (``look.py``), and
+capturing a graph.
+
 Everything that a step reads or writes lies where it lies for as long as the graphs live: the slots' settings, counters
 and outputs (``kernels/sample_state.py``), the block tables, the cache, the weights, the adapters (which the optimizer
 writes in place, and ``prepared`` rounds in place). So a graph that was captured once says, after an optimizer step,
@@ -15,30 +19,22 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ...kernels.sample import sample_step
-from ...kernels.sample_state import NOT_A_NUMBER, RUNS, RowSettings, SampleState, Variant
+from ...kernels.sample_state import RowSettings, SampleState, Variant
 from ...kernels.spans import on_device
 from ...lora.projection import row_columns
 from ...models.forward import Head
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
-from .decode_walk import DecodeWalk, few_rows
+from .decode_walk import DecodeWalk, PrefillWalk, few_rows
 from .kv_cache import KVCache
+from .look import Look
 from .paged import PagedDecode
-from .products import HeldProduct, takes_nf4
+from .products import HeldProduct, align_of, takes_nf4
 from .random import stream_key
 from .request import Sequence
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Batch sizes that graphs are captured for: a batch runs in the least that holds it."""
-
-
-class Drawn(NamedTuple):
-    """What one row drew since the host looked last, and whether a stop id or its length has ended it."""
-
-    tokens: list[int]
-    token_logps: list[float]
-    policy_logps: list[float]
-    ended: bool
 
 
 class Replay(Protocol):
@@ -113,12 +109,12 @@ class Decoder:
         )
         self.width = -(-sizes.positions // cache.block_size)
         self.table_BN = torch.zeros(rows, self.width, dtype=torch.int32, device=device)
-        host = torch.zeros(rows, self.width, dtype=torch.int32)
-        self._table_host = host.pin_memory() if device.type == "cuda" else host
+        self._table_host = torch.zeros(rows, self.width, dtype=torch.int32)
         self._table = self._table_host.numpy()
         self._written: dict[int, int] = {}  # entries of each slot's table that were written
         self.query_heads = base.config.num_attention_heads
         self._walks: dict[bool, DecodeWalk] = {}
+        self._prefill: PrefillWalk | None = None
         # Where no group takes the 4-bit kernel, one walk serves any number of rows: two would hold weights twice.
         self._few_in_nf4 = not self.hold or any(
             takes_nf4(group, cache.shape.dtype) for _, groups in found for group in groups
@@ -159,8 +155,8 @@ class Decoder:
         self.clear()
 
     def clear(self) -> None:
-        """Free every slot."""
-        self.state.clear([i for i, owner in enumerate(self.slots) if owner is not None])
+        """Free every slot, also one that an interrupt left between two owners."""
+        self.state.clear(range(len(self.slots)))
         self.slots = [None] * len(self.slots)
         self.slot_of.clear()
         self._written.clear()
@@ -201,15 +197,19 @@ class Decoder:
         return [s for s in sequences if id(s) not in self.slot_of]
 
     def _compact(self) -> None:
-        """Move rows down, where that lets a smaller graph serve. None of them has unseen tokens: a row that came after
-        the last look took the lowest free slot, and nobody left since.
+        """Move rows down, where that lets a smaller graph serve. They move as they stand on the device: nobody need
+        know what they drew, nor whether they have ended.
         """
-        rows = [s for s in self.slots if s is not None]
-        size = bucket_of(max(len(rows), 1))
-        moving = [s for i, s in enumerate(self.slots) if s is not None and i >= size]
-        if moving:
-            self.release(moving)
-            self.admit(moving)
+        size = bucket_of(max(len(self.slot_of), 1))
+        source = [i for i, owner in enumerate(self.slots) if owner is not None and i >= size]
+        if not source:
+            return
+        target = [i for i, owner in enumerate(self.slots[:size]) if owner is None][: len(source)]
+        self.state.move(source, target)
+        for i, j in zip(source, target):
+            self.slots[j], self.slots[i] = self.slots[i], None
+            self.slot_of[id(self.slots[j])] = j
+            self._written.pop(i, None)
 
     # Steps
 
@@ -231,51 +231,31 @@ class Decoder:
     def run(self, sequences: Seq[Sequence], steps: int) -> None:
         """Decode so many tokens of every row, which has blocks for them; rows that end on the way draw fewer."""
         self._compact()
-        self._write_tables(sequences)
-        graph = self._graph(bucket_of(1 + max(self.slot_of[id(s)] for s in sequences)))
+        rows = bucket_of(1 + max(self.slot_of[id(s)] for s in sequences))
+        self._write_tables(sequences, rows)
+        graph = self._graph(rows)
         for _ in range(steps):
             graph.replay()
         for s in sequences:
             s.unseen += steps
 
-    def _write_tables(self, sequences: Seq[Sequence]) -> None:
+    def _write_tables(self, sequences: Seq[Sequence], rows: int) -> None:
         """Block tables as they stand: of a row that was there before, the last known block and those behind it."""
         for s in sequences:
             slot = self.slot_of[id(s)]
             known = max(self._written.get(slot, 0) - 1, 0)
             self._table[slot, known : len(s.table)] = s.table[known:]
             self._written[slot] = len(s.table)
-        self.table_BN.copy_(self._table_host, non_blocking=True)
+        host = self._table_host[:rows]
+        if self.table_BN.is_cuda:
+            host = host.pin_memory()  # a copy: the one before may still wait behind a burst to be read
+        self.table_BN[:rows].copy_(host, non_blocking=True)
 
-    def look(self, sequences: Seq[Sequence]) -> list[Drawn]:
-        """The unseen tokens of these rows; the one place where the host waits for the GPU.
-
-        Raises:
-            FloatingPointError: a row's logits were no numbers.
-        """
-        state, device = self.state, self.state.tokens_B.device
-        index = on_device([self.slot_of[id(s)] for s in sequences], torch.int64, device)
-        drawn, steps = [len(s.output) for s in sequences], max(s.unseen for s in sequences)
-        columns = (torch.tensor(drawn).unsqueeze(1) + torch.arange(steps)).clamp_(max=state.max_tokens - 1)
-        columns = on_device(columns, torch.int64, device)
-        books = [x.index_select(0, index).unsqueeze(1) for x in (state.counts_B, state.finished_B)]
-        kinds = (state.out_tokens_BT, state.out_token_logps_BT, state.out_policy_logps_BT)
-        outputs = [x.index_select(0, index).gather(1, columns).view(torch.int32) for x in kinds]
-        found = torch.cat([*books, *outputs], dim=1).cpu()  # one copy, in whole 32-bit words
-        for s in sequences:
-            s.unseen = 0
-        counts, ended = found[:, 0].tolist(), found[:, 1].tolist()
-        tokens = found[:, 2 : 2 + steps].tolist()
-        own, policy = (x.contiguous().view(torch.float32).tolist() for x in found[:, 2 + steps :].chunk(2, dim=1))
-        if NOT_A_NUMBER in ended:
-            raise FloatingPointError(
-                "the model gave logits that are not numbers (NaN); a weight or an activation overflowed: check the "
-                "adapter's values, lower the learning rate, or use bfloat16 in place of float16"
-            )
-        return [
-            Drawn(t[: n - had], o[: n - had], p[: n - had], end != RUNS)
-            for t, o, p, n, had, end in zip(tokens, own, policy, counts, drawn, ended)
-        ]
+    def begin_look(self, sequences: Seq[Sequence]) -> Look:
+        """A look at the unseen tokens of these rows. Whoever drew its last one for certain leaves its slot."""
+        look = Look(self.state, sequences, [self.slot_of[id(s)] for s in sequences])
+        self.release([s for s in sequences if s.full])
+        return look
 
     # Graphs
 
@@ -286,6 +266,14 @@ class Decoder:
             most = bucket_of(self.sizes.rows) if many else few_rows(self.hold)
             self._walks[many] = DecodeWalk(self.model, self._found, most, self.sizes.positions, self.hold)
         return self._walks[many]
+
+    @property
+    def prefill_walk(self) -> PrefillWalk:
+        """What computes prompts for these rows, on the weights that a step of all of them reads."""
+        if self._prefill is None:
+            walk = self._walk(bucket_of(self.sizes.rows))
+            self._prefill = PrefillWalk(self.model, self._found, self.cache.shape.dtype, walk)
+        return self._prefill
 
     def _step(self, rows: int) -> None:
         walk, state = self._walk(rows), self.state
@@ -334,8 +322,10 @@ class Decoder:
 def held_bytes_of(found: list[tuple[Parts, Groups]], dtype: torch.dtype) -> int:
     """What the 4-bit weights of these layers take in ``dtype``, adapters beside them."""
     sizes = [(group, group.members[0].base.in_features) for _, groups in found for group in groups]
-    rows = sum((group.outputs + group.rank) * row_columns(inputs + group.rank) for group, inputs in sizes)
-    return rows * dtype.itemsize
+    elements = (
+        (group.outputs + group.rank) * row_columns(inputs + group.rank, align_of(inputs)) for group, inputs in sizes
+    )
+    return sum(elements) * dtype.itemsize
 
 
 def sizes_of(sequences: Seq[Sequence], max_rows: int) -> Sizes:

@@ -9,47 +9,63 @@ import torch
 from ...kernels.launch import current_recording
 from ...kernels.low_rank import low_rank
 from ...kernels.ordered_matmul import MAX_ROWS, DenseMember, ordered_matmul
-from ...lora.fused import Input, project
+from ...lora.fused import ORDERED_ROWS, Input, project
+from ...lora.held import HeldWeights
 from ...lora.projection import Group
 
 
 class TrainerProduct:
-    """The trainer's product, its sum in order whatever the number of rows."""
+    """The trainer's product, its sum in order whatever the number of rows.
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    Args:
+        group: the projections.
+        dtype: of their inputs.
+        held: their weights, where they are kept in that dtype.
+    """
+
+    def __init__(self, group: Group, dtype: torch.dtype, held: HeldWeights | None = None) -> None:
+        self.group, self.held = group, held
+        self._like = torch.empty(0, dtype=dtype, device=group.members[0].base.weight.device)
+        self._given: Input | None = None
 
     def place(self, rows: int) -> torch.Tensor | None:
-        return None
+        self._given = Input(self.group, self.held, rows=rows, like=self._like, ordered=True)
+        return self._given.x_TI
 
     def refresh(self) -> None:
         """Nothing: it reads the rounded adapters themselves."""
 
-    def __call__(self, x_MI: torch.Tensor) -> torch.Tensor:
-        given = Input(self.group, rows=x_MI.shape[0], like=x_MI, ordered=True)
-        given.x_TI.copy_(x_MI)
-        return project(given, self.group, given.lower(self.group, None, x_MI.is_cuda), ordered=x_MI.is_cuda)
+    def __call__(self, x_MI: torch.Tensor, pad: bool = True) -> torch.Tensor:
+        """``pad``: multiply few rows as many, lest the matrix library splits their sum."""
+        given, self._given = self._given, None  # its memory is free as soon as it is multiplied
+        if given is None or given.x_TI.data_ptr() != x_MI.data_ptr() or given.x_TI.shape != x_MI.shape:
+            given = Input(self.group, self.held, rows=x_MI.shape[0], like=x_MI, ordered=True)
+            given.x_TI.copy_(x_MI)
+        low_MR = given.lower(self.group, None, x_MI.is_cuda)
+        return project(given, self.group, low_MR, self.held, ordered=pad and x_MI.is_cuda)
 
 
 class DenseProduct:
-    """A group whose base is in 16 bits: few rows by our own kernel, more as the trainer multiplies them.
+    """A group whose base is in 16 bits: few rows by our own kernel, more as the trainer multiplies them, but as few as
+    they are wherever that gives the same bits.
 
     Adapters are added to the base's rounded product, as the trainer adds them where it does not make the weight itself.
     """
 
     def __init__(self, group: Group, dtype: torch.dtype) -> None:
-        self.group, self.many = group, TrainerProduct(group)
+        self.group, self.many = group, TrainerProduct(group, dtype)
         self.members = dense_members(group, dtype)
 
     def place(self, rows: int) -> torch.Tensor | None:
-        return None
+        return self.many.place(rows) if rows > MAX_ROWS else None
 
     def refresh(self) -> None:
         """Nothing: it reads the rounded adapters themselves."""
 
     def __call__(self, x_MI: torch.Tensor) -> torch.Tensor:
-        if x_MI.shape[0] > MAX_ROWS:
-            return self.many(x_MI)
+        M = x_MI.shape[0]
+        if M > MAX_ROWS:
+            return self.many(x_MI, pad=M < ORDERED_ROWS and not agrees(self.group, x_MI.dtype, M))
         low_MR = None if self.group.a_RI is None else low_rank(x_MI, self.group.a_RI)
         return ordered_matmul(x_MI, self.members, low_MR, overlap=True)  # x was whole before x A^T began
 
@@ -72,15 +88,16 @@ _TRIED: dict[tuple[object, ...], bool] = {}
 
 
 @torch.no_grad()
-def agrees(group: Group, dtype: torch.dtype) -> bool:
-    """Whether the two products above have the same bits here; tried once for each shape, on random inputs and adapters.
+def agrees(group: Group, dtype: torch.dtype, rows: int = MAX_ROWS) -> bool:
+    """Whether so many rows may be multiplied by themselves: whether that gives the bits of the trainer's product, which
+    pads few rows. Tried once for each shape and number of rows, on random inputs and adapters.
 
-    cuBLAS splits the sums of narrow products, and which ones is its own affair: another version or GPU may differ.
-    Where it does, one line says so.
+    Up to :data:`MAX_ROWS` it is our own kernel that is tried, above the matrix library, which splits the sums of narrow
+    products. Which ones is its own affair: another version or GPU may differ. Where our kernel does, one line says so.
     """
     members, device = group.members, group.members[0].base.weight.device
     shapes = tuple((*p.base.weight.shape, p.rank, p.scaling, p.base.bias is None) for p in members)
-    key = shapes, dtype, device
+    key = shapes, dtype, device, rows
     if current_recording() is not None:  # nothing runs: walked as if they agreed, and tried when they first run
         return _TRIED.get(key, True)
     if key not in _TRIED:
@@ -95,9 +112,11 @@ def agrees(group: Group, dtype: torch.dtype) -> bool:
             a_RI=None if group.a_RI is None else some(group.a_RI),
             bs_Or=tuple(None if b_Or is None else some(b_Or) for b_Or in group.bs_Or),
         )
-        x_MI = torch.randn(MAX_ROWS, members[0].base.in_features, generator=generator, device=device).to(dtype)
-        _TRIED[key] = torch.equal(DenseProduct(trial, dtype)(x_MI), TrainerProduct(trial)(x_MI))
-        if not _TRIED[key]:
+        x_MI = torch.randn(rows, members[0].base.in_features, generator=generator, device=device).to(dtype)
+        trained = TrainerProduct(trial, dtype)
+        own = DenseProduct(trial, dtype)(x_MI) if rows <= MAX_ROWS else trained(x_MI, pad=False)
+        _TRIED[key] = torch.equal(own, trained(x_MI))
+        if not _TRIED[key] and rows <= MAX_ROWS:
             sizes = ", ".join(f"{p.base.out_features} x {p.base.in_features}" for p in members)
             print(
                 f"Pronghorn: rollouts multiply the projections of {sizes} as the trainer does, slower than by a kernel "

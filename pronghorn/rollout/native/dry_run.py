@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 
+from ...config.sampling import SamplingParams
 from ...kernels.nf4_matmul import MAX_ROWS
 from ...kernels.sample import sample_step
 from ...kernels.sample_state import SampleState, Variant
@@ -17,14 +18,17 @@ from ...models.fused_block import layer_forward
 from ...models.packed_layer import prepared_layers
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
-from .decode_walk import DecodeWalk, why_no_walk
+from .attention import PrefillAttention
+from .decode_walk import DecodeWalk, PrefillWalk, why_no_walk
 from .kv_cache import KVCache, KVShape
 from .paged import PagedDecode
+from .request import Prompt, Sequence
+from .scheduler import Chunk
 
-_TOKENS = (8, 16, 32, 272, 2064)
+_TOKENS = (8, 16, 32, 272, 2064, 4112)
 """One number of rows for each way that the adapters' narrow products are taken (``kernels/low_rank_triton.py``)."""
 
-_SCORED = ([8, 4, 4], [136, 68, 68], [1032] + 8 * [129])
+_SCORED = ([8, 4, 4], [136, 68, 68], [1032] + 8 * [129], [2056] + 8 * [257])
 """A prompt and its completions, for each way that these products are written to two places. Attention's backward copies
 the first two prompts for their completions; the third is too long for that (``kernels/shared_prefix.py``)."""
 
@@ -47,8 +51,10 @@ def rollout_steps(model: nn.Module) -> None:
     with torch.no_grad():
         _sample(model)  # first, as its kernels take the longest to compile
         for tokens in _TOKENS:
-            _prefill(model, found[0], tokens)
+            _scored_forward(model, found[0], tokens)
         cache = _cache(model)
+        for tokens in _TOKENS:
+            _prefill(model, found, cache, tokens)
         for rows in (1, 16, 32, MAX_ROWS):  # a tile of the products each
             _decode(model, found, cache, rows, hold=False)
         for rows in (32, MAX_ROWS):  # where there is memory for weights in 16 bits, many rows read those
@@ -57,7 +63,7 @@ def rollout_steps(model: nn.Module) -> None:
         layer_step(model, found[0], lengths, [None] + [0] * (len(lengths) - 1), ordered=True)
 
 
-def _prefill(model: nn.Module, layer: tuple[Parts, Groups], tokens: int) -> None:
+def _scored_forward(model: nn.Module, layer: tuple[Parts, Groups], tokens: int) -> None:
     stack = unwrap(model).model
     weight_VD = stack.embed_tokens.weight
     hidden_TD = weight_VD.new_zeros(tokens, weight_VD.shape[1])
@@ -78,6 +84,17 @@ def _decode(model: nn.Module, found: list[tuple[Parts, Groups]], cache: KVCache,
     walk = DecodeWalk(model, found[:1], rows, _POSITIONS, hold)
     walk.refresh()
     walk(torch.zeros(rows, dtype=torch.int64, device=device), PagedDecode(cache, table_BN, counts_B, counts_B, heads))
+
+
+def _prefill(model: nn.Module, found: list[tuple[Parts, Groups]], cache: KVCache, tokens: int) -> None:
+    device, dtype = cache.shape.device, cache.shape.dtype
+    sequence = Sequence(0, 0, 0, Prompt([0] * tokens), SamplingParams(), 1, table=[0] * -(-tokens // _BLOCK))
+    walk = PrefillWalk(model, found[:1], dtype, DecodeWalk(model, found[:1], MAX_ROWS, _POSITIONS))
+    walk(
+        torch.zeros(tokens, dtype=torch.int64, device=device),
+        PrefillAttention(cache, [Chunk(sequence, 0, tokens)]),
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
 
 
 def _sample(model: nn.Module) -> None:

@@ -71,14 +71,20 @@ class PagedDecode:
         cos_PE: torch.Tensor,
         sin_PE: torch.Tensor,
         scale: float,
+        out_BHE: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The same for q and k as they come from their projections, rotated in place by tables of angles."""
+        """The same for q and k as they come from their projections, rotated in place by tables of angles; written to
+        ``out_BHE`` where that is given.
+        """
         B = q_THE.shape[0]
         pages = self.cache.keys[layer_idx], self.cache.values[layer_idx]
         rope_and_write_kv(q_THE, k_TKE, v_TKE, cos_PE, sin_PE, *pages, self.block_table_BN[:B], self.positions_B[:B])
-        return self._attend(layer_idx, q_THE, scale)
+        return self._attend(layer_idx, q_THE, scale, out_BHE)
 
-    def _attend(self, layer_idx: int, q_THE: torch.Tensor, scale: float) -> torch.Tensor:
+    def _attend(
+        self, layer_idx: int, q_THE: torch.Tensor, scale: float, out_BHE: torch.Tensor | None = None
+    ) -> torch.Tensor:
         B = q_THE.shape[0]
         pages = self.cache.keys[layer_idx], self.cache.values[layer_idx]
-        return decode_attention(q_THE, *pages, self.block_table_BN[:B], self.lengths_B[:B], scale, self.workspace)
+        places = self.block_table_BN[:B], self.lengths_B[:B]
+        return decode_attention(q_THE, *pages, *places, scale, self.workspace, out_BHE)

@@ -18,10 +18,11 @@ from ...kernels.nf4_matmul import Member, nf4_matmul, why_not
 from ...kernels.ordered_matmul import DenseMember, ordered_matmul
 from ...lora.fused import ORDERED_ROWS
 from ...lora.held import HeldWeights
-from ...lora.projection import Group, table
+from ...lora.projection import ROW_ALIGN, Group, table, whole_rows
 from .dense import DenseProduct, TrainerProduct, agrees, dense_members
 
 _STEP = 16  # columns of one matrix instruction: an adapter's ranks are multiplied in whole ones
+_EVEN = 128  # columns of one step of that kernel: a sum that ends within a step takes a third longer
 _LONG_SUM = 8192  # inputs from which on cuBLAS splits the sum of up to 256 rows
 _FEW = 64  # rows from which on it splits no shorter sum
 
@@ -101,7 +102,9 @@ class Tables:
     def take(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
         key = rows, columns
         if key not in self._tables:
-            self._tables[key] = table(rows, columns, like.dtype, like.device).zero_()
+            made = table(rows, columns, like.dtype, like.device, align_of(columns))
+            whole_rows(made).zero_()
+            self._tables[key] = made
         return self._tables[key]
 
 
@@ -117,15 +120,16 @@ class HeldProduct:
     """
 
     def __init__(self, group: Group, dtype: torch.dtype, tables: Tables, rows: int) -> None:
-        self.group, self.held = group, HeldWeights(group, dtype)
-        self.inputs, both = self.held.inputs, self.held.table
-        least = ORDERED_ROWS if self.inputs >= _LONG_SUM else _FEW
+        inputs = group.members[0].base.in_features
+        self.group, self.held = group, HeldWeights(group, dtype, align_of(inputs))
+        self.inputs, both = inputs, self.held.table
+        least = ORDERED_ROWS if inputs >= _LONG_SUM else _FEW
         self.table_TK = tables.take(max(rows, least), both.shape[1], both)
         self.least = least
         weight = both[: self.held.outputs]
         self.right = weight.T if group.rank else weight[:, : self.inputs].T
-        self.member = DenseMember(self.right.T)
-        long = self.inputs >= _LONG_SUM and _on_gpu(both) and not ordered.why_not([self.member], dtype)
+        self.member = DenseMember(whole_rows(weight))  # zeros beyond what is multiplied change no sum
+        long = inputs >= _LONG_SUM and _on_gpu(both) and not ordered.why_not([self.member], dtype)
         self.few = ordered.MAX_ROWS if long else 0
 
     def place(self, rows: int) -> torch.Tensor | None:
@@ -142,8 +146,13 @@ class HeldProduct:
         if self.group.a_RI is not None:
             low_rank(own, self.group.a_RI, self.table_TK[:M, self.inputs :])
         if self.few >= M:
-            return ordered_matmul(self.table_TK[:M], [self.member])
+            return ordered_matmul(whole_rows(self.table_TK[:M]), [self.member])
         return torch.mm(self.table_TK[: max(M, self.least)], self.right)[:M]
+
+
+def align_of(inputs: int) -> int:
+    """How far apart rows of so many inputs are in tables that a decode step multiplies."""
+    return _EVEN if inputs >= _LONG_SUM else ROW_ALIGN
 
 
 def _on_gpu(tensor: torch.Tensor) -> bool:
@@ -169,12 +178,12 @@ def product_of(group: Group, dtype: torch.dtype, rows: int, most_in_nf4: int, he
     weights = [p.nf4 for p in group.members if p.nf4 is not None]
     if not weights and _on_gpu(group.members[0].base.weight):
         fits = not ordered.why_not(dense_members(group, dtype), dtype) and agrees(group, dtype)
-        return DenseProduct(group, dtype) if fits else TrainerProduct(group)
+        return DenseProduct(group, dtype) if fits else TrainerProduct(group, dtype)
     if len(weights) < len(group.members):
-        return TrainerProduct(group)
+        return TrainerProduct(group, dtype)
     if rows <= most_in_nf4 and takes_nf4(group, dtype):
         return NF4Product(group, dtype)
     biased = any(p.base.bias is not None for p in group.members)
     if held is None or biased:
-        return TrainerProduct(group)
+        return TrainerProduct(group, dtype)
     return HeldProduct(group, dtype, held, rows)

@@ -36,9 +36,9 @@ class Sequence:
         seed: unsigned 64-bit seed of the request.
         stop_ids: ids that end it (none before ``min_tokens``).
         table: its KV blocks, empty while it waits.
-        computed: leading tokens whose keys and values are in the cache.
+        computed: leading tokens whose keys and values are in the cache, once what was planned has run.
         output: generated ids.
-        unseen: most tokens that were drawn since the host looked last; it may have ended before them.
+        unseen: most tokens that were drawn and that the host has not taken in; it may have ended before them.
     """
 
     order: int
@@ -69,6 +69,11 @@ class Sequence:
     def longest(self) -> int:
         """Most tokens that it can come to."""
         return len(self.prompt.tokens) + self.max_new
+
+    @property
+    def full(self) -> bool:
+        """Whether it has ended for certain, by its length if by nothing else."""
+        return len(self) >= self.longest
 
     @property
     def last(self) -> int:

@@ -11,6 +11,7 @@ from ...kernels.spans import on_device
 from ...models.attention import Attention
 from ...models.forward import hidden_states, logits
 from .attention import PrefillAttention
+from .decode_walk import PrefillWalk
 from .held import Buffers, HeldDecode
 from .kv_cache import KVCache
 from .paged import PagedDecode
@@ -66,9 +67,9 @@ class Runner:
         """int64, on the model's device."""
         return on_device(ids, torch.int64, self.device)
 
-    def prefill(self, step: Step) -> tuple[torch.Tensor, list[int], list[Sequence]]:
+    def prefill(self, step: Step, walk: PrefillWalk | None = None) -> tuple[torch.Tensor, list[int], list[Sequence]]:
         """Compute the chunks; hidden states ``[L, D]`` that predict, which of them each drawing sequence reads, and
-        those sequences.
+        those sequences. By ``walk`` in place of the policy, where a decoder has one.
         """
         ids: list[int] = []
         positions: list[int] = []
@@ -83,6 +84,8 @@ class Runner:
                 last.append(len(ids) - 1)
                 sequences += [chunk.sequence, *chunk.followers]
         attention = PrefillAttention(self.cache, step.prefill)
+        if walk is not None:
+            return walk(self.ids(ids), attention, self.ids(last)), copies, sequences
         hidden_TD = self.policy.hidden_states(self.ids(ids), self.ids(positions), attention)
         return hidden_TD.index_select(0, self.ids(last)), copies, sequences
 

@@ -51,8 +51,8 @@ class Scheduler:
     """Keeps the queue and the running set.
 
     Invariants (held by property tests): a waiting sequence holds no block; at most ``max_rows`` run; sequences are
-    admitted in order; the oldest unfinished one is never preempted, so every sequence ends. A sequence whose newest
-    token the host has not looked at runs on until it has; nobody is preempted meanwhile.
+    admitted in order; the oldest unfinished one is never preempted, so every sequence ends. A sequence with tokens that
+    the host has not taken in runs on until it has; nobody is preempted while there is one.
 
     Args:
         blocks: the blocks to hand out.
@@ -100,9 +100,11 @@ class Scheduler:
         self._plan_decode(step)
         if step.decode:
             step.ahead = self._look_ahead(step.decode, ahead)
+            for sequence in step.decode:
+                sequence.computed += step.ahead - 1
             return step
-        if self.waiting:
-            raise RuntimeError(f"{len(self.waiting)} sequences wait and none can run: a fault of the scheduler")
+        if left := len(self.waiting) + len(self.running):
+            raise RuntimeError(f"{left} sequences are left and none can run: a fault of the scheduler")
         return None
 
     def finish(self, sequence: Sequence) -> None:
@@ -129,8 +131,7 @@ class Scheduler:
         budget = self.prefill_tokens
         for sequence in [s for s in self.running if s.computed < len(s) - 1 or len(s) == len(s.prompt)]:
             budget -= self._chunk(step, sequence, budget)
-        free = self.max_rows - len(self.running)
-        if self.running and not self._filling and free < min(self.admit_together, len(self.waiting)):
+        if self.running and self.waiting and not self._admits(self.max_rows - len(self.running)):
             return
         self._filling = True
         while budget > 0 and self.waiting:
@@ -139,6 +140,10 @@ class Scheduler:
             sequence = self.waiting.pop(0)
             bisect.insort(self.running, sequence, key=_order)
             budget -= self._chunk(step, sequence, budget)
+
+    def _admits(self, free: int) -> bool:
+        """Whether so many free rows are enough to admit sequences, where some wait."""
+        return bool(self.waiting) and (self._filling or free >= min(self.admit_together, len(self.waiting)))
 
     def _admit(self, sequence: Sequence) -> bool:
         """Take the blocks for all tokens of ``sequence``, those of its prompt shared where a resident lends them."""
@@ -192,19 +197,31 @@ class Scheduler:
     # Decode
 
     def _must_look(self) -> bool:
-        """Whether to decode only once the host knows what was drawn: somebody ended with it for certain, by its length,
-        and makes room. Blocks are no reason to look: where several run, admission left one for each, and the first step
-        takes no more.
+        """Whether to decode only once the host knows what was drawn: all have ended for certain, by their length, or as
+        many of those who run as make room for whoever waits; or blocks are so short that somebody would be preempted,
+        for whom one that has ended may make room.
         """
-        return any(s.unseen and len(s) >= s.longest for s in self.running)
+        if not any(s.unseen for s in self.running):
+            return False
+        going = [s for s in self.running if not s.full]
+        ended = len(self.running) - len(going)
+        if ended and (not going or self._admits(self.max_rows - len(going))):
+            return True
+        if self.blocks.available >= len(going):
+            return False
+        return sum(self.blocks.takes(s.table, len(s) - 1) for s in going) > self.blocks.available
 
     def _plan_decode(self, step: Step) -> None:
         # Oldest first; whoever is preempted for it is the youngest, so it leaves from the end of the list.
-        while len(step.decode) < len(self.running):
-            sequence = self.running[len(step.decode)]
-            if self._make_room(step, sequence):
+        at = 0
+        while at < len(self.running):
+            sequence = self.running[at]
+            if sequence.full:  # it has ended, and stays only until the host looks
+                at += 1
+            elif self._make_room(step, sequence):
                 sequence.computed = len(sequence)
                 step.decode.append(sequence)
+                at += 1
 
     def _make_room(self, step: Step, sequence: Sequence) -> bool:
         """A writable slot for the newest token; False when the sequence itself had to go."""
@@ -225,15 +242,15 @@ class Scheduler:
         """Take blocks for up to ``ahead`` tokens a row, and say for how many there was room in every row."""
         size = self.blocks.block_size
         wanted = min(ahead, max(row.longest - len(row) for row in rows))
-        for more in range(1, wanted):
-            for row in rows:
-                position = len(row) - 1 + more
-                if position % size == 0 and position < row.longest and position // size == len(row.table):
-                    try:
-                        self.blocks.make_writable(row.table, position)
-                    except OutOfBlocks:
-                        return more
-        return max(wanted, 1)
+        first = [len(row.table) * size - len(row) + 1 for row in rows]  # steps until each has filled its blocks
+        last = [min(wanted, row.longest - len(row) + 1) for row in rows]
+        takes = sorted((more, i) for i in range(len(rows)) for more in range(first[i], last[i], size))
+        for more, i in takes:
+            try:
+                self.blocks.make_writable(rows[i].table, len(rows[i]) - 1 + more)
+            except OutOfBlocks:
+                return more
+        return wanted
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
