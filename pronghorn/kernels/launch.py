@@ -122,12 +122,22 @@ def chained() -> Iterator[None]:
 
     Such a kernel waits, first of all, until that one has ended and its writes are seen, and only then lets the next
     begin. So one that begins early may itself read, before it waits, what was whole two kernels before it.
+
+    One kernel lets the next begin before it waits: ``x A^T`` that was given a flag (``low_rank.py``). The launch after
+    it is then the product that was given the same flag, which reads nothing that a kernel of the chain writes before
+    the flag says that it may, and lets no other begin before. Others in its place would be right only if they wait
+    before they read anything.
     """
     token = _chained.set(True)
     try:
         yield
     finally:
         _chained.reset(token)
+
+
+def begins_early(tensor: torch.Tensor) -> bool:
+    """Whether a kernel that reads ``tensor`` and can do so begins before the one launched before it has ended."""
+    return _chained.get() and _can_chain(tensor.get_device())
 
 
 @cache

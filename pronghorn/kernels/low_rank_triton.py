@@ -14,10 +14,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from pronghorn.kernels.launch import Launcher
+from pronghorn.kernels.low_rank import FEW_ROWS
 from pronghorn.kernels.reference.low_rank import SPLITS, run_length
-
-FEW_ROWS = 256
-"""Up to so many rows, runs are programs of their own: their sums are written, and read again."""
 
 FEW_RANKS, FEW_ROWS_OF_THESE = 128, 4096
 """With so few ranks that is faster up to more rows: 12 microseconds in place of 62 for 1,024 rows of 14,336 inputs."""
@@ -78,21 +76,29 @@ def _run(
 
 @triton.jit(do_not_specialize=["T"])
 def _few_rows(
-    x_ptr, a_ptr, out_ptr, also_ptr, also_stride, part_ptr, arrived_ptr, T, R, x_stride, out_stride, width, step,
+    x_ptr, a_ptr, out_ptr, also_ptr, also_stride, part_ptr, arrived_ptr, flag_ptr, T, R,
+    x_stride, out_stride, width, step,
     SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, TWICE: tl.constexpr,
-    EARLY: tl.constexpr, CHAIN: tl.constexpr,
+    EARLY: tl.constexpr, FLAG: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """A run a program; the last of a tile adds all of them up, from the first, and clears the count. What comes out is
     written to a second place too if TWICE.
 
-    EARLY lets a kernel that was launched to overlap begin now, when x is whole; others still wait for the end.
+    EARLY lets a kernel that was launched to overlap begin when x is whole; others still wait for the end. FLAG lets it
+    begin before, and says when x is whole: who reads it (acquire) sees what this program's wait made seen. One program
+    sets it, once: each block of its reader then counts itself in it, and the last one clears it.
     """
+    if EARLY and FLAG:
+        gdc_launch_dependents()
     if CHAIN:
         gdc_wait()
-    if EARLY:
-        gdc_launch_dependents()
     split = tl.program_id(0)
     tile = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+    if FLAG:
+        if split + tile == 0:
+            tl.atomic_xchg(flag_ptr, 1, sem="release")
+    elif EARLY:
+        gdc_launch_dependents()
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     x_row = x_ptr + t.to(tl.int64)[:, None] * x_stride
@@ -164,6 +170,7 @@ def low_rank(
     also_TR: torch.Tensor | None = None,
     few_rows: int = FEW_ROWS,
     tile: Tile | None = None,
+    flag: torch.Tensor | None = None,
 ) -> None:
     """See :func:`pronghorn.kernels.low_rank.low_rank`; ``few_rows`` (0: never few) is for tests, and ``tile`` for tests
     and measurements.
@@ -183,8 +190,9 @@ def low_rank(
             tiles = int(triton.next_power_of_2(tiles_t * tiles_r))
             part, arrived = _workspace(x_TI.device, stream, tiles, block_t * block_r)
             _launch_few(
-                (SPLITS, tiles_t, tiles_r), x_TI, a_RI, out_TR, also, also.stride(0), part, arrived, *common,
-                block_t, block_r, block_i, also_TR is not None, x_TI.is_cuda and capability >= (9, 0),
+                (SPLITS, tiles_t, tiles_r), x_TI, a_RI, out_TR, also, also.stride(0), part, arrived,
+                arrived if flag is None else flag, *common, block_t, block_r, block_i,
+                also_TR is not None, x_TI.is_cuda and capability >= (9, 0), flag is not None,
                 num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
             )  # fmt: skip
         else:

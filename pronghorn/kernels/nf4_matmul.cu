@@ -7,6 +7,7 @@
 //   NESTED  scales are 8-bit codes (else float32)                  RANK16  16-column pieces of an adapter
 //   F16     float16 in place of bfloat16                           OVERLAP begins while the kernel before runs, which
 //           makes low, and nothing else that is read here
+//   FLAG    with OVERLAP: begins before x is whole, and a flag says when it is
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -32,6 +33,7 @@ struct Args {
     u16* y;
     const float* nf4;       // the 16 levels of a weight code
     int members, rows, K, x_stride, low_stride, y_stride;
+    u32* flag;              // if FLAG; see there
 };
 
 #define WARPS (GROUPS * RING)
@@ -132,6 +134,16 @@ __device__ __forceinline__ void counter_wait(u32 counter, u32 parity) {
 #define ALL_COPIES_WAIT asm volatile("cp.async.wait_all;" ::: "memory")
 #define TURN_WAIT(id) asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory")
 #define TURN_GIVE(id) asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory")
+__device__ __forceinline__ u32 flag_read(const u32* flag) {  // and all that was seen before it was written is seen
+    u32 r;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(r) : "l"(flag) : "memory");
+    return r;
+}
+__device__ __forceinline__ u32 flag_count(u32* flag, u32 last) {  // one more, after last 0; gives what it was
+    u32 r;
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(r) : "l"(flag), "r"(last) : "memory");
+    return r;
+}
 #define NEXT_MAY_BEGIN asm volatile("griddepcontrol.launch_dependents;")
 #define BEFORE_HAS_ENDED asm volatile("griddepcontrol.wait;" ::: "memory")
 #define FETCH_TO_L2(p) asm volatile("prefetch.global.L2 [%0];" ::"l"(p))
@@ -172,7 +184,28 @@ __device__ __forceinline__ void read_x(u32 (*x)[SIXTEENS][4], u32 from) {
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __grid_constant__ Args args) {
+// Begun before x is whole (FLAG), a block makes its start, which reads what no kernel of the chain writes, and then waits
+// for the flag. The kernel before, which makes low, lets this one begin before it waits itself; behind its wait, when x
+// is whole, one thread of it sets the flag to 1.
+//   Seen: that thread's wait made x visible to it, its store releases, the load here acquires, and a barrier carries it
+// to the threads that copy x.
+//   Cleared: each block counts itself in the flag once it has seen it, and the last one's count makes it 0. So it is 0
+// again before this kernel ends, with no one else's help: a graph may be replayed, and a flag may serve one launch after
+// another, of any number. Nobody else writes it meanwhile: what sets it next waits for the end of this kernel.
+//   No block waits for one that has no place: a kernel begins when all blocks of the one before have let it or ended, so
+// when a block of this one runs, all blocks of all kernels before it have begun, and need no more room than they have.
+//   The next kernel may begin when all blocks have counted, not before: it may be another that sets this flag, and its
+// product would find this one's. That branch on the count is what makes the hardware wait for it. So the next begins, as
+// without FLAG, when x is whole; low is not, nor is y.
+#if FLAG && ROWS == 8
+// And room for the kernel before, 4 warps of at most 48 registers: on the multiprocessors where its blocks are, a block
+// of this one would otherwise begin only when they have ended. A quarter of 65536 is each fourth warp's. (With more rows
+// there is no room in shared memory.)
+#define BOUNDS __maxnreg__((16384 - 48 * 32) / ((WARPS + 3) / 4 * 32) / 8 * 8)
+#else
+#define BOUNDS __launch_bounds__(WARPS * 32, 1)
+#endif
+extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) {
     // The same for all lanes, and the compiler sees it: what depends on it lies in uniform registers.
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int group = warp / RING, place = warp % RING;
@@ -184,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
         tile -= tiles;
         ++which;
     }
-#if OVERLAP
+#if OVERLAP && !FLAG
     NEXT_MAY_BEGIN;  // who begins early waits, before all else, until this has ended
 #endif
     const Member& own = args.member[which];
@@ -241,9 +274,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
         if (panel < panels) copy_panel(panel);
         COPIES_END;
     };
-    load_x(0);
+    auto begin_x = [&] {
+        load_x(0);
 #pragma unroll
-    for (int s = 1; s < STAGES - 1; ++s) load_x(s);
+        for (int s = 1; s < STAGES - 1; ++s) load_x(s);
+    };
 #else
     // Warps that take turns are at different panels, so there is no point at which all could meet: a stage's counters
     // say when all of it is there, and when all have read it.
@@ -275,7 +310,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
         }
         load_until(next + ahead);
     };
-    load_until(ahead);
+    auto begin_x = [&] { load_until(ahead); };
+#endif
+#if !FLAG
+    begin_x();
 #endif
     // All scales of the block's outputs at once (a 32nd of its codes), and the table.
     const int scale_words = min(OUTPUTS, own.outputs - first_output) * scale_row / 4;
@@ -287,6 +325,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
         const float first = __shfl_sync(0xffffffffu, level, i / 128), second = __shfl_sync(0xffffffffu, level, i / 8 % 16);
         *(float4*)(shared + i / 8 * 256 + i % 8 * 16) = make_float4(first, second, first, second);
     }
+#if FLAG
+    const bool waits = threadIdx.x == WARPS * 32 - 1;  // of a warp whose turn comes late
+    if (waits)
+        while (!flag_read(args.flag)) {}
+    __syncthreads();
+    begin_x();
+    if (waits && flag_count(args.flag, gridDim.x * gridDim.y)) NEXT_MAY_BEGIN;
+#endif
     u32 column = lane % 16 * 8;
     KEEP(column);  // as it is, so that an address is one instruction
     float c[SUMS][SIXTEENS][4] = {};
@@ -326,7 +372,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_matmul(const __g
     // Where in a stage a lane reads x: ldmatrix takes an address of a row from each.
     const int x_place = ROWS == 8 ? lane % 8 * X_ROW + lane / 8 * 16 : lane % 16 * X_ROW + lane / 16 * 16;
 #if RING > 1
+#if !FLAG
     __syncthreads();
+#endif
     // A chunk's operands are made by one warp while others make theirs; only the products wait for their turn, with the
     // accumulators handed from warp to warp, so that each sum is in order.
     float4* const handed = (float4*)(rest + COUNTERS + STAGES * X_STAGE) + group * RING * SUMS * SIXTEENS * 32;

@@ -18,6 +18,10 @@ into registers, some way ahead. A byte becomes its two float32 levels by one rea
 multiplied by their scale and rounded into a register of the operand. x comes through shared memory, once for a block.
 Where outputs are few, several warps take turns at the inputs of the same 16 and hand the accumulators on.
 
+**Its start** (the table, scales, first codes: some 3 microseconds) needs no x. In a chain of launches it is made while
+the kernels before still make x: ``x A^T`` lets this one begin before it waits itself, and sets a flag when x is whole
+(``low_rank.py``). Why no block then waits in vain, and who clears the flag, stands at the kernel.
+
 **What bounds it** at few rows is not memory. Where outputs are many it is the load/store unit: of 10.5 turns that 256
 weights cost it, 8 are that table's. Where they are few it is, by counting, the order of the sum: the turns at products
 that wait for each other (``docs/log.md``).
@@ -86,6 +90,7 @@ def nf4_matmul(
     low_MR: torch.Tensor | None = None,
     out_MO: torch.Tensor | None = None,
     overlap: bool = False,
+    flag: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Outputs of all ``members`` side by side; no gradient.
 
@@ -96,6 +101,7 @@ def nf4_matmul(
         out_MO: ``[M, sum of O]``, x's dtype, rows contiguous, to write to.
         overlap: the kernel launched just before makes ``low_MR`` and nothing else that is read here: a GPU that can
             runs the two beside each other.
+        flag: what that kernel was given as its ``flag`` (:func:`pronghorn.kernels.low_rank.flag_for`); only then.
 
     Returns:
         ``y_MO`` in x's dtype: products, adapter and bias summed in float32 and rounded once.
@@ -105,7 +111,7 @@ def nf4_matmul(
     """
     out_MO = output(x_MI, sum(member.weight.shape[0] for member in members), out_MO)
     _check(x_MI, members, low_MR)
-    _path(x_MI).nf4_matmul(x_MI, members, low_MR, out_MO, overlap=overlap)
+    _path(x_MI).nf4_matmul(x_MI, members, low_MR, out_MO, overlap=overlap, flag=flag)
     return out_MO
 
 

@@ -30,6 +30,7 @@ class _Args(ctypes.Structure):
         ("member", _Member * 3),
         *((name, _P) for name in ("x", "low", "y", "nf4")),
         *((name, _I) for name in ("members", "rows", "K", "x_stride", "low_stride", "y_stride")),
+        ("flag", _P),
     )
 
 
@@ -142,16 +143,17 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _defines(tile: Tile, nested: bool, rank16: int, half: bool, overlap: bool) -> dict[str, int]:
+def _defines(tile: Tile, nested: bool, rank16: int, half: bool, overlap: bool, flag: bool = False) -> dict[str, int]:
     macros = {name.upper(): value for name, value in tile._asdict().items()}
-    return macros | {"NESTED": int(nested), "RANK16": rank16, "F16": int(half), "OVERLAP": int(overlap)}
+    given = {"NESTED": nested, "RANK16": rank16, "F16": half, "OVERLAP": overlap, "FLAG": flag}
+    return macros | {name: int(value) for name, value in given.items()}
 
 
 @lru_cache(maxsize=256)
 def _kernel(
-    tile: Tile, K: int, nested: bool, rank16: int, half: bool, overlap: bool, device: torch.device
+    tile: Tile, K: int, nested: bool, rank16: int, half: bool, overlap: bool, flag: bool, device: torch.device
 ) -> CudaKernel:
-    defines = _defines(tile, nested, rank16, half, overlap)
+    defines = _defines(tile, nested, rank16, half, overlap, flag)
     return CudaKernel(_source(), "nf4_matmul", defines, device, tile.shared_bytes(K, nested))
 
 
@@ -163,6 +165,7 @@ def arguments(
     tile: Tile,
     code: torch.Tensor,
     levels: torch.Tensor,
+    flag: torch.Tensor | None = None,
 ) -> tuple[_Args, int]:
     """What the kernel is given, and its blocks of outputs. It holds addresses: the tensors have to live on.
 
@@ -172,6 +175,7 @@ def arguments(
     args = _Args(
         x=pointer(x_MI), low=pointer(low_MR), y=pointer(out_MO), nf4=pointer(code), members=len(members), rows=M, K=K,
         x_stride=x_MI.stride(0), low_stride=0 if low_MR is None else low_MR.stride(0), y_stride=out_MO.stride(0),
+        flag=pointer(flag),
     )  # fmt: skip
     column = blocks = 0
     for i, m in enumerate(members):
@@ -194,6 +198,7 @@ def nf4_matmul(
     out_MO: torch.Tensor,
     tile: Tile | None = None,
     overlap: bool = False,
+    flag: torch.Tensor | None = None,
 ) -> None:
     """As ``reference.nf4_matmul.nf4_matmul``.
 
@@ -202,6 +207,8 @@ def nf4_matmul(
         overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: run beside it
             (on Hopper; elsewhere after it, as usual). It was launched as usual, or lets others begin only behind its
             own wait (:func:`pronghorn.kernels.launch.chained`): x is read before this one waits.
+        flag: with ``overlap``, what that kernel was given to say that x is whole (it then lets others begin before it
+            waits): x is read once it is set. Weights are read before, so no kernel of the chain writes them.
     """
     (M, K), device = x_MI.shape, x_MI.device
     if M == 0:
@@ -213,14 +220,19 @@ def nf4_matmul(
     if tile.stages == 1 and tile.panel < K:
         raise ValueError(f"{tile}: one stage holds all of x or none; {K} inputs need two stages, or a panel of {K}")
     code = nf4_code(device)
-    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, code, dynamic_code(device))
+    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, code, dynamic_code(device), flag)
     rank16 = max(member.rank // 16 for member in args.member)
     half = x_MI.dtype == torch.float16
     overlap = overlap and rank16 > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
+    if flag is not None and not overlap:
+        raise ValueError(
+            f"a flag for adapters of {rank16 * 16} ranks on {torch.cuda.get_device_name(device)}; give it with "
+            "overlap=True, to a product with an adapter, on Hopper or later"
+        )
     recorded = current_recording()
     if recorded is not None:
-        defines = _defines(tile, nested, rank16, half, overlap)
+        defines = _defines(tile, nested, rank16, half, overlap, flag is not None)
         recorded.source(_source(), defines, torch.cuda.get_device_capability(device))
         return
-    kernel = _kernel(tile, K, nested, rank16, half, overlap, device)
+    kernel = _kernel(tile, K, nested, rank16, half, overlap, flag is not None, device)
     kernel((blocks, -(-M // tile.rows), 1), tile.warps * 32, args, overlap)

@@ -2,7 +2,9 @@
 // before the source (-include), with the kernel's macros. Instructions do what their manual says, sums in double.
 #define INSTRUCTIONS_GIVEN
 #include <algorithm>
+#include <atomic>
 #include <barrier>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -19,6 +21,7 @@
 #define __grid_constant__
 #define __align__(n)
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 using std::max;
 using std::min;
 
@@ -30,6 +33,7 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 thread_local dim threadIdx, blockIdx;
+dim gridDim;
 alignas(128) extern unsigned char shared[];
 alignas(128) unsigned char shared[232448];
 
@@ -74,7 +78,6 @@ inline int __shfl_sync(unsigned, unsigned value, int from) { return (int)shuffle
 inline int __shfl_sync(unsigned, int value, int from) { return (int)shuffle((float)value, from); }
 inline float of_quad(float value, unsigned lane) { return shuffle(value, own_lane() / 4 * 4 + lane); }
 template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T __ldcg(const T* p) { return *p; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned picks) {
@@ -115,7 +118,12 @@ inline unsigned shared_address(const void* p) { return (unsigned)((const unsigne
 // Copies happen as late as they may: those of a thread when it waits for them, or when it says that they have come.
 struct Copy { unsigned to; const void* from; };
 thread_local std::vector<std::vector<Copy>> copies(1);  // the last group is open
-inline void copy16(unsigned to, const void* from) { copies.back().push_back({to, from}); }
+void too_early(bool so);
+extern std::atomic<bool> x_there;
+inline void copy16(unsigned to, const void* from) {  // of x
+    too_early(!x_there);
+    copies.back().push_back({to, from});
+}
 inline void copies_end() { copies.emplace_back(); }
 inline void copies_wait(size_t newest, bool open) {  // all groups but the newest ones, the open one not counted
     while (copies.size() > newest + 1 || (open && !copies.front().empty())) {
@@ -188,8 +196,51 @@ inline void counter_wait(unsigned at, unsigned parity) {  // until the phase of 
 #define ALL_COPIES_WAIT copies_wait(0, true)
 #define TURN_WAIT(id) named[id].arrive(true)
 #define TURN_GIVE(id) named[id].arrive(false)
-#define NEXT_MAY_BEGIN
-#define BEFORE_HAS_ENDED
+// With OVERLAP, what the kernel before makes comes as late as it may: x when a block has looked for the flag, low when a
+// thread waits for that kernel's end. What is done too early is counted.
+struct Before {
+    void *x, *low;                        // where they are read
+    const void *whole_x, *whole_low;      // what they will be
+    const unsigned short* y;
+    long long x_bytes, low_bytes, y_elements;
+    int early;                            // x or low read, y written, the next begun: before they may
+};
+Before* before;
+std::atomic<bool> looked, x_there, low_there, counted;
+thread_local bool waited;
+inline void too_early(bool so) {
+    if (so && before) std::atomic_ref(before->early)++;
+}
+inline unsigned flag_read(const unsigned* flag) {
+    thread_local int looks = 0;
+    looked = true;
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+    if (++looks > 100000) return too_early(true), 1;  // never set: some 10 s
+    return std::atomic_ref(*const_cast<unsigned*>(flag)).load();
+}
+inline unsigned flag_count(unsigned* flag, unsigned last) {
+    counted = true;
+    std::atomic_ref value(*flag);
+    unsigned was = value.load();
+    while (!value.compare_exchange_weak(was, was >= last ? 0 : was + 1)) {}
+    return was;
+}
+inline void next_may_begin() { too_early(!x_there || (FLAG && !counted)); }
+inline void before_has_ended() {
+    static std::mutex mutex;
+    std::unique_lock lock(mutex);
+    if (before && !low_there.exchange(true)) {
+        too_early(std::any_of(before->y, before->y + before->y_elements, [](unsigned short v) { return v != 0xffff; }));
+        std::memcpy(before->low, before->whole_low, before->low_bytes);
+    }
+    waited = true;
+}
+template <class T> T __ldcg(const T* p) {  // low
+    too_early(!waited);
+    return *p;
+}
+#define NEXT_MAY_BEGIN next_may_begin()
+#define BEFORE_HAS_ENDED before_has_ended()
 #define FETCH_TO_L2(p) (void)(p)
 #define KEEP(value)
 

@@ -1,8 +1,10 @@
 // Included after the source.
 extern "C" void run(const Args* args, int grid_x, int grid_y) {
+    gridDim = {grid_x, grid_y, 1};
     for (int y = 0; y < grid_y; ++y)
         for (int x = 0; x < grid_x; ++x) {
             std::memset(shared, 0xff, sizeof shared);  // NaN, so that what is read before it is written shows
+            counted = false;
             warps.clear();
             for (int i = 0; i < WARPS; ++i) warps.push_back(std::make_unique<Warp>());
             block = std::make_unique<std::barrier<>>(WARPS * 32);
@@ -14,4 +16,22 @@ extern "C" void run(const Args* args, int grid_x, int grid_y) {
                 });
             for (auto& thread : threads) thread.join();
         }
+}
+// Begun before x is whole: another thread makes it, once the kernel looks for the flag, and sets the flag.
+extern "C" void run_early(const Args* args, int grid_x, int grid_y, Before* of) {
+    before = of;
+    looked = x_there = low_there = false;
+    std::atomic<bool> ended = false;
+    std::thread maker([&] {
+        while (!looked && !ended) std::this_thread::sleep_for(std::chrono::microseconds(100));
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        if (ended) return;
+        std::memcpy(of->x, of->whole_x, of->x_bytes);
+        x_there = true;
+        std::atomic_ref(*args->flag).store(1);
+    });
+    run(args, grid_x, grid_y);
+    ended = true;
+    maker.join();
+    before = nullptr;
 }

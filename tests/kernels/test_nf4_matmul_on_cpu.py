@@ -2,7 +2,8 @@
 
 What a GPU alone can show, bits of its matrix instruction and speed, is tested there; here, on odd sizes, which element
 goes where, who waits for whom, and that nothing is read before it is written (shared memory begins as NaN, and copies
-to it happen when they are waited for). Not seen: a missing wait of a warp for its own lanes.
+to it happen when they are waited for). So with a launch that begins before x is whole, and that nothing is done too
+early there. Not seen: a missing wait of a warp for its own lanes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -30,14 +32,24 @@ BF16, F16 = torch.bfloat16, torch.float16
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
-def compiled(tile: Tile, nested: bool, rank: int, dtype: torch.dtype, folder: Path) -> ctypes.CDLL:
-    defines = nf4_matmul_cuda._defines(tile, nested, rank // 16, dtype == F16, overlap=False)
+def compiled(
+    tile: Tile,
+    nested: bool,
+    rank: int,
+    dtype: torch.dtype,
+    folder: Path,
+    flag: bool = False,
+    changed: tuple[str, str] = ("", ""),
+) -> ctypes.CDLL:
+    defines = nf4_matmul_cuda._defines(tile, nested, rank // 16, dtype == F16, overlap=flag, flag=flag)
+    source = nf4_matmul_cuda._source()
+    assert changed[0] in source
     library = folder / "kernel.so"
     subprocess.run(
         ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", "-include", HERE / "cuda_on_cpu.h"]
         + [f"-D{name}={value}" for name, value in defines.items()]
         + ["-x", "c++", "-", "-o", library],
-        input=f'{nf4_matmul_cuda._source()}\n#include "{HERE / "cuda_on_cpu_run.h"}"\n',
+        input=f'{source.replace(*changed) if changed[0] else source}\n#include "{HERE / "cuda_on_cpu_run.h"}"\n',
         text=True,
         check=True,
     )
@@ -76,9 +88,23 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_equals_the_reference(case: str, tmp_path: Path) -> None:
-    tile, M, outputs, K, rank, bias, nested, dtype = CASES[case]
+class Made(NamedTuple):
+    """A case's operands, and what the reference makes of them."""
+
+    members: list[Member]
+    x: torch.Tensor
+    low: torch.Tensor | None
+    expected: torch.Tensor
+
+    def check(self, y: torch.Tensor) -> None:
+        # Sums in another order: a value near the middle of two may be rounded to the other one.
+        ulp = torch.finfo(y.dtype).eps
+        torch.testing.assert_close(y, self.expected, rtol=ulp, atol=ulp * self.expected.abs().max().item() / 64)
+        assert (y != self.expected).float().mean() <= 0.01
+
+
+def made(case: str) -> Made:
+    _, M, outputs, K, rank, bias, nested, dtype = CASES[case]
     members = [
         Member(
             weight(O, K, nested, dtype),
@@ -90,15 +116,85 @@ def test_equals_the_reference(case: str, tmp_path: Path) -> None:
     ]
     x = torch.randn(M, K).to(dtype)
     low = torch.randn(M, rank * len(outputs)).to(dtype) if rank else None
-    y = torch.full((M, sum(outputs)), float("nan"), dtype=dtype)
-    args, blocks = nf4_matmul_cuda.arguments(x, members, low, y, tile, nf4_code(x.device), dynamic_code(x.device))
-    compiled(tile, nested, rank, dtype, tmp_path).run(ctypes.byref(args), blocks, -(-M // tile.rows))
-    expected = torch.empty_like(y)
+    expected = torch.empty(M, sum(outputs), dtype=dtype)
     reference.nf4_matmul(x, [Member(m.weight, m.b_Or, m.at) for m in members], low, expected)
     if bias:  # the kernel rounds the product before it adds the bias, as cuBLAS does
         expected += torch.cat([m.bias_O for m in members if m.bias_O is not None])
-    # Sums in another order: a value near the middle of two may be rounded to the other one.
-    ulp = torch.finfo(dtype).eps
-    torch.testing.assert_close(y, expected, rtol=ulp, atol=ulp * expected.abs().max().item() / 64)
-    assert (y != expected).float().mean() <= 0.01
+    return Made(members, x, low, expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_reference(case: str, tmp_path: Path) -> None:
+    tile, M, _, _, rank, _, nested, dtype = CASES[case]
+    operands = made(case)
+    x, y = operands.x, torch.full_like(operands.expected, float("nan"))
+    args, blocks = nf4_matmul_cuda.arguments(
+        x, operands.members, operands.low, y, tile, nf4_code(x.device), dynamic_code(x.device)
+    )
+    compiled(tile, nested, rank, dtype, tmp_path).run(ctypes.byref(args), blocks, -(-M // tile.rows))
+    operands.check(y)
     assert pointer(y) == args.y
+
+
+class Before(ctypes.Structure):
+    """As in ``cuda_on_cpu.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "low", "whole_x", "whole_low", "y")),
+        *((name, ctypes.c_longlong) for name in ("x_bytes", "low_bytes", "y_elements")),
+        ("early", ctypes.c_int),
+    )
+
+
+def begun_early(case: str, folder: Path, changed: tuple[str, str] = ("", "")) -> tuple[Made, torch.Tensor, int, int]:
+    """The case's operands, and of a launch that begins before x and low are whole, what it wrote, how much it did too
+    early, and the flag after two launches in a row.
+    """
+    tile, M, _, _, rank, _, nested, dtype = CASES[case]
+    operands, flag = made(case), torch.zeros(1, dtype=torch.int32)
+    assert operands.low is not None
+    run, early = compiled(tile, nested, rank, dtype, folder, True, changed).run_early, 0
+    for _ in range(2):
+        x, low, y = (
+            torch.full_like(t, -1, dtype=torch.int16).view(dtype) for t in (operands.x, operands.low, operands.expected)
+        )
+        args, blocks = nf4_matmul_cuda.arguments(
+            x, operands.members, low, y, tile, nf4_code(x.device), dynamic_code(x.device), flag
+        )
+        before = Before(
+            *map(pointer, (x, low, operands.x, operands.low, y)), x.nbytes, low.nbytes, y.numel(), 0
+        )  # fmt: skip
+        run(ctypes.byref(args), blocks, -(-M // tile.rows), ctypes.byref(before))
+        early += before.early
+    return operands, y, early, int(flag)
+
+
+EARLY = ["x whole", "stages filled often", "blocks of rows", "turns, x whole", "turns, two stages", "turns of 64 rows"]
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_begun_before_x_is_whole_it_waits_for_it(case: str, tmp_path: Path) -> None:
+    operands, y, early, flag = begun_early(case, tmp_path)
+    operands.check(y)
+    assert early == 0 and flag == 0
+
+
+CHANGES = {
+    "x is not waited for": ("while (!flag_read(args.flag)) {}", "flag_read(args.flag);"),
+    "others do not wait": (
+        "while (!flag_read(args.flag)) {}\n    __syncthreads();",
+        "while (!flag_read(args.flag)) {}",
+    ),
+    "x is read at once": ("#if !FLAG\n    begin_x();", "#if FLAG\n    begin_x();"),
+    "not all blocks are counted": ("gridDim.x * gridDim.y", "gridDim.x * gridDim.y + 1"),
+    "the next begins at once": ("#if OVERLAP && !FLAG", "#if OVERLAP"),
+    "low is not waited for": ("BEFORE_HAS_ENDED;  // it", "// it"),
+    "y is written too soon": ("#if OVERLAP\n    BEFORE", "    args.y[threadIdx.x] = 0;\n#if OVERLAP\n    BEFORE"),
+}
+
+
+@pytest.mark.parametrize("case", ["x whole", "turns, x whole"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_done_too_early_shows(change: str, case: str, tmp_path: Path) -> None:
+    _, _, early, flag = begun_early(case, tmp_path, CHANGES[change])
+    assert early > 0 or flag != 0

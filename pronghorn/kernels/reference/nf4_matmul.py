@@ -57,10 +57,11 @@ def nf4_matmul(
     low_MR: torch.Tensor | None,
     out_MO: torch.Tensor,
     overlap: bool = False,
+    flag: torch.Tensor | None = None,
 ) -> None:
     """As :func:`pronghorn.kernels.nf4_matmul.nf4_matmul`, which checked the arguments, into ``out_MO``.
 
-    ``overlap`` means nothing here.
+    ``overlap`` and ``flag`` mean nothing here.
     """
     column = 0
     for member in members:

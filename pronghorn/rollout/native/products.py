@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from ...kernels import ordered_matmul as ordered
-from ...kernels.low_rank import low_rank
+from ...kernels.low_rank import flag_for, low_rank
 from ...kernels.nf4_matmul import Member, nf4_matmul, why_not
 from ...kernels.ordered_matmul import DenseMember, ordered_matmul
 from ...lora.fused import ORDERED_ROWS
@@ -65,6 +65,7 @@ class NF4Product:
                 self._scaled.append((table[:, span.start - first : span.stop - first], b_Or, p.scaling))
             self.members.append(Member(p.nf4, table, first, bias_O))
         self.columns = -(-group.rank // _STEP) * _STEP
+        self._flag = torch.zeros(1, dtype=torch.int32, device=self.members[0].weight.codes.device)
         self.refresh()
 
     def place(self, rows: int) -> torch.Tensor | None:
@@ -76,15 +77,20 @@ class NF4Product:
             torch.mul(b_Or, scaling, out=place)
 
     def __call__(self, x_MI: torch.Tensor) -> torch.Tensor:
-        low_MR = None
-        if self.group.a_RI is not None:
-            R = self.group.rank
-            if self.columns > R:  # columns beyond R meet zeros of B, and must be numbers
-                low_MR = x_MI.new_zeros(x_MI.shape[0], self.columns)
-                low_rank(x_MI, self.group.a_RI, low_MR[:, :R])
-            else:
-                low_MR = low_rank(x_MI, self.group.a_RI)
-        return nf4_matmul(x_MI, self.members, low_MR, overlap=True)  # x was whole before x A^T began
+        if self.group.a_RI is None:
+            return nf4_matmul(x_MI, self.members)
+        M, R = x_MI.shape[0], self.group.rank
+        # Columns beyond R meet zeros of B, and must be numbers.
+        low_MR = (x_MI.new_zeros if self.columns > R else x_MI.new_empty)(M, self.columns)
+        flag = flag_for(x_MI, self._flag)
+        try:
+            low_rank(x_MI, self.group.a_RI, low_MR[:, :R], flag=flag)
+            # Without a flag x was whole before x A^T let this begin.
+            return nf4_matmul(x_MI, self.members, low_MR, overlap=True, flag=flag)
+        except BaseException:
+            if flag is not None:
+                flag.zero_()  # set by the first, and cleared by nobody, it would tell the next product too early
+            raise
 
 
 class Tables:
