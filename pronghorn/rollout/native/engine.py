@@ -241,7 +241,8 @@ class NativeEngine:
 
     def _run(self, sequences: list[Sequence], progress: Progress | None, cache: KVCache) -> None:
         blocks = BlockManager(cache.num_blocks, self.block_size)
-        together = max(1, self.max_num_seqs // 8)
+        # A GPU decodes while the host launches a prefill: rows that idle until then are what few admissions cost.
+        together = max(1, self.max_num_seqs // (32 if cache.shape.device.type == "cuda" else 8))
         scheduler = Scheduler(blocks, self.max_num_seqs, self.max_prefill_tokens, together)
         self.scheduler = scheduler
         runner = Runner(self._snapshot or LivePolicy(self.model), cache, self._buffers)
