@@ -8,7 +8,7 @@ The same prompts (64 to 256 random tokens) and the same length of each completio
 is made to reach it: 4,096 completions. ``--impl vllm`` and ``--impl hf-cb`` (transformers' continuous batching: paged
 cache, CUDA graphs, prefix sharing, one manager kept for all runs) print a ``RESULT`` line, in bf16 as they are fastest;
 ours reads them by ``--peer``. Case ``throughput/mixed/512x8``: ``tokens_per_s`` of generated tokens, ``s``, ``load_s``,
-and ``lora_rank`` and ``bits`` of the base, as what is compared differs in them.
+``lora_rank`` and ``bits`` of the base, as what is compared differs in them, and ``most_rows`` at once.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     if tokens[0] != expected:
         raise SystemExit(f"--impl {args.impl} generated {tokens[0]} tokens of {expected}: the numbers do not compare")
     nf4 = args.impl == "pronghorn" and args.base == "nf4-lora"
-    own = {"lora_rank": 32 if nf4 else 0, "bits": 4 if nf4 else 16}
+    own = {"lora_rank": 32 if nf4 else 0, "bits": 4 if nf4 else 16, "most_rows": args.rows}
     return {"impl": args.impl, "tokens_per_s": expected / seconds, "s": seconds, "load_s": load_s, **own}
 
 
