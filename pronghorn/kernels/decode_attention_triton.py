@@ -33,7 +33,7 @@ class Config(NamedTuple):
 
 def launch_config(E: int) -> Config:
     """Tiles of 64 tokens, two on their way (the index that finds them comes two stages earlier), so that several
-    programs share a multiprocessor: 256 rows of 304 tokens take 90 microseconds, and 96 with four warps and three tiles.
+    programs share a multiprocessor: 256 rows of 304 tokens take 90 microseconds, 96 with four warps and three tiles.
     """
     return Config(2, 4) if E <= 128 else Config(4, 3)
 
