@@ -152,6 +152,23 @@ def test_rows_of_a_larger_product_are_read_where_they_are(path: str) -> None:
     assert _error(paged.attend(q, 0.25), paged.truth(q, 0.25)) <= TOLERANCE[torch.float16]
 
 
+def test_writes_where_it_is_told(path: str) -> None:
+    """Into the columns of a table: rows of one segment and of several, and one without a token."""
+    paged = Paged([3, 67, 1], 2, 16, 4, torch.float32)
+    q = torch.randn(3, 4, 16, device=DEVICE)
+    lengths = paged.lengths.clone()
+    lengths[2] = 0
+    table = torch.full((3, 4 * 16 + 5), 7.0, device=DEVICE)
+    out = table[:, 2 : 2 + 4 * 16].unflatten(1, (4, 16))
+    wanted = decode_attention(q, *paged.caches, paged.table, lengths, 0.25)
+    got = decode_attention(q, *paged.caches, paged.table, lengths, 0.25, out_BHE=out)
+    assert got.data_ptr() == out.data_ptr() and torch.equal(out, wanted) and not wanted[2].any()
+    assert (table[:, :2] == 7).all() and (table[:, 2 + 4 * 16 :] == 7).all()
+    for wrong in (out[:2], out.transpose(1, 2), out.half()):
+        with pytest.raises(ValueError, match="out is"):
+            decode_attention(q, *paged.caches, paged.table, lengths, 0.25, out_BHE=wrong)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("K", "E", "page"), [(1, 8, 1), (3, 80, 5), (2, 64, 16), (9, 128, 4)])
 def test_write_stores_its_rows_and_nothing_else(path: str, K: int, E: int, page: int, dtype: torch.dtype) -> None:

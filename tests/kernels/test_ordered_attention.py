@@ -194,3 +194,16 @@ def test_who_is_refused() -> None:
     assert "softcap=30" in (refusal(hopper, bf16, 128, softcap=30.0) or "")
     assert "float32" in (refusal(hopper, torch.float32, 128) or "")
     assert "head_dim=36" in (refusal(hopper, bf16, 36) or "")
+
+
+def test_writes_where_it_is_told(path: str) -> None:
+    q, k, v = inputs(9, 4, 2, 16, torch.float32)
+    rows = OrderedRows.packed([4, 5], DEVICE)
+    wanted, lse = ordered_attention_forward(q, k, v, rows, 0.25)
+    table = torch.full((9, 70), 7.0, device=DEVICE)
+    out = table[:, 3:67].unflatten(1, (4, 16))
+    got, same = ordered_attention_forward(q, k, v, rows, 0.25, out)
+    assert got.data_ptr() == out.data_ptr() and torch.equal(out, wanted) and torch.equal(same, lse)
+    assert (table[:, :3] == 7).all() and (table[:, 67:] == 7).all()
+    with pytest.raises(ValueError, match="out is"):
+        ordered_attention_forward(q, k, v, rows, 0.25, out[:8])

@@ -63,6 +63,23 @@ def test_equals_the_two_operations(
         assert torch.equal(cache, same)
 
 
+def test_slots_in_place_of_a_table(path: str) -> None:
+    """Several tokens of one row, as a prefill has them: each names its slot, and a padding row none that is read."""
+    packed, cos, sin, caches, table, positions = _case(6, 4, 2, 64, 64, 4, torch.float16, torch.float32)
+    expected, wanted = [cache.clone() for cache in caches], packed.clone()
+    rope_and_write_kv(*wanted.split((4, 2, 2), dim=1), cos, sin, *expected, table, positions)
+    blocks = table.gather(1, (positions.clamp(min=0) // 4).long().unsqueeze(1)).squeeze(1)
+    slots = torch.where(positions < 0, 1 << 30, blocks * 4 + positions % 4).to(torch.int32)
+    rope_and_write_kv(*packed.split((4, 2, 2), dim=1), cos, sin, *caches, slots, positions)
+    assert torch.equal(packed, wanted)
+    assert all(torch.equal(cache, same) for cache, same in zip(caches, expected))
+    q, k, v = packed.split((4, 2, 2), dim=1)
+    with pytest.raises(ValueError, match="slots"):
+        rope_and_write_kv(q, k, v, cos, sin, *caches, slots[:-1], positions)
+    with pytest.raises(ValueError, match="slots"):
+        rope_and_write_kv(q, k, v, cos, sin, *caches, slots.long(), positions)
+
+
 def test_positions_beyond_a_table(path: str) -> None:
     """Blocks for 12 tokens and angles for 40: position 12 has no block; with a page of 16, position 40 has no angle."""
     for page, position in ((4, 12), (16, 40)):

@@ -1,0 +1,125 @@
+"""A prefill by the walk of kernels: the hidden states of the policy, for the tokens that are asked for."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from pronghorn import FastLanguageModel
+from pronghorn.config.sampling import SamplingParams
+from pronghorn.models.modes import inference
+from pronghorn.models.packed_layer import prepared, prepared_layers
+from pronghorn.models.tree import unwrap
+from pronghorn.rollout.native import dense, products
+from pronghorn.rollout.native.attention import PrefillAttention
+from pronghorn.rollout.native.decode_walk import DecodeWalk, PrefillWalk
+from pronghorn.rollout.native.dense import DenseProduct, TrainerProduct
+from pronghorn.rollout.native.kv_cache import KVCache, KVShape
+from pronghorn.rollout.native.products import HeldProduct, Tables, align_of
+from pronghorn.rollout.native.request import Prompt, Sequence
+from pronghorn.rollout.native.runner import LivePolicy
+from pronghorn.rollout.native.scheduler import Chunk
+from tests.grpo.support import fill_lora
+from tests.helpers import tiny_llama
+
+SIZE = 4
+
+
+@pytest.fixture(scope="module", params=["16 bits", "4 bits, held", "4 bits"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model under LoRA, and its walk."""
+    in_4bit = request.param != "16 bits"
+    folder = str(tiny_llama(tmp_path_factory.mktemp("llama")))
+    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=128, load_in_4bit=in_4bit, dtype=torch.float32)
+    model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16)
+    fill_lora(model)
+    with inference(model), prepared(model):
+        found = prepared_layers(model)
+        assert found is not None
+        dtype = unwrap(model).model.embed_tokens.weight.dtype
+        decode = DecodeWalk(model, found, 256, 128, hold=request.param.endswith("held"))
+        walk = PrefillWalk(model, found, dtype, decode)
+        assert (walk.layers[0].qkv.held is not None) == request.param.endswith("held")
+        yield model, walk
+
+
+def test_is_the_policys_walk(made: Any) -> None:
+    model, walk = made
+    lengths = (7, 1, 12)
+    tables = [list(range(4 * i, 4 * i + 4)) for i in range(3)]
+    owners = [
+        Sequence(i, i, 0, Prompt([0] * n), SamplingParams(), 1, table=table)
+        for i, (n, table) in enumerate(zip(lengths, tables))
+    ]
+    chunks = [[Chunk(owners[0], 0, 7), Chunk(owners[1], 0, 1), Chunk(owners[2], 0, 5)], [Chunk(owners[2], 5, 12)]]
+    generator = torch.Generator().manual_seed(0)
+    tokens = {id(o): torch.randint(5, 90, (n,), generator=generator) for o, n in zip(owners, lengths)}
+    caches = [KVCache(KVShape.of(unwrap(model)), 12, SIZE) for _ in range(2)]
+    for step, asked in itertools.product(chunks, ([0], [2, 0], [])):
+        ids = torch.cat([tokens[id(c.sequence)][c.start : c.stop] for c in step])
+        positions = torch.cat([torch.arange(c.start, c.stop) for c in step])
+        with torch.no_grad():
+            wanted = LivePolicy(model).hidden_states(ids, positions, PrefillAttention(caches[0], step))
+        got = walk(ids, PrefillAttention(caches[1], step), torch.tensor(asked, dtype=torch.int64))
+        assert got.shape == (len(asked), wanted.shape[1])
+        torch.testing.assert_close(got, wanted[torch.tensor(asked, dtype=torch.int64)], rtol=1e-5, atol=1e-5)
+        for own, other in zip((*caches[1].keys, *caches[1].values), (*caches[0].keys, *caches[0].values)):
+            torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+
+
+def test_an_input_is_written_where_it_is_multiplied(made: Any) -> None:
+    """And one that lies elsewhere, or of another size than was announced, is copied there."""
+    _, walk = made
+    product = walk.layers[0].o
+    x = torch.randn(5, product.group.members[0].base.in_features)
+    wanted = product(x)
+    place = product.place(5)
+    assert place is not None
+    torch.testing.assert_close(product(place.copy_(x)), wanted, rtol=0, atol=0)
+    product.place(9)
+    torch.testing.assert_close(product(x), wanted, rtol=0, atol=0)
+    place = product.place(5)
+    place.fill_(float("nan"))
+    torch.testing.assert_close(product(x), wanted, rtol=0, atol=0)
+
+
+def test_many_rows_of_a_16_bit_base_are_padded_only_where_bits_would_differ(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, walk = made
+    group = walk.layers[0].qkv.group
+    if group.members[0].nf4 is not None:
+        pytest.skip("a 4-bit base")
+    pads, call = [], TrainerProduct.__call__
+
+    def watched(self: TrainerProduct, x: torch.Tensor, pad: bool = True) -> torch.Tensor:
+        pads.append(pad)
+        return call(self, x, pad)
+
+    product = DenseProduct(group, torch.float32)
+    monkeypatch.setattr(TrainerProduct, "__call__", watched)
+    for agrees, rows in itertools.product((True, False), (65, 383, 384)):
+        monkeypatch.setattr(dense, "agrees", lambda *of, agrees=agrees: agrees)
+        product(torch.randn(rows, group.members[0].base.in_features))
+        assert pads.pop() == (rows < 384 and not agrees) and not pads
+
+
+def test_rows_of_long_sums_end_with_a_whole_step_of_zeros(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, adapters and inputs alike: what stands beyond the last column changes no sum."""
+    _, walk = made
+    group = walk.layers[0].down.group
+    if group.members[0].nf4 is None:
+        pytest.skip("a 16-bit base is read as it lies")
+    I = group.members[0].base.in_features  # noqa: E741 - a shape letter
+    monkeypatch.setattr(products, "_LONG_SUM", I)
+    assert align_of(I) == 128 and align_of(I - 1) == 64
+    product = HeldProduct(group, torch.float32, Tables(), 4)
+    x = torch.randn(3, I)
+    y = product(x)
+    weight, inputs = product.member.weight_OI, products.whole_rows(product.table_TK[:3])
+    assert weight.shape[1] == inputs.shape[1] and weight.shape[1] % 128 == 0
+    assert not weight[:, I + group.rank :].any() and not inputs[:, I + group.rank :].any()
+    torch.testing.assert_close(inputs @ weight.T, y, rtol=1e-5, atol=1e-5)
