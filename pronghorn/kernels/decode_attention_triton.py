@@ -31,11 +31,18 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def launch_config(E: int) -> Config:
-    """Tiles of 64 tokens, two on their way (the index that finds them comes two stages earlier), so that several
-    programs share a multiprocessor: 256 rows of 304 tokens take 90 microseconds, 96 with four warps and three tiles.
+MANY_ROWS = 32
+"""Rows from which on programs are many enough to share multiprocessors."""
+
+
+def launch_config(E: int, rows: int) -> Config:
+    """Tiles of 64 tokens, less of them at once where heads are wide. Of few rows each program has three on its way (the
+    index that finds them comes two stages earlier); of many two, in two warps, so that several programs share a
+    multiprocessor: 256 rows of 304 tokens take 90 microseconds so, and 96 the other way.
     """
-    return Config(2, 4) if E <= 128 else Config(4, 3)
+    if E > 128:
+        return Config(4, 3)
+    return Config(4, 5) if rows < MANY_ROWS else Config(2, 4)
 
 
 def _padded(E: int) -> int:
@@ -173,7 +180,7 @@ def decode_attention(
     o_BHE = torch.empty((B, H, E), dtype=q_BHE.dtype, device=q_BHE.device) if out_BHE is None else out_BHE
     if not o_BHE.numel():
         return o_BHE
-    num_warps, num_stages = config or launch_config(E)
+    num_warps, num_stages = config or launch_config(E, B)
     segments = segments_of(N * page)
     count = B * segments * H if segments > 1 else 0  # where a row is one segment, nothing is left to merge
     if workspace is None:
