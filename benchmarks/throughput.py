@@ -42,7 +42,9 @@ def pronghorn(args: argparse.Namespace) -> Callable[[list[list[int]], list[list[
     from pronghorn.rollout import base as rollout
 
     model, tokenizer = load(args.model, args.base)
-    engine = rollout.create("native", model, tokenizer, max_seq_length=LONGEST + 256, max_num_seqs=args.rows)
+    engine = rollout.create(
+        "native", model, tokenizer, max_seq_length=LONGEST + 256, max_num_seqs=args.rows, gpu_memory_utilization=0.85
+    )  # fmt: skip
 
     def run(ids: list[list[int]], lengths: list[list[int]]) -> int:
         params = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True) for row in lengths for n in row]

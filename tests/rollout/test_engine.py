@@ -214,6 +214,21 @@ def test_a_cache_too_small_for_one_request(loaded, monkeypatch):
         base.create("native", model, tokenizer).generate([PROMPT], SamplingParams())
 
 
+@pytest.mark.parametrize(
+    ("budget", "others", "blocks"),
+    [(100, 0, 40), (40, 0, 40), (39, 0, 39), (100, 60, 40), (100, 61, 39), (60, 40, 20), (60, 41, 40), (35, 16, 35)],
+)
+def test_a_cache_leaves_room_for_weights_while_half_of_it_fits_beside_them(monkeypatch, budget, others, blocks):
+    """40 blocks are needed, 9 at least; all sizes in blocks."""
+    from pronghorn.rollout.native import kv_cache
+
+    shape = kv_cache.KVShape(2, 1, 8, torch.float32, torch.device("cpu"))
+    block = 4 * shape.token_bytes
+    monkeypatch.setattr(kv_cache, "memory_budget", lambda *_: budget * block)
+    assert kv_cache.capacity(shape, 4, 40, 9, 0.6, others * block) == blocks
+    assert kv_cache.capacity(shape, 4, 4, budget, 0.6, others * block) == 4, "what the run needs, at most"
+
+
 def test_unknown_engines_and_options(loaded):
     model, tokenizer = loaded
     with pytest.raises(ConfigError, match="did you mean 'native'"):

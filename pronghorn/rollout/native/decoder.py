@@ -321,7 +321,8 @@ class Decoder:
 
 def held_bytes_of(found: list[tuple[Parts, Groups]], dtype: torch.dtype) -> int:
     """What the 4-bit weights of these layers take in ``dtype``, adapters beside them."""
-    sizes = [(group, group.members[0].base.in_features) for _, groups in found for group in groups]
+    made = [group for _, groups in found for group in groups if all(p.nf4 is not None for p in group.members)]
+    sizes = [(group, group.members[0].base.in_features) for group in made]
     elements = (
         (group.outputs + group.rank) * row_columns(inputs + group.rank, align_of(inputs)) for group, inputs in sizes
     )

@@ -23,8 +23,8 @@ from ..base import KeptPolicy, Progress, RequestOutput, eos_ids
 from ..warmup import compile_ahead
 from .ahead import run_ahead
 from .blocks import BlockManager
-from .decode_walk import why_no_walk
-from .decoder import MOST_ROWS, Decoder, sizes_of
+from .decode_walk import few_rows, why_no_walk
+from .decoder import MOST_ROWS, Decoder, held_bytes_of, sizes_of
 from .dry_run import rollout_steps
 from .ending import Ending
 from .exact import check_exact
@@ -38,6 +38,9 @@ from .runner import LivePolicy, Runner
 from .scheduler import Scheduler
 from .snapshot import Snapshot
 from .stepwise import run_stepwise
+
+
+_ROUNDED_UP = 1 << 28  # bytes that the memory of a cache's tensors may be larger than they are, and more
 
 
 class NativeEngine:
@@ -305,9 +308,17 @@ class NativeEngine:
         self._blocks_asked = needed
         release_held(layers(self.model))  # training's; generation reads the 4-bit ones
         if self.num_kv_blocks is None:
-            needed = capacity(shape, self.block_size, needed, at_least, self.utilization)
+            others = self._kept_weights(min(self.max_num_seqs, len(sequences)), shape)
+            needed = capacity(shape, self.block_size, needed, at_least, self.utilization, others)
         self.cache = KVCache(shape, needed, self.block_size)
         return self.cache
+
+    def _kept_weights(self, rows: int, shape: KVShape) -> int:
+        """Bytes of the 4-bit weights in 16 bits, where a decoder of so many rows wants to keep them so."""
+        found = prepared_layers(self.model) if shape.device.type == "cuda" and self._snapshot is None else None
+        if found is None or rows <= few_rows(hold=True):
+            return 0
+        return held_bytes_of(found, shape.dtype) + _ROUNDED_UP
 
     def release(self) -> None:
         """Give the KV cache's memory back to the device; the next call makes it again."""

@@ -95,13 +95,19 @@ class KVCache:
             tensor.index_copy_(0, target, tensor.index_select(0, source))
 
 
-def capacity(shape: KVShape, block_size: int, needed: int, at_least: int, utilization: float) -> int:
+def capacity(shape: KVShape, block_size: int, needed: int, at_least: int, utilization: float, others: int = 0) -> int:
     """How many blocks to make: ``needed`` for the run, but no more than the memory budget holds.
+
+    ``others`` are bytes to leave for weights in 16 bits, as long as half of ``needed`` fits beside them: many rows
+    decode faster by weights that need not be made for each step than with nobody ever preempted.
 
     Raises:
         ConfigError: the budget does not hold ``at_least`` blocks, the largest single request.
     """
-    fits = max(memory_budget(shape.device, utilization), 0) // (shape.token_bytes * block_size)
+    budget, block = max(memory_budget(shape.device, utilization), 0), shape.token_bytes * block_size
+    fits, beside = budget // block, max(budget - others, 0) // block
+    if beside >= max(at_least, needed // 2):
+        fits = beside
     if fits < at_least:
         raise ConfigError(
             f"gpu_memory_utilization={utilization} leaves room for a KV cache of {fits * block_size} tokens on "
