@@ -39,7 +39,6 @@ from .scheduler import Scheduler
 from .snapshot import Snapshot
 from .stepwise import run_stepwise
 
-
 _ROUNDED_UP = 1 << 28  # bytes that the memory of a cache's tensors may be larger than they are, and more
 
 
