@@ -5,8 +5,8 @@ order, 16 at a time, in one float32 accumulator; the runs' sums are added one af
 is rounded once. A matrix library splits such a narrow product differently for each number of rows, so a sampler's 6
 rows and a trainer's thousands would differ in their last bits.
 
-Few rows: every run is a program of its own, and the last to finish adds the sums up. Many rows: one program takes all
-runs of its rows. The bits are the same.
+Few rows, or few ranks of up to 4,096 rows: every run is a program of its own, and the last to finish adds the sums up.
+Else one program takes all runs of its rows. The bits are the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pronghorn.kernels.reference.low_rank import SPLITS, run_length
 __all__ = ["FEW_ROWS", "SPLITS", "flag_for", "low_rank", "run_length"]
 
 FEW_ROWS = 256
-"""Up to so many rows, runs are programs of their own: their sums are written, and read again."""
+"""Up to so many rows, whatever the ranks, runs are programs of their own: their sums are written, and read again. Only
+then can a flag be set."""
 
 
 def _path(tensor: torch.Tensor) -> ModuleType:

@@ -201,7 +201,8 @@ __device__ __forceinline__ void read_x(u32 (*x)[SIXTEENS][4], u32 from) {
 // And room for the kernel before, 4 warps of at most 48 registers: on the multiprocessors where its blocks are, a block
 // of this one would otherwise begin only when they have ended. A quarter of 65536 is each fourth warp's. (With more rows
 // there is no room in shared memory.)
-#define BOUNDS __maxnreg__((16384 - 48 * 32) / ((WARPS + 3) / 4 * 32) / 8 * 8)
+#define MOST ((16384 - 48 * 32) / ((WARPS + 3) / 4 * 32) / 8 * 8)
+#define BOUNDS __maxnreg__(MOST < 248 ? MOST : 248)
 #else
 #define BOUNDS __launch_bounds__(WARPS * 32, 1)
 #endif

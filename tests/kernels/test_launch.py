@@ -192,5 +192,10 @@ def test_every_kernel_of_a_chain_waits_before_all_else() -> None:
         body = function.body[0 if ast.get_docstring(function) is None else 1 :]
         if function.name == "_few_rows":
             assert ast.unparse(body.pop(0)) == "if EARLY and FLAG:\n    gdc_launch_dependents()"
+            # Once: a program that set it again, when blocks of the reader have counted in it, would start the next.
+            sets = [node for node in body if "flag_ptr" in ast.unparse(node)]
+            (node,) = sets
+            assert isinstance(node, ast.If) and ast.unparse(node.test) == "FLAG"
+            assert ast.unparse(node.body[0]) == "if split + tile == 0:\n    tl.atomic_xchg(flag_ptr, 1, sem='release')"
         first = body[0]
         assert ast.unparse(first).startswith("if CHAIN:\n    gdc_wait()"), kernel

@@ -94,7 +94,7 @@ def test_a_cache_that_memory_cut_short_stays(monkeypatch: pytest.MonkeyPatch) ->
     """Making it anew for each generation would capture every graph anew."""
     model = pronghorn_model()
     engine = base.create("native", model, model.get_base_model().pronghorn_state.tokenizer)
-    monkeypatch.setattr(engine_module, "capacity", lambda shape, size, needed, at_least, share: min(needed, at_least))
+    monkeypatch.setattr(engine_module, "capacity", lambda shape, size, needed, at_least, *_: min(needed, at_least))
     small, large = SamplingParams(n=4, max_tokens=40, seed=3), SamplingParams(n=4, max_tokens=100, seed=3)
     expected = engine.ready([[0, 5]], small, 1.0)()[0].outputs
     cache = engine.cache

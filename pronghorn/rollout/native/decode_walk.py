@@ -158,7 +158,8 @@ class PrefillWalk(_Walk):
 
 
 def _held(product: Product) -> HeldWeights | None:
-    return product.held if isinstance(product, HeldProduct) else None
+    """What a prefill can read too. Adapters of other ranks the trainer adds to the rounded product of the base."""
+    return product.held if isinstance(product, HeldProduct) and product.group.rank % 8 == 0 else None
 
 
 def why_no_walk(model: nn.Module) -> str:

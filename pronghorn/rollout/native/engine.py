@@ -283,8 +283,9 @@ class NativeEngine:
             return None
         sizes = sizes_of(sequences, self.max_num_seqs)
         if self._decoder is None or not self._decoder.serves(found, cache, sizes):
-            self._decoder = None  # its memory first
             device = cache.shape.device
+            _finish_queued(device)  # a burst for rows that have all ended may still run on its graphs
+            self._decoder = None  # its memory first
             spare = memory_budget(device, self.utilization)
             if self._snapshot is not None:  # it stays while the policy trains
                 spare = min(spare, int(self._keep_share * total_memory(device)) - cache.bytes)
@@ -324,6 +325,8 @@ class NativeEngine:
         with self._turn:
             self._turns += 1
             self._buffers = Buffers()
+            if self.cache is not None:
+                _finish_queued(self.cache.shape.device)  # as above
             self._decoder = None  # its graphs hold the cache's addresses
             if self.cache is None:
                 return

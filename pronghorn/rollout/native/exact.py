@@ -24,7 +24,7 @@ from ...models.forward import head
 from ...models.parts import Groups, Parts
 from .decode_walk import few_rows, why_no_walk
 from .decoder import BUCKETS
-from .products import Tables, product_of
+from .products import Tables, align_of, product_of
 
 TRAINED = (384, 512, 1024, 2048, 4096)
 """Rows of the trainer's products that are tried; it multiplies fewer as 384."""
@@ -122,6 +122,8 @@ def check_group(name: str, group: Group, dtype: torch.dtype, decoded: Sequence[i
     ways = {"as they are": trained(None)}
     if all(p.nf4 is not None for p in group.members):
         ways["kept in 16 bits"] = trained(HeldWeights(group, dtype))
+        if group.rank % 8 == 0:
+            ways["kept in 16 bits for rollouts"] = trained(HeldWeights(group, dtype, align_of(base.in_features)))
     for hold in (False, True):
         for rows in decoded:
             product = product_of(group, dtype, rows, few_rows(hold), Tables() if hold else None)

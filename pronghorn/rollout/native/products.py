@@ -88,7 +88,8 @@ class NF4Product:
             # Without a flag x was whole before x A^T let this begin.
             return nf4_matmul(x_MI, self.members, low_MR, overlap=True, flag=flag)
         except BaseException:
-            if flag is not None:
+            captured = flag is not None and flag.is_cuda and torch.cuda.is_current_stream_capturing()
+            if flag is not None and not captured:  # where it is captured, nothing ran
                 flag.zero_()  # set by the first, and cleared by nobody, it would tell the next product too early
             raise
 
