@@ -10,6 +10,9 @@ import torch
 MEMBERS = 3
 """Projections of one group at most."""
 
+HOPPER_PROCESSORS = 132
+"""Multiprocessors of an H100 or H200."""
+
 _ALIGNED = 8  # elements of 16 bits in 16 bytes
 
 

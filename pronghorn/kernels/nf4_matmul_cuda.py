@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from pronghorn.kernels.cuda_source import CudaKernel, pointer
+from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.launch import current_recording
 from pronghorn.kernels.nf4_code import dynamic_code, nf4_code
 from pronghorn.kernels.reference.nf4_matmul import Member
@@ -38,7 +39,6 @@ SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 """KiB of shared memory that a block can have, by compute capability; 99 on the others from 8.0 on."""
 
 HOPPER_SHARED = SHARED[9, 0] * 1024
-HOPPER_PROCESSORS = 132
 _TABLE = 65536 + 1024  # bytes: the levels of each byte of codes, and those of the scales' codes
 _COUNTERS = 128
 _MOST_GROUPS = 14

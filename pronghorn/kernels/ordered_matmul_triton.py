@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.launch import Launcher
 from pronghorn.kernels.reference.ordered_matmul import DenseMember
 
@@ -26,9 +27,6 @@ class Tile(NamedTuple):
     inputs: int
     num_warps: int
     num_stages: int
-
-
-_MULTIPROCESSORS = 132  # of a Hopper GPU
 
 
 def tile_for(M: int, outputs: int, capability: tuple[int, int] = (9, 0)) -> Tile:
@@ -49,7 +47,7 @@ def tile_for(M: int, outputs: int, capability: tuple[int, int] = (9, 0)) -> Tile
     many = outputs >= 16384 or (M > 16 and capability[0] == 9)
     block_o, block_k = (64, 128) if many else (32, 256 if block_t <= 16 else 128)
     wider = many and block_t >= 16 and capability[0] == 9
-    alone = wider and outputs <= block_o * _MULTIPROCESSORS
+    alone = wider and outputs <= block_o * HOPPER_PROCESSORS
     stages = (208 if alone else 104 if capability[0] == 9 else 72) * 1024 // ((block_o + block_t) * block_k * 2)
     return Tile(block_o, block_t, block_k, 4, stages if wider else stages + 1)
 

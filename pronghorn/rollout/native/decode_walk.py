@@ -8,7 +8,7 @@ that decoding keeps, where it does; the last layer's is done for the rows alone 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -38,23 +38,6 @@ class _Layer(NamedTuple):
     down: Product
 
 
-class WalkAttention(Protocol):
-    """Attention that rotates q and k in place, stores keys and values, and writes where it is told."""
-
-    def rotate_and_attend(
-        self,
-        layer_idx: int,
-        q_THE: torch.Tensor,
-        k_TKE: torch.Tensor,
-        v_TKE: torch.Tensor,
-        cos_PE: torch.Tensor,
-        sin_PE: torch.Tensor,
-        scale: float,
-        out_THE: torch.Tensor | None = None,
-        /,
-    ) -> torch.Tensor: ...
-
-
 class _Walk:
     """The layers of a prepared model. It holds no weights: products read the modules' own, and the adapters as
     ``prepared`` rounds them, in place.
@@ -72,7 +55,7 @@ class _Walk:
                 product.refresh()
 
     def _walk(
-        self, tokens_T: torch.Tensor, attention: WalkAttention, asked_L: torch.Tensor | None = None
+        self, tokens_T: torch.Tensor, attention: PagedDecode | PrefillAttention, asked_L: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Hidden states after the last norm, ``[T, D]``; of the tokens ``asked_L`` alone, where that is given."""
         stack, T = self.base.model, tokens_T.shape[0]

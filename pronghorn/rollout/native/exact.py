@@ -19,7 +19,7 @@ from ...kernels.head import chunk_rows, head_logits
 from ...kernels.ordered_attention import refusal
 from ...lora.fused import Input, project
 from ...lora.held import HeldWeights
-from ...lora.projection import Group
+from ...lora.projection import ROW_ALIGN, Group
 from ...models.forward import head
 from ...models.parts import Groups, Parts
 from .decode_walk import few_rows, why_no_walk
@@ -122,8 +122,9 @@ def check_group(name: str, group: Group, dtype: torch.dtype, decoded: Sequence[i
     ways = {"as they are": trained(None)}
     if all(p.nf4 is not None for p in group.members):
         ways["kept in 16 bits"] = trained(HeldWeights(group, dtype))
-        if group.rank % 8 == 0:
-            ways["kept in 16 bits for rollouts"] = trained(HeldWeights(group, dtype, align_of(base.in_features)))
+        align = align_of(base.in_features)
+        if align != ROW_ALIGN and group.rank % 8 == 0:  # else they lie as the trainer's
+            ways["kept in 16 bits for rollouts"] = trained(HeldWeights(group, dtype, align))
     for hold in (False, True):
         for rows in decoded:
             product = product_of(group, dtype, rows, few_rows(hold), Tables() if hold else None)

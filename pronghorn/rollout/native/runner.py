@@ -72,13 +72,11 @@ class Runner:
         those sequences. By ``walk`` in place of the policy, where a decoder has one.
         """
         ids: list[int] = []
-        positions: list[int] = []
         sequences: list[Sequence] = []
         last: list[int] = []
         copies: list[int] = []  # for each drawing sequence, its row of ``last``
         for chunk in step.prefill:
             ids += chunk.sequence.tokens(chunk.start, chunk.stop)
-            positions += range(chunk.start, chunk.stop)
             if chunk.draws:
                 copies += [len(last)] * (1 + len(chunk.followers))
                 last.append(len(ids) - 1)
@@ -86,7 +84,7 @@ class Runner:
         attention = PrefillAttention(self.cache, step.prefill)
         if walk is not None:
             return walk(self.ids(ids), attention, self.ids(last)), copies, sequences
-        hidden_TD = self.policy.hidden_states(self.ids(ids), self.ids(positions), attention)
+        hidden_TD = self.policy.hidden_states(self.ids(ids), attention.positions_T.long(), attention)
         return hidden_TD.index_select(0, self.ids(last)), copies, sequences
 
     def _prefill(self, step: Step) -> tuple[torch.Tensor, list[Sequence]]:
