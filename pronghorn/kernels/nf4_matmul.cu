@@ -66,6 +66,11 @@ __device__ __forceinline__ uint2 codes8(const u8* from) {  // read once: not to 
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(from));
     return r;
 }
+__device__ __forceinline__ u32 low_pair(const u16* from) {  // through L1: the warps of a block read the same at once
+    u32 r;
+    asm volatile("ld.global.ca.u32 %0, [%1];" : "=r"(r) : "l"(from) : "memory");
+    return r;
+}
 __device__ __forceinline__ float of_quad(float value, u32 lane) {  // lane's value, of these four threads
     float r;
     asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1c1f, 0xffffffff;" : "=f"(r) : "f"(value), "r"(lane));
@@ -258,6 +263,11 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     u8* const scales = shared + TABLE + LEVELS;           // [OUTPUTS, blocks]
     const int scale_row = blocks * (NESTED ? 1 : 4);      // bytes, a multiple of 4
     u8* const rest = scales + (OUTPUTS * scale_row + 127) / 128 * 128;
+    // All scales of the block's outputs at once (a 32nd of its codes), on their way while the rest of the start is made.
+    const int scale_bytes = min(OUTPUTS, own.outputs - first_output) * scale_row;
+    for (int i = threadIdx.x * 16; i < scale_bytes; i += WARPS * 512)
+        copy16(shared_address(scales) + i, (const u8*)own.scales + (u64)first_output * scale_row + i);
+    COPIES_END;
     const int panels = (K + PANEL - 1) / PANEL;
     const u32 x_stages = shared_address(rest) + COUNTERS;
     // Each warp copies a part of a panel, and not what x has not: rows that are not there are columns of nothing that is
@@ -316,10 +326,6 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
 #if !FLAG
     begin_x();
 #endif
-    // All scales of the block's outputs at once (a 32nd of its codes), and the table.
-    const int scale_words = min(OUTPUTS, own.outputs - first_output) * scale_row / 4;
-    const u32* const own_scales = (const u32*)((const u8*)own.scales + (u64)first_output * scale_row);
-    for (int i = threadIdx.x; i < scale_words; i += WARPS * 32) ((u32*)scales)[i] = __ldg(own_scales + i);
     if (NESTED)
         for (int i = threadIdx.x; i < 256; i += WARPS * 32) levels[i] = __ldg(own.levels + i);
     for (int i = threadIdx.x; i < 256 * 8; i += WARPS * 32) {  // whole warps, each with one first level
@@ -330,6 +336,7 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     const bool waits = threadIdx.x == WARPS * 32 - 1;  // of a warp whose turn comes late
     if (waits)
         while (!flag_read(args.flag)) {}
+    COPIES_WAIT(0);  // scales
     __syncthreads();
     begin_x();
     if (waits && flag_count(args.flag, gridDim.x * gridDim.y)) NEXT_MAY_BEGIN;
@@ -374,6 +381,7 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     const int x_place = ROWS == 8 ? lane % 8 * X_ROW + lane / 8 * 16 : lane % 16 * X_ROW + lane / 16 * 16;
 #if RING > 1
 #if !FLAG
+    COPIES_WAIT(0);  // scales; copies of x are in no group
     __syncthreads();
 #endif
     // A chunk's operands are made by one warp while others make theirs; only the products wait for their turn, with the
@@ -487,7 +495,7 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
                     const int row = n * 16 + h * 8 + g;
                     if (r * 16 < own.rank && row < rows) {
                         const u16* const of_row = args.low + (u64)(first_row + row) * args.low_stride + own.at + r * 16 + t * 2;
-                        low[n][h] = __ldcg((const u32*)of_row), low[n][2 + h] = __ldcg((const u32*)(of_row + 8));
+                        low[n][h] = low_pair(of_row), low[n][2 + h] = low_pair(of_row + 8);
                     }
                 }
             step(c, up[r], low);

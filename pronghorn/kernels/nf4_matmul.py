@@ -124,3 +124,7 @@ def _check(x_MI: torch.Tensor, members: Sequence[Member], low_MR: torch.Tensor |
         if reason:
             raise ValueError(f"{reason}; dequantize and multiply instead")
         check_aligned(x_MI)
+        for m in members:
+            codes, scales = m.weight.codes.data_ptr(), m.weight.scales.data_ptr()
+            if codes % 8 or scales % 16:
+                raise ValueError(f"codes lie at {codes} and scales at {scales}; align them to 8 and 16 bytes")

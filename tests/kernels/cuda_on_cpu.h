@@ -118,10 +118,9 @@ inline unsigned shared_address(const void* p) { return (unsigned)((const unsigne
 // Copies happen as late as they may: those of a thread when it waits for them, or when it says that they have come.
 struct Copy { unsigned to; const void* from; };
 thread_local std::vector<std::vector<Copy>> copies(1);  // the last group is open
-void too_early(bool so);
-extern std::atomic<bool> x_there;
-inline void copy16(unsigned to, const void* from) {  // of x
-    too_early(!x_there);
+void too_early_x(const void* from);
+inline void copy16(unsigned to, const void* from) {
+    too_early_x(from);
     copies.back().push_back({to, from});
 }
 inline void copies_end() { copies.emplace_back(); }
@@ -211,6 +210,10 @@ thread_local bool waited;
 inline void too_early(bool so) {
     if (so && before) std::atomic_ref(before->early)++;
 }
+inline void too_early_x(const void* from) {  // where it is x
+    const char* const x = before ? (const char*)before->x : nullptr;
+    too_early(before && from >= x && from < x + before->x_bytes && !x_there);
+}
 inline unsigned flag_read(const unsigned* flag) {
     thread_local int looks = 0;
     looked = true;
@@ -235,9 +238,11 @@ inline void before_has_ended() {
     }
     waited = true;
 }
-template <class T> T __ldcg(const T* p) {  // low
+inline unsigned low_pair(const unsigned short* from) {
     too_early(!waited);
-    return *p;
+    unsigned r;
+    std::memcpy(&r, from, 4);
+    return r;
 }
 #define NEXT_MAY_BEGIN next_may_begin()
 #define BEFORE_HAS_ENDED before_has_ended()

@@ -182,7 +182,7 @@ def test_begun_before_x_is_whole_it_waits_for_it(case: str, tmp_path: Path) -> N
 CHANGES = {
     "x is not waited for": ("while (!flag_read(args.flag)) {}", "flag_read(args.flag);"),
     "others do not wait": (
-        "while (!flag_read(args.flag)) {}\n    __syncthreads();",
+        "while (!flag_read(args.flag)) {}\n    COPIES_WAIT(0);  // scales\n    __syncthreads();",
         "while (!flag_read(args.flag)) {}",
     ),
     "x is read at once": ("#if !FLAG\n    begin_x();", "#if FLAG\n    begin_x();"),
