@@ -4,11 +4,13 @@
     python -m benchmarks.throughput --model FOLDER --impl hf-cb > hf.log
     python -m benchmarks.throughput --model FOLDER --peer vllm=vllm.log --peer transformers=hf.log
 
+``--prompts 512,128`` measures 128 prompts as well, for an engine that would take too long with 512.
+
 The same prompts (64 to 256 random tokens) and the same length of each completion (log-uniform) for every engine, which
 is made to reach it: 4,096 completions. ``--impl vllm`` and ``--impl hf-cb`` (transformers' continuous batching: paged
 cache, CUDA graphs, prefix sharing, one manager kept for all runs) print a ``RESULT`` line, in bf16 as they are fastest;
-ours reads them by ``--peer``. Case ``throughput/mixed/512x8``: ``tokens_per_s`` of generated tokens, ``s``, ``load_s``,
-``lora_rank`` and ``bits`` of the base, as what is compared differs in them, and ``most_rows`` at once.
+ours reads them by ``--peer``. Case ``throughput/mixed/<prompts>x8``: ``tokens_per_s`` of generated tokens, ``s``,
+``load_s``, ``lora_rank`` and ``bits`` of the base, as what is compared differs in them, and ``most_rows`` at once.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.decode import load, timed
-from benchmarks.results import arguments, distributions, peer_results, start
+from benchmarks.results import Results, arguments, distributions, peer_results, start
 
 SHORTEST, LONGEST = 16, 2048
 
@@ -108,21 +110,30 @@ def hf_cb(args: argparse.Namespace) -> Callable[[list[list[int]], list[list[int]
 ENGINES = {"pronghorn": pronghorn, "vllm": vllm, "hf-cb": hf_cb}
 
 
-def measured(args: argparse.Namespace) -> dict[str, Any]:
-    """Load, one small run that warms up, and the workload."""
+def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Load, one small run that warms up, and each workload."""
     begun = time.perf_counter()
     run = ENGINES[args.impl](args)
     load_s = time.perf_counter() - begun
-    ids, lengths = workload(args.prompts, args.samples)
-    expected = sum(map(sum, lengths))
-    run(ids[:64], [[min(n, 64) for n in row] for row in lengths[:64]])
-    tokens: list[int] = []
-    seconds = timed(lambda: tokens.append(run(ids, lengths)))
-    if tokens[0] != expected:
-        raise SystemExit(f"--impl {args.impl} generated {tokens[0]} tokens of {expected}: the numbers do not compare")
     nf4 = args.impl == "pronghorn" and args.base == "nf4-lora"
-    own = {"lora_rank": 32 if nf4 else 0, "bits": 4 if nf4 else 16, "most_rows": args.rows}
-    return {"impl": args.impl, "tokens_per_s": expected / seconds, "s": seconds, "load_s": load_s, **own}
+    own = {"lora_rank": 32 if nf4 else 0, "bits": 4 if nf4 else 16, "most_rows": args.rows, "load_s": load_s}
+    for prompts in map(int, args.prompts.split(",")):
+        ids, lengths = workload(prompts, args.samples)
+        expected = sum(map(sum, lengths))
+        run(ids[:64], [[min(n, 64) for n in row] for row in lengths[:64]])
+        tokens: list[int] = []
+        seconds = timed(lambda: tokens.append(run(ids, lengths)))  # noqa: B023 - called at once
+        if tokens[0] != expected:
+            raise SystemExit(
+                f"--impl {args.impl} generated {tokens[0]} tokens of {expected}: the numbers do not compare"
+            )
+        case = f"{prompts}x{args.samples}"
+        yield {"impl": args.impl, "case": case, "tokens_per_s": expected / seconds, "s": seconds, **own}
+
+
+def add(results: Results, name: str, run: dict[str, Any]) -> None:
+    found = {k: v for k, v in run.items() if k not in ("impl", "case")}
+    results.add(f"throughput/mixed/{run['case']}", name, **found)
 
 
 def main() -> None:
@@ -130,21 +141,21 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--impl", default="pronghorn", choices=list(ENGINES))
     parser.add_argument("--base", default="nf4-lora", choices=["nf4-lora", "bf16"], help="ours")
-    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--prompts", default="512", help="how many, one number or several")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--rows", type=int, default=256, help="most sequences at once, ours and vLLM's")
     args = parser.parse_args()
     if args.impl != "pronghorn":
-        print("RESULT", json.dumps(measured(args)), flush=True)
+        for run in measured(args):
+            print("RESULT", json.dumps(run), flush=True)
         return
     peers = peer_results(args.peer)
     results = start("throughput", distributions(peers), args)
-    case = f"throughput/mixed/{args.prompts}x{args.samples}"
     for name, runs in peers.items():
         for run in runs:
-            results.add(case, name, **{k: v for k, v in run.items() if k != "impl"})
-    own = measured(args)
-    results.add(case, "pronghorn", **{k: v for k, v in own.items() if k != "impl"})
+            add(results, name, run)
+    for run in measured(args):
+        add(results, "pronghorn", run)
     results.write(args.out)
 
 
