@@ -1,6 +1,6 @@
 // y = x [W_1; W_2; W_3]^T + low (s B)^T + bias for a handful of rows, weights read as NF4 codes, once.
 // What the kernel is and why it is so: nf4_matmul.py. Compiled at run time, with these given:
-//   GROUPS  groups of warps in a block, PAIR tiles of 8 outputs each
+//   GROUPS  groups of warps in a block, PAIR tiles of 8 outputs each, the last SHORT of them (with RING 1) one fewer
 //   RING    warps of a group: 1, or more that take turns at the inputs of the same outputs
 //   ROWS    rows of x: 8, or a multiple of 16                      PANEL   columns of x in a stage
 //   STAGES  stages of x on their way or in use                     CHUNK   columns of a turn (256, with RING 128 too)
@@ -37,7 +37,7 @@ struct Args {
 };
 
 #define WARPS (GROUPS * RING)
-#define OUTPUTS (GROUPS * PAIR * 8)      // of a block
+#define OUTPUTS ((GROUPS * PAIR - SHORT) * 8)  // of a block
 #define WIDE (ROWS == 8 && PAIR % 2 == 0)  // outputs are the 16 rows of the instruction's left operand; else x is
 #define SIXTEENS (ROWS == 8 ? 1 : ROWS / 16)
 #define SUMS (WIDE ? PAIR / 2 : PAIR)    // accumulators of a thread, for each 16 rows
@@ -51,6 +51,11 @@ struct Args {
 #define LEVELS 1024
 
 extern __shared__ __align__(128) u8 shared[];
+
+template <int N>
+struct Tiles {
+    static constexpr int many = N;
+};
 
 #ifndef INSTRUCTIONS_GIVEN  // by a test, in C++, which runs the kernel on a CPU
 __device__ __forceinline__ u32 shared_address(const void* p) {
@@ -229,7 +234,9 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     const Member& own = args.member[which];
     const int K = args.K, chunks = K / CHUNK, blocks = K / 64, last = own.outputs - 8;
     const int first_row = blockIdx.y * ROWS, rows = min(args.rows - first_row, ROWS), first_output = tile * OUTPUTS;
-    const int base = group * (PAIR * 8), o0 = first_output + base;  // the group's first output: in the block, of all
+    const bool shorter = SHORT && group >= GROUPS - SHORT;
+    const int base = (group * PAIR - (shorter ? group - (GROUPS - SHORT) : 0)) * 8, o0 = first_output + base;
+    // (the group's first output: in the block, and of all)
     const u16* const x_rows = args.x + (u64)first_row * args.x_stride;
 
     // A warp reads its tiles' codes straight into registers, 256 bytes at once, a chunk ahead. Past the last tile it
@@ -450,34 +457,41 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     }
 #else
     read_up();
-    int chunk = 0;
+    // Twice in the code where some warps have a tile fewer: asking at each block would keep loads from being in flight.
+    auto sum_up = [&](auto tiles) {
+        int chunk = 0;
 #pragma unroll 1
-    for (int panel = 0; panel < panels; ++panel) {
-        COPIES_WAIT(STAGES > 1 ? STAGES - 2 : 0);
-        __syncthreads();
-        if (STAGES > 1) load_x(panel + STAGES - 1);
-        const int until = min(chunks, (panel + 1) * PANEL_CHUNKS);
-        u32 x_at = x_stages + panel % STAGES * X_STAGE + x_place;
+        for (int panel = 0; panel < panels; ++panel) {
+            COPIES_WAIT(STAGES > 1 ? STAGES - 2 : 0);
+            __syncthreads();
+            if (STAGES > 1) load_x(panel + STAGES - 1);
+            const int until = min(chunks, (panel + 1) * PANEL_CHUNKS);
+            u32 x_at = x_stages + panel % STAGES * X_STAGE + x_place;
 #pragma unroll 1
-        for (; chunk < until; ++chunk, x_at += CHUNK * 2) {
-            const int next = min(chunk + 1, chunks - 1);
-            make_scales(chunk);
-            read_nested(next);
+            for (; chunk < until; ++chunk, x_at += CHUNK * 2) {
+                const int next = min(chunk + 1, chunks - 1);
+                make_scales(chunk);
+                read_nested(next);
 #pragma unroll
-            for (int b = 0; b < BLOCKS; ++b) {
-                u32 k[4][PAIR][2];
+                for (int b = 0; b < BLOCKS; ++b) {
+                    u32 k[4][PAIR][2] = {};
 #pragma unroll
-                for (int p = 0; p < PAIR; ++p) make_block(&k[0][p], p, b, next * BLOCKS);
+                    for (int p = 0; p < tiles.many; ++p) make_block(&k[0][p], p, b, next * BLOCKS);
 #pragma unroll
-                for (int q = 0; q < 4; q += READ_STEPS) {
-                    u32 x[READ_STEPS][SIXTEENS][4];
-                    read_x(x, x_at + (b * 4 + q) * 32);
+                    for (int q = 0; q < 4; q += READ_STEPS) {
+                        u32 x[READ_STEPS][SIXTEENS][4];
+                        read_x(x, x_at + (b * 4 + q) * 32);
 #pragma unroll
-                    for (int i = 0; i < READ_STEPS; ++i) step(c, k[q + i], x[i]);
+                        for (int i = 0; i < READ_STEPS; ++i) step(c, k[q + i], x[i]);
+                    }
                 }
             }
         }
-    }
+    };
+    if (shorter)
+        sum_up(Tiles<PAIR - 1>());
+    else
+        sum_up(Tiles<PAIR>());
 #endif
 
 #if OVERLAP
@@ -509,7 +523,7 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     };
 #pragma unroll
     for (int p = 0; p < PAIR; ++p) {
-        if (o0 + p * 8 > last) break;
+        if (o0 + p * 8 > last || (shorter && p + 1 == PAIR)) break;
 #pragma unroll
         for (int n = 0; n < SIXTEENS; ++n)
 #pragma unroll

@@ -56,11 +56,12 @@ class Tile(NamedTuple):
     panel: int
     stages: int
     chunk: int
+    short: int = 0
 
     @property
     def outputs(self) -> int:
         """Outputs of a block."""
-        return self.groups * self.pair * 8
+        return (self.groups * self.pair - self.short) * 8
 
     @property
     def warps(self) -> int:
@@ -111,13 +112,22 @@ def _tiles(rows: int, groups: int, least: int, K: int) -> Iterator[Tile]:
             chunk = 256 if groups <= 2 and rows <= 16 else 128
             for panel, stages in _stages(min(1024, 16384 // rows), (4, 3, 2)):
                 yield Tile(groups, ring, pair, rows, panel, stages, chunk)
-        alone = max(groups, 4)
-        yield Tile(alone, 1, pair, rows, K, 1, 256)
+        alone, short = _balanced(max(groups, 4)) if rows == 8 else (max(groups, 4), 0)
+        yield Tile(alone, 1, pair, rows, K, 1, 256, short)
         for panel, stages in _stages(1024, (3, 2)) if rows <= 32 else [(256, 3), (256, 2)]:
-            yield Tile(alone, 1, pair, rows, panel, stages, 256)
+            yield Tile(alone, 1, pair, rows, panel, stages, 256, short)
         groups //= 2
     if least == 0:
         yield Tile(1, 1, 1, rows, 256, 2, 256)
+
+
+def _balanced(groups: int) -> tuple[int, int]:
+    """Groups, and how many of them have 8 outputs in place of 16, for as many outputs on each of the four schedulers.
+
+    They share the load/store unit evenly, so the fullest one would be the last to end.
+    """
+    tiles = -(-groups // 2)  # of 8 outputs, for each scheduler
+    return 4 * -(-tiles // 2), 4 * (tiles % 2)
 
 
 def _stages(panel: int, many: Sequence[int]) -> Iterator[tuple[int, int]]:

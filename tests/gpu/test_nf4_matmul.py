@@ -86,6 +86,8 @@ def test_bits_are_those_of_the_trainer_s_product(outputs, I, rank, bias, dtype) 
     [
         Tile(1, 1, 2, 8, 2048, 1, 256),
         Tile(14, 1, 2, 8, 512, 3, 256),
+        Tile(16, 1, 2, 8, 2048, 1, 256, 4),
+        Tile(8, 1, 4, 16, 512, 2, 256, 3),
         Tile(5, 1, 1, 8, 1024, 2, 256),
         Tile(7, 2, 4, 8, 512, 3, 128),
         Tile(14, 1, 2, 16, 2048, 1, 256),

@@ -74,6 +74,8 @@ CASES = {
     "16 rows": (Tile(2, 1, 2, 16, 256, 3, 256), 13, [40, 24], 1024, 32, False, True, BF16),
     "32 rows, 32 outputs a warp": (Tile(1, 1, 4, 32, 512, 2, 256), 27, [40, 8], 512, 32, False, True, F16),
     "blocks of rows": (Tile(2, 1, 2, 16, 512, 1, 256), 37, [40], 512, 16, False, True, BF16),
+    "short groups": (Tile(4, 1, 2, 8, 512, 1, 256, 2), 6, [80, 40], 512, 32, False, True, BF16),
+    "short groups, 16 rows, a bias": (Tile(2, 1, 4, 16, 256, 2, 256, 1), 13, [72, 40], 768, 16, True, True, F16),
     # several that take turns: x all there, its stages filled again, warps that miss whole panels; more chunks than
     # warps, fewer, a bias, more rows
     "turns, x whole": (Tile(2, 3, 2, 8, 512, 3, 256), 6, [40, 24], 1280, 32, False, True, BF16),
