@@ -400,3 +400,15 @@ def test_whoever_has_certainly_ended_makes_room_before_the_rest_decodes():
     scheduler.finish(first)
     assert drawing(scheduler.next_step(4)) == [third], "though one free row is fewer than are admitted at once"
     assert scheduler.next_step(4).decode == [second, third]
+
+
+def test_few_that_have_certainly_ended_make_room_one_burst_later():
+    """Else the GPU would wait for the host, which has to look and to launch a prefill, each time that a row is free."""
+    scheduler = Watched(BlockManager(100, 4), 3, 10)
+    first, second, third, fourth = queued(scheduler, [(10, 1), (10, 9), (10, 9), (10, 9)])
+    assert [drawing(scheduler.next_step(4)) for _ in range(3)] == [[first], [second], [third]]
+    step = scheduler.next_step(4)
+    assert step.decode == [second, third] and step.ahead == 4 and scheduler.waiting == [fourth]
+    first.unseen, first.output, first.computed = 0, [7], len(first.prompt)
+    scheduler.finish(first)
+    assert drawing(scheduler.next_step(4)) == [fourth]

@@ -197,15 +197,18 @@ class Scheduler:
     # Decode
 
     def _must_look(self) -> bool:
-        """Whether to decode only once the host knows what was drawn: all have ended for certain, by their length, or as
-        many of those who run as make room for whoever waits; or blocks are so short that somebody would be preempted,
-        for whom one that has ended may make room.
+        """Whether to decode only once the host knows what was drawn: all have ended for certain, by their length, or at
+        least half of those who run, and make room for whoever waits; or blocks are so short that somebody would be
+        preempted, for whom one that has ended may make room.
+
+        Fewer make room one burst later: while that runs, the host launches the prefill of whoever gets their rows, for
+        which the GPU would wait otherwise.
         """
         if not any(s.unseen for s in self.running):
             return False
         going = [s for s in self.running if not s.full]
         ended = len(self.running) - len(going)
-        if ended and (not going or self._admits(self.max_rows - len(going))):
+        if ended >= len(going) and (not going or self._admits(self.max_rows - len(going))):
             return True
         if self.blocks.available >= len(going):
             return False
