@@ -22,9 +22,10 @@ Where outputs are few, several warps take turns at the inputs of the same 16 and
 the kernels before still make x: ``x A^T`` lets this one begin before it waits itself, and sets a flag when x is whole
 (``low_rank.py``). Why no block then waits in vain, and who clears the flag, stands at the kernel.
 
-**What bounds it** at few rows is not memory. Where outputs are many it is the load/store unit: of 12 to 13 turns that
-256 weights cost it, 8 are that table's; the four schedulers share it evenly, so each gets as many outputs. Where they are few it is, by counting, the order of the sum: the turns at products
-that wait for each other (``docs/log.md``).
+**What bounds it** at few rows is not memory. Where outputs are many it is the load/store unit: of some 12 turns that
+256 weights cost it, 8 are that table's. The four schedulers of a multiprocessor share it evenly, so each gets as many
+outputs. Where they are few it is, by counting, the order of the sum: the turns at products that wait for each other
+(``docs/log.md``).
 """
 
 from __future__ import annotations
