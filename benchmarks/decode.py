@@ -1,11 +1,11 @@
 """Decoding on a local 8B model: ms a step and tokens/s, prompt 256 + 256 new, at batches of 1, 6, 64 and 256.
 
-    python -m benchmarks.decode --model FOLDER [--bases nf4-lora,bf16] [--peer vllm-bf16=LOG] ...
+    python -m benchmarks.decode --model FOLDER [--bases nf4-lora,bf16,fp16] [--peer vllm-bf16=LOG] ...
 
-Cases ``decode/nf4-lora/b<N>`` (4-bit base under a live LoRA adapter of rank 32, every B nonzero) and
-``decode/bf16/b<N>`` (16-bit base, no adapter): ``ms_per_step``, the whole call of ``generate`` over 256, prefill, host
-and sampling included, the best of two calls as the peers' script takes it; ``tokens_per_s``; ``graph_ms``, one replay
-of the step's graph with nobody in its slots; ``s``, every call. Case ``decode/<base>/memory``: ``weights_gb``,
+Cases ``decode/nf4-lora/b<N>`` (4-bit base under a live LoRA adapter of rank 32, every B nonzero), ``decode/bf16/b<N>``
+and ``decode/fp16/b<N>`` (16-bit base, no adapter): ``ms_per_step``, the whole call of ``generate`` over 256, prefill,
+host and sampling included, the best of two calls as the peers' script takes it; ``tokens_per_s``; ``graph_ms``, one
+replay of the step's graph with nobody in its slots; ``s``, every call. Case ``decode/<base>/memory``: ``weights_gb``,
 ``kv_gb`` at 256 rows, ``sleep_ms`` (memory given back) and ``wake_ms`` (the first call after it, over one before it).
 A peer's log holds the ``RESULT`` line of ``gen_bench.py``; GB are 2^30 bytes.
 """
@@ -29,7 +29,7 @@ def add_peers(results: Results, peers: dict[str, list[dict[str, Any]]]) -> None:
     """Every peer's batches, by the base that it ran: ``nf4`` with the adapter is ours to compare with."""
     for name, runs in peers.items():
         for run in runs:
-            base = "nf4-lora" if run["quant"] == "nf4" else "bf16"
+            base = "nf4-lora" if run["quant"] == "nf4" else run["quant"]
             for rows, found in run["res"].items():
                 results.add(
                     case(base, rows), name, ms_per_step=found["ms_per_step"], tokens_per_s=found["tok_s"],
@@ -44,7 +44,12 @@ def load(folder: str, base: str) -> tuple[Any, Any]:
     from pronghorn import FastLanguageModel
 
     model, tokenizer = FastLanguageModel.from_pretrained(
-        folder, max_seq_length=1024, load_in_4bit=base == "nf4-lora", fast_inference=True, max_lora_rank=32
+        folder,
+        max_seq_length=1024,
+        dtype=torch.float16 if base == "fp16" else None,
+        load_in_4bit=base == "nf4-lora",
+        fast_inference=True,
+        max_lora_rank=32,
     )
     if base != "nf4-lora":
         model.requires_grad_(False)
@@ -128,7 +133,7 @@ def measure(results: Results, folder: str, base: str, batches: list[int], repeat
 def main() -> None:
     parser = arguments((__doc__ or "").split("\n")[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--bases", default="nf4-lora,bf16", help="nf4-lora, bf16, or both")
+    parser.add_argument("--bases", default="nf4-lora,bf16", help="nf4-lora, bf16, fp16: some of them")
     parser.add_argument("--batches", default="1,6,64,256")
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()

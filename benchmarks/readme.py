@@ -42,7 +42,7 @@ STEPS = [
     ("sft/bf16/2x2048/free-memory", "bf16, 2 x 2,048, `off`"),
 ]
 # (base of `benchmarks/decode.py`, heading)
-DECODE_BASES = [("nf4-lora", "NF4 under a live adapter of rank 32"), ("bf16", "bf16")]
+DECODE_BASES = [("nf4-lora", "NF4 under a live adapter of rank 32"), ("bf16", "bf16"), ("fp16", "fp16")]
 # How the peers' short names read.
 NAMES = {
     "trl": "TRL + PEFT + bitsandbytes",
