@@ -458,6 +458,7 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
 #else
     read_up();
     // Twice in the code where some warps have a tile fewer: asking at each block would keep loads from being in flight.
+    // The barrier within is one, as it counts warps wherever in the code they are (PTX, barrier.sync).
     auto sum_up = [&](auto tiles) {
         int chunk = 0;
 #pragma unroll 1
