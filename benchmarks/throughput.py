@@ -4,13 +4,12 @@
     python -m benchmarks.throughput --model FOLDER --impl hf-cb > hf.log
     python -m benchmarks.throughput --model FOLDER --peer vllm=vllm.log --peer transformers=hf.log
 
-``--prompts 512,128`` measures 128 prompts as well, for an engine that would take too long with 512.
-
 The same prompts (64 to 256 random tokens) and the same length of each completion (log-uniform) for every engine, which
-is made to reach it: 4,096 completions. ``--impl vllm`` and ``--impl hf-cb`` (transformers' continuous batching: paged
-cache, CUDA graphs, prefix sharing, one manager kept for all runs) print a ``RESULT`` line, in bf16 as they are fastest;
-ours reads them by ``--peer``. Case ``throughput/mixed/<prompts>x8``: ``tokens_per_s`` of generated tokens, ``s``,
-``load_s``, ``lora_rank`` and ``bits`` of the base, as what is compared differs in them, and ``most_rows`` at once.
+is made to reach it: 4,096 completions; ``--prompts 512,128`` measures fewer as well, for an engine that would take too
+long. ``--impl vllm`` and ``--impl hf-cb`` (transformers' continuous batching: paged cache, CUDA graphs, prefix sharing,
+one manager kept for all runs) print a ``RESULT`` line, in bf16 as they are fastest; ours reads them by ``--peer``. Case
+``throughput/mixed/<prompts>x8``: ``tokens_per_s`` of generated tokens, ``s``, ``load_s``, ``lora_rank`` and ``bits`` of
+the base, as what is compared differs in them, and ``most_rows`` at once (ours and vLLM's).
 """
 
 from __future__ import annotations

@@ -235,8 +235,8 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     const int K = args.K, chunks = K / CHUNK, blocks = K / 64, last = own.outputs - 8;
     const int first_row = blockIdx.y * ROWS, rows = min(args.rows - first_row, ROWS), first_output = tile * OUTPUTS;
     const bool shorter = SHORT && group >= GROUPS - SHORT;
+    // The group's first output: in the block, and of all.
     const int base = (group * PAIR - (shorter ? group - (GROUPS - SHORT) : 0)) * 8, o0 = first_output + base;
-    // (the group's first output: in the block, and of all)
     const u16* const x_rows = args.x + (u64)first_row * args.x_stride;
 
     // A warp reads its tiles' codes straight into registers, 256 bytes at once, a chunk ahead. Past the last tile it
