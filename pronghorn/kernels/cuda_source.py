@@ -15,12 +15,17 @@ import threading
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
 _SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+"""KiB of shared memory that a block can have, by compute capability; 99 on the others from 8.0 on."""
 
 
 class CompileError(RuntimeError):
@@ -170,6 +175,18 @@ class CudaKernel:
             )
             code = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         _check_driver(code, f"launching a grid of {grid} blocks of {threads}")
+
+
+@lru_cache(maxsize=8)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block can have on ``device``, by the CUDA programming guide's table."""
+    return SHARED.get(torch.cuda.get_device_capability(device), 99) * 1024
+
+
+def source(name: str) -> str:
+    """A kernel's source in this folder, behind the instructions that all of them share."""
+    folder = files("pronghorn.kernels")
+    return "\n".join(folder.joinpath(part).read_text() for part in ("instructions.cu", name))
 
 
 def pointer(tensor: Any) -> int:

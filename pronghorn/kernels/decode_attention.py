@@ -45,6 +45,17 @@ def workspace_elements(rows: int, table_tokens: int, H: int, E: int) -> int:
     return rows * segments * H * (E + 2) if segments > 1 else 0
 
 
+def check_workspace(workspace: torch.Tensor, q_BHE: torch.Tensor, table_tokens: int) -> torch.Tensor:
+    """``workspace``, flat; raises where it does not serve these rows."""
+    B, H, E = q_BHE.shape
+    needed = workspace_elements(B, table_tokens, H, E)
+    if workspace.dtype != torch.float32 or not workspace.is_contiguous() or workspace.numel() < needed:
+        raise ValueError(
+            f"workspace is {workspace.dtype} {tuple(workspace.shape)}; give {needed} float32 elements without a gap"
+        )
+    return workspace.flatten()
+
+
 def decode_attention(
     q_BHE: torch.Tensor,
     k_cache: torch.Tensor,
@@ -86,12 +97,7 @@ def decode_attention(
     if scale <= 0:
         raise ValueError(f"scale={scale} is out of range; give one above 0")
     if workspace is not None:
-        needed = workspace_elements(B, block_table_BN.shape[1] * k_cache.shape[1], H, E)
-        if workspace.dtype != torch.float32 or not workspace.is_contiguous() or workspace.numel() < needed:
-            raise ValueError(
-                f"workspace is {workspace.dtype} {tuple(workspace.shape)}; give {needed} float32 elements without a gap"
-            )
-        workspace = workspace.flatten()
+        workspace = check_workspace(workspace, q_BHE, block_table_BN.shape[1] * k_cache.shape[1])
     if out_BHE is not None:
         check_output(out_BHE, q_BHE)
     o_BHE: torch.Tensor = _path(q_BHE).decode_attention(

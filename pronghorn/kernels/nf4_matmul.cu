@@ -1,5 +1,5 @@
 // y = x [W_1; W_2; W_3]^T + low (s B)^T + bias for a handful of rows, weights read as NF4 codes, once.
-// What the kernel is and why it is so: nf4_matmul.py. Compiled at run time, with these given:
+// What the kernel is and why it is so: nf4_matmul.py. Compiled at run time behind instructions.cu, with these given:
 //   GROUPS  groups of warps in a block, PAIR tiles of 8 outputs each, the last SHORT of them (with RING 1) one fewer
 //   RING    warps of a group: 1, or more that take turns at the inputs of the same outputs
 //   ROWS    rows of x: 8, or a multiple of 16                      PANEL   columns of x in a stage
@@ -8,11 +8,8 @@
 //   F16     float16 in place of bfloat16                           OVERLAP begins while the kernel before runs, which
 //           makes low, and nothing else that is read here
 //   FLAG    with OVERLAP: begins before x is whole, and a flag says when it is
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+//   GLU     (with RING 1, an even number of groups of each size) y = silu(x W_1^T) * (x W_2^T), each product whole as
+//           above and rounded: half of a block's groups have the first member, half the second, at the same outputs
 
 struct Member {
     const u8* codes;        // [outputs / 8][K / 64][8][4][2][4]: tiles, see nf4_layout.py
@@ -38,6 +35,8 @@ struct Args {
 
 #define WARPS (GROUPS * RING)
 #define OUTPUTS ((GROUPS * PAIR - SHORT) * 8)  // of a block
+#define PART (GLU ? OUTPUTS / 2 : OUTPUTS)     // of one member
+#define FULL (GROUPS - SHORT)                  // groups that have all tiles
 #define WIDE (ROWS == 8 && PAIR % 2 == 0)  // outputs are the 16 rows of the instruction's left operand; else x is
 #define SIXTEENS (ROWS == 8 ? 1 : ROWS / 16)
 #define SUMS (WIDE ? PAIR / 2 : PAIR)    // accumulators of a thread, for each 16 rows
@@ -50,115 +49,10 @@ struct Args {
 #define TABLE 65536
 #define LEVELS 1024
 
-extern __shared__ __align__(128) u8 shared[];
-
 template <int N>
 struct Tiles {
     static constexpr int many = N;
 };
-
-#ifndef INSTRUCTIONS_GIVEN  // by a test, in C++, which runs the kernel on a CPU
-__device__ __forceinline__ u32 shared_address(const void* p) {
-    u32 a;
-    asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(a) : "l"(p));
-    return a;
-}
-__device__ __forceinline__ void copy16(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
-}
-__device__ __forceinline__ uint2 codes8(const u8* from) {  // read once: not to push x out of the cache
-    uint2 r;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(from));
-    return r;
-}
-__device__ __forceinline__ u32 low_pair(const u16* from) {  // through L1: the warps of a block read the same at once
-    u32 r;
-    asm volatile("ld.global.ca.u32 %0, [%1];" : "=r"(r) : "l"(from) : "memory");
-    return r;
-}
-__device__ __forceinline__ float of_quad(float value, u32 lane) {  // lane's value, of these four threads
-    float r;
-    asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1c1f, 0xffffffff;" : "=f"(r) : "f"(value), "r"(lane));
-    return r;
-}
-__device__ __forceinline__ u32 pair(float first, float second) {
-    u32 r;
-#if F16
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(second), "f"(first));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(second), "f"(first));
-#endif
-    return r;
-}
-__device__ __forceinline__ float scaled(float level, float scale) {
-    float w;
-    asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(w) : "f"(level), "f"(scale));
-    return w;
-}
-__device__ __forceinline__ float wide(u16 value) {
-    float r;
-#if F16
-    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(value));
-#else
-    r = __uint_as_float((u32)value << 16);
-#endif
-    return r;
-}
-
-__device__ __forceinline__ void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if F16
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-// Four 8 x 8 pieces of rows, 16 bytes each; every lane gives the address of one.
-__device__ __forceinline__ void read_pieces(u32* x, u32 from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
-}
-// Counters of arrivals in shared memory. Each time that all have come a phase ends, whose parity one can wait for.
-__device__ __forceinline__ void counter_begin(u32 counter, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(counter), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void counter_arrive(u32 counter) {
-    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(counter) : "memory");
-}
-__device__ __forceinline__ void counter_arrive_with_copies(u32 counter) {  // when this thread's copies are there
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(counter) : "memory");
-}
-__device__ __forceinline__ void counter_wait(u32 counter, u32 parity) {
-    u32 ended;
-    do
-#if __CUDA_ARCH__ >= 900  // sleeps a while
-        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-#else
-        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-#endif
-                     : "=r"(ended) : "r"(counter), "r"(parity) : "memory");
-    while (!ended);
-}
-#define COPIES_END asm volatile("cp.async.commit_group;")
-#define COPIES_WAIT(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")  // until but n groups are there
-#define ALL_COPIES_WAIT asm volatile("cp.async.wait_all;" ::: "memory")
-#define TURN_WAIT(id) asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory")
-#define TURN_GIVE(id) asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory")
-__device__ __forceinline__ u32 flag_read(const u32* flag) {  // and all that was seen before it was written is seen
-    u32 r;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(r) : "l"(flag) : "memory");
-    return r;
-}
-__device__ __forceinline__ u32 flag_count(u32* flag, u32 last) {  // one more, after last 0; gives what it was
-    u32 r;
-    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(r) : "l"(flag), "r"(last) : "memory");
-    return r;
-}
-#define NEXT_MAY_BEGIN asm volatile("griddepcontrol.launch_dependents;")
-#define BEFORE_HAS_ENDED asm volatile("griddepcontrol.wait;" ::: "memory")
-#define FETCH_TO_L2(p) asm volatile("prefetch.global.L2 [%0];" ::"l"(p))
-#define KEEP(value) asm volatile("" : "+r"(value))
-#endif
 
 // The table holds both levels of each byte of codes, 16 times over, so that the lanes of half a warp never meet in a
 // bank, and 256 bytes apart, so that one permutation makes the address of code and column.
@@ -222,21 +116,28 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     const int group = warp / RING, place = warp % RING;
 
     int tile = blockIdx.x, which = 0;
+    const bool shorter = SHORT && group >= FULL;
+#if GLU
+    const int half = shorter ? SHORT / 2 : FULL / 2, nth = shorter ? group - FULL : group;
+    which = nth >= half;
+    const int in_part = shorter ? FULL / 2 * PAIR * 8 + nth % half * (PAIR - 1) * 8 : nth % half * PAIR * 8;
+#else
     while (which + 1 < args.members) {
         const int tiles = (args.member[which].outputs + OUTPUTS - 1) / OUTPUTS;
         if (tile < tiles) break;
         tile -= tiles;
         ++which;
     }
+    const int in_part = (group * PAIR - (shorter ? group - FULL : 0)) * 8;
+#endif
 #if OVERLAP && !FLAG
     NEXT_MAY_BEGIN;  // who begins early waits, before all else, until this has ended
 #endif
     const Member& own = args.member[which];
     const int K = args.K, chunks = K / CHUNK, blocks = K / 64, last = own.outputs - 8;
-    const int first_row = blockIdx.y * ROWS, rows = min(args.rows - first_row, ROWS), first_output = tile * OUTPUTS;
-    const bool shorter = SHORT && group >= GROUPS - SHORT;
-    // The group's first output: in the block, and of all.
-    const int base = (group * PAIR - (shorter ? group - (GROUPS - SHORT) : 0)) * 8, o0 = first_output + base;
+    const int first_row = blockIdx.y * ROWS, rows = min(args.rows - first_row, ROWS), first_output = tile * PART;
+    // The group's first output: in the block, and of its member.
+    const int base = (GLU ? which * PART : 0) + in_part, o0 = first_output + in_part;
     const u16* const x_rows = args.x + (u64)first_row * args.x_stride;
 
     // A warp reads its tiles' codes straight into registers, 256 bytes at once, a chunk ahead. Past the last tile it
@@ -271,9 +172,13 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     const int scale_row = blocks * (NESTED ? 1 : 4);      // bytes, a multiple of 4
     u8* const rest = scales + (OUTPUTS * scale_row + 127) / 128 * 128;
     // All scales of the block's outputs at once (a 32nd of its codes), on their way while the rest of the start is made.
-    const int scale_bytes = min(OUTPUTS, own.outputs - first_output) * scale_row;
-    for (int i = threadIdx.x * 16; i < scale_bytes; i += WARPS * 512)
-        copy16(shared_address(scales) + i, (const u8*)own.scales + (u64)first_output * scale_row + i);
+    const int scale_bytes = min(PART, own.outputs - first_output) * scale_row;
+#pragma unroll
+    for (int m = 0; m < (GLU ? 2 : 1); ++m) {
+        const u8* const from = (const u8*)(GLU ? args.member[m] : own).scales + (u64)first_output * scale_row;
+        for (int i = threadIdx.x * 16; i < scale_bytes; i += WARPS * 512)
+            copy16(shared_address(scales) + m * PART * scale_row + i, from + i);
+    }
     COPIES_END;
     const int panels = (K + PANEL - 1) / PANEL;
     const u32 x_stages = shared_address(rest) + COUNTERS;
@@ -517,10 +422,17 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
         }
     }
 #endif
-    auto store = [&](float y, int row, int o) {
+#if GLU
+    u16* const staged = (u16*)(rest + COUNTERS + STAGES * X_STAGE);  // [ROWS][OUTPUTS]
+#endif
+    auto store = [&](float y, int row, int at) {  // `at`: of the group's outputs
         if (row >= rows) return;
-        if (own.bias) y = __fadd_rn(wide((u16)pair(y, 0.0f)), wide(own.bias[o]));  // as cuBLAS: two roundings
-        args.y[(u64)(first_row + row) * args.y_stride + own.column + o] = (u16)pair(y, 0.0f);
+        if (own.bias) y = __fadd_rn(wide((u16)pair(y, 0.0f)), wide(own.bias[o0 + at]));  // as cuBLAS: two roundings
+#if GLU
+        staged[row * OUTPUTS + base + at] = (u16)pair(y, 0.0f);
+#else
+        args.y[(u64)(first_row + row) * args.y_stride + own.column + o0 + at] = (u16)pair(y, 0.0f);
+#endif
     };
 #pragma unroll
     for (int p = 0; p < PAIR; ++p) {
@@ -530,8 +442,17 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
 #pragma unroll
             for (int i = 0; i < (ROWS == 8 ? 2 : 4); ++i)
                 if (WIDE)
-                    store(c[p / 2][0][p % 2 * 2 + i], t * 2 + i, o0 + p * 8 + g);
+                    store(c[p / 2][0][p % 2 * 2 + i], t * 2 + i, p * 8 + g);
                 else
-                    store(c[p][n][i], n * 16 + i / 2 * 8 + g, o0 + p * 8 + t * 2 + i % 2);
+                    store(c[p][n][i], n * 16 + i / 2 * 8 + g, p * 8 + t * 2 + i % 2);
     }
+#if GLU
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * PART; i += WARPS * 32) {
+        const int row = i / PART, at = i % PART;
+        if (first_output + at >= own.outputs) continue;
+        const float gate = wide(staged[row * OUTPUTS + at]), up = wide(staged[row * OUTPUTS + PART + at]);
+        args.y[(u64)(first_row + row) * args.y_stride + first_output + at] = (u16)pair(__fmul_rn(silu(gate), up), 0.0f);
+    }
+#endif
 }

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from importlib.resources import files
 from typing import NamedTuple
 
 import torch
 
-from pronghorn.kernels.cuda_source import CudaKernel, pointer
+from pronghorn.kernels.cuda_source import SHARED, CudaKernel, pointer, shared_memory, source
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.launch import current_recording
 from pronghorn.kernels.nf4_code import dynamic_code, nf4_code
@@ -34,9 +33,6 @@ class _Args(ctypes.Structure):
         ("flag", _P),
     )
 
-
-SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
-"""KiB of shared memory that a block can have, by compute capability; 99 on the others from 8.0 on."""
 
 HOPPER_SHARED = SHARED[9, 0] * 1024
 _TABLE = 65536 + 1024  # bytes: the levels of each byte of codes, and those of the scales' codes
@@ -67,12 +63,18 @@ class Tile(NamedTuple):
     def warps(self) -> int:
         return self.groups * self.ring
 
-    def shared_bytes(self, K: int, nested: bool) -> int:
-        """Shared memory of a block."""
+    def shared_bytes(self, K: int, nested: bool, glu: bool = False) -> int:
+        """Shared memory of a block; with ``glu``, gates and ups are put beside each other at the end."""
         scales = -(-self.outputs * (K // 64) * (1 if nested else 4) // 128) * 128
         x = _COUNTERS + self.stages * self.rows * (self.panel * 2 + 16)
         sums = self.pair // 2 if self.rows == 8 else self.pair * self.rows // 16
-        return _TABLE + scales + x + (self.warps * sums * 512 if self.ring > 1 else 0)
+        handed = self.warps * sums * 512 if self.ring > 1 else 0
+        return _TABLE + scales + x + handed + (self.rows * self.outputs * 2 if glu else 0)
+
+    @property
+    def halves(self) -> bool:
+        """Whether its groups come in two equal halves, one for gates and one for ups."""
+        return self.ring == 1 and self.short % 2 == 0 and (self.groups - self.short) % 2 == 0
 
 
 def tile_for(
@@ -137,15 +139,9 @@ def _stages(panel: int, many: Sequence[int]) -> Iterator[tuple[int, int]]:
         panel //= 2
 
 
-@lru_cache(maxsize=8)
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block can have on ``device``, by the CUDA programming guide's table."""
-    return SHARED.get(torch.cuda.get_device_capability(device), 99) * 1024
-
-
 @lru_cache(maxsize=1)
 def _source() -> str:
-    return files("pronghorn.kernels").joinpath("nf4_matmul.cu").read_text()
+    return source("nf4_matmul.cu")
 
 
 @lru_cache(maxsize=8)
@@ -153,18 +149,28 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _defines(tile: Tile, nested: bool, rank16: int, half: bool, overlap: bool, flag: bool = False) -> dict[str, int]:
+def _defines(
+    tile: Tile, nested: bool, rank16: int, half: bool, overlap: bool, flag: bool = False, glu: bool = False
+) -> dict[str, int]:
     macros = {name.upper(): value for name, value in tile._asdict().items()}
-    given = {"NESTED": nested, "RANK16": rank16, "F16": half, "OVERLAP": overlap, "FLAG": flag}
+    given = {"NESTED": nested, "RANK16": rank16, "F16": half, "OVERLAP": overlap, "FLAG": flag, "GLU": glu}
     return macros | {name: int(value) for name, value in given.items()}
 
 
 @lru_cache(maxsize=256)
 def _kernel(
-    tile: Tile, K: int, nested: bool, rank16: int, half: bool, overlap: bool, flag: bool, device: torch.device
+    tile: Tile,
+    K: int,
+    nested: bool,
+    rank16: int,
+    half: bool,
+    overlap: bool,
+    flag: bool,
+    glu: bool,
+    device: torch.device,
 ) -> CudaKernel:
-    defines = _defines(tile, nested, rank16, half, overlap, flag)
-    return CudaKernel(_source(), "nf4_matmul", defines, device, tile.shared_bytes(K, nested))
+    defines = _defines(tile, nested, rank16, half, overlap, flag, glu)
+    return CudaKernel(_source(), "nf4_matmul", defines, device, tile.shared_bytes(K, nested, glu))
 
 
 def arguments(
@@ -176,6 +182,7 @@ def arguments(
     code: torch.Tensor,
     levels: torch.Tensor,
     flag: torch.Tensor | None = None,
+    glu: bool = False,
 ) -> tuple[_Args, int]:
     """What the kernel is given, and its blocks of outputs. It holds addresses: the tensors have to live on.
 
@@ -198,7 +205,22 @@ def arguments(
         )  # fmt: skip
         column += w.shape[0]
         blocks += -(-w.shape[0] // tile.outputs)
-    return args, blocks
+    return args, -(-members[0].weight.shape[0] // (tile.outputs // 2)) if glu else blocks
+
+
+def glu_tile(x_MI: torch.Tensor, members: Sequence[Member]) -> Tile | None:
+    """The tile whose blocks have gates and ups of the same outputs, so that they give their products; None where there
+    is none: more rows, few outputs, or two weights that are not quantized alike.
+    """
+    gate, up = (m.weight for m in members)
+    (O, K), device = gate.shape, x_MI.device  # noqa: E741 - shape letters
+    nested = gate.nested_absmax is not None
+    if up.shape[0] != O or pointer(gate.nested_code) != pointer(up.nested_code):
+        return None
+    tile = tile_for(x_MI.shape[0], 2 * O, K, nested, shared_memory(device), _processors(device))
+    if tile is None or not tile.halves or tile.rows > 16 or tile.shared_bytes(K, nested, True) > shared_memory(device):
+        return None
+    return tile
 
 
 def nf4_matmul(
@@ -209,11 +231,13 @@ def nf4_matmul(
     tile: Tile | None = None,
     overlap: bool = False,
     flag: torch.Tensor | None = None,
+    glu: bool = False,
 ) -> None:
     """As ``reference.nf4_matmul.nf4_matmul``.
 
     Args:
-        tile: instead of :func:`tile_for`'s choice, for measurements.
+        tile: instead of :func:`tile_for`'s choice, for measurements; with ``glu`` one of :func:`glu_tile`.
+        glu: of two members, ``silu`` of the first one's product times the second one's, ``[M, O]``.
         overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: run beside it
             (on Hopper; elsewhere after it, as usual). It was launched as usual, or lets others begin only behind its
             own wait (:func:`pronghorn.kernels.launch.chained`): x is read before this one waits.
@@ -230,7 +254,7 @@ def nf4_matmul(
     if tile.stages == 1 and tile.panel < K:
         raise ValueError(f"{tile}: one stage holds all of x or none; {K} inputs need two stages, or a panel of {K}")
     code = nf4_code(device)
-    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, code, dynamic_code(device), flag)
+    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, code, dynamic_code(device), flag, glu)
     rank16 = max(member.rank // 16 for member in args.member)
     half = x_MI.dtype == torch.float16
     overlap = overlap and rank16 > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -241,8 +265,8 @@ def nf4_matmul(
         )
     recorded = current_recording()
     if recorded is not None:
-        defines = _defines(tile, nested, rank16, half, overlap, flag is not None)
+        defines = _defines(tile, nested, rank16, half, overlap, flag is not None, glu)
         recorded.source(_source(), defines, torch.cuda.get_device_capability(device))
         return
-    kernel = _kernel(tile, K, nested, rank16, half, overlap, flag is not None, device)
+    kernel = _kernel(tile, K, nested, rank16, half, overlap, flag is not None, glu, device)
     kernel((blocks, -(-M // tile.rows), 1), tile.warps * 32, args, overlap)

@@ -50,6 +50,22 @@ def rope_and_write_kv(
     Raises:
         ValueError: shapes, dtypes or layouts do not fit; or, on a CPU, a position beyond a table.
     """
+    check_rows(q_BHE, k_BKE, v_BKE, cos_PE, sin_PE, k_cache, v_cache, places, positions_B)
+    _path(k_cache).rope_and_write_kv(q_BHE, k_BKE, v_BKE, cos_PE, sin_PE, k_cache, v_cache, places, positions_B)
+
+
+def check_rows(
+    q_BHE: torch.Tensor,
+    k_BKE: torch.Tensor,
+    v_BKE: torch.Tensor,
+    cos_PE: torch.Tensor,
+    sin_PE: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    places: torch.Tensor,
+    positions_B: torch.Tensor,
+) -> None:
+    """Raise where one token a row, the angles, the caches and where it belongs in them do not fit together."""
     B, H, E = q_BHE.shape
     K = k_cache.shape[2]
     if k_BKE.shape != (B, K, E) or v_BKE.shape != k_BKE.shape or H % K:
@@ -70,4 +86,3 @@ def rope_and_write_kv(
     if cos_PE.stride(1) != 1 or sin_PE.stride(1) != 1:
         raise ValueError("cos and sin need unit stride in the last dimension; give them .contiguous()")
     check_counts("positions", positions_B, B)
-    _path(k_cache).rope_and_write_kv(q_BHE, k_BKE, v_BKE, cos_PE, sin_PE, k_cache, v_cache, places, positions_B)

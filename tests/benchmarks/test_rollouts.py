@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,44 @@ def test_the_workload_is_the_same_for_everyone_and_mixed():
     assert flat[0] >= 16 and flat[-1] <= 2048 and flat[0] < 18 and flat[-1] > 2000
     assert flat[len(flat) // 2] == pytest.approx((16 * 2048) ** 0.5, rel=0.1), "as many short ones as long ones"
     assert {64, 256} <= {min(map(len, prompts)), max(map(len, prompts))}
+
+
+@pytest.fixture
+def continuous(tmp_path, monkeypatch) -> argparse.Namespace:
+    """Options of transformers' continuous batching, on a small model and with short completions."""
+    made = throughput.workload
+    monkeypatch.setattr(throughput, "LONGEST", 24)
+    monkeypatch.setattr(throughput, "workload", lambda prompts, samples: made(prompts, samples, 24))
+    return argparse.Namespace(
+        impl="hf-cb", model=str(tiny_llama(tmp_path, vocab_size=16384)), attention="eager", rows=4, batch_tokens=None,
+        graphs=True, compile_level=0, warm_s=0.2, limit_s=math.inf, prompts="3", samples=4, base="bf16",
+    )  # fmt: skip
+
+
+def test_continuous_batching_reaches_every_length(continuous):
+    ids, lengths = throughput.workload(3, 4)
+    run = throughput.hf_cb(continuous)
+    for _ in range(2):  # the manager is kept
+        tokens, seconds = run(ids, lengths, math.inf)
+        assert tokens == sum(map(sum, lengths)) and seconds > 0
+    (found,) = throughput.measured(continuous)
+    assert found["case"] == "3x4" and found["tokens_per_s"] == pytest.approx(tokens / found["s"])
+
+
+def test_continuous_batching_keeps_what_it_had_when_the_time_is_up(continuous, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "PROGRESS_S", 0)
+    continuous.prompts, continuous.limit_s = "100", 0.5
+    (found,) = throughput.measured(continuous)
+    assert "tokens_per_s" not in found and 0 < found["share_of_tokens"] < 1 and found["s_until_limit"] >= 0.5
+    tokens = found["tokens_per_s_until_limit"] * found["s_until_limit"]
+    assert tokens == pytest.approx(found["share_of_tokens"] * sum(map(sum, throughput.workload(100, 4)[1])))
+    assert "of 400 requests" in capsys.readouterr().out
+
+
+def test_a_run_that_no_limit_cut_and_is_too_short_does_not_count(continuous):
+    continuous.limit_s = 5.0
+    with pytest.raises(SystemExit, match="9 tokens of 10"):
+        throughput.speed_of(continuous, 9, 10, 4.0)
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.7), (10, 0.6)])

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from pronghorn.config.sampling import SamplingParams
-from pronghorn.kernels import decode_attention_triton
+from pronghorn.kernels import decode_attention_triton, step_attention_cuda
 from pronghorn.kernels.decode_attention import decode_attention, write_kv
+from pronghorn.kernels.launch import chained
 from pronghorn.kernels.ordered_attention import ordered_attention_forward
 from pronghorn.kernels.ordered_rows import OrderedRows
 from pronghorn.kernels.rope import rotate_
 from pronghorn.kernels.rope_kv import rope_and_write_kv
+from pronghorn.kernels.step_attention import step_attention
 from pronghorn.models import attention as attention_module
 from pronghorn.models.attention import PackedAttention
 from pronghorn.rollout.native.attention import PrefillAttention
@@ -207,6 +209,54 @@ def test_a_captured_decode_step_follows_its_tensors() -> None:
         wanted = decode_attention(q, *caches, table[live].contiguous(), positions[live] + 1, 0.1)
         assert torch.equal(o[live], wanted) and not o[~live].any()
         assert torch.equal(cache.keys[0], caches[0]) and torch.equal(cache.values[0], caches[1])
+
+
+@pytest.mark.parametrize("B", [1, 6, 16, 17])
+@pytest.mark.parametrize("angles", ["own", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "H", "K", "E", "R"),
+    [
+        (BF16, 32, 8, 128, 128),
+        (FP16, 14, 2, 64, 32),
+        (BF16, 4, 4, 80, 80),
+        (FP16, 8, 1, 128, 64),
+        (BF16, 40, 1, 256, 64),
+    ],
+)
+def test_a_step_in_one_launch(B: int, angles: str, dtype: torch.dtype, H: int, K: int, E: int, R: int) -> None:
+    """Ten layers in a chain, as a decode step launches them, many times over: the bits of the operations apart, in one
+    launch or, of 17 rows or heads of 256, in those.
+    """
+    width, layers = 82, 10
+    qkvs = [torch.randn(B, H + 2 * K, E, device=DEVICE).to(dtype) * 2 for _ in range(layers)]
+    angle = (torch.rand(width * PAGE, R // 2, device=DEVICE) * 7).repeat(1, 2)
+    cos, sin = (x if angles == "float32" else x.to(dtype) for x in (angle.cos(), angle.sin()))
+    one = not step_attention_cuda.why_not(*qkvs[0].split((H, K, K), dim=1), cos, sin)
+    assert one == (B <= 16 and E <= 128)
+    shape = (B * width, PAGE, K, E)
+    caches = [[torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2)] for _ in range(layers)]
+    table = torch.randperm(B * width, device=DEVICE).view(B, width).int()
+    for shift in range(3):
+        lengths = torch.tensor((EDGES[5 * shift :] + EDGES)[:B], dtype=torch.int32, device=DEVICE)
+        lengths[2 + shift :][:1] = 0
+        counts = lengths - 1, lengths
+        wanted, kept = [], []
+        for qkv, pair in zip(qkvs, caches):
+            pair = [t.clone() for t in pair]
+            q, k, v = qkv.clone().split((H, K, K), dim=1)
+            rope_and_write_kv(q, k, v, cos, sin, *pair, table, counts[0])
+            wanted.append(decode_attention(q, *pair, table, lengths, E**-0.5))
+            kept.append(pair)
+        for _ in range(20):
+            ours = [[t.clone() for t in pair] for pair in caches]
+            given = [qkv.clone().split((H, K, K), dim=1) for qkv in qkvs]
+            torch.cuda.synchronize()
+            with chained():
+                got = [
+                    step_attention(*rows, cos, sin, *pair, table, *counts, E**-0.5) for rows, pair in zip(given, ours)
+                ]
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+            assert all(torch.equal(a, b) for pair, same in zip(ours, kept) for a, b in zip(pair, same))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])

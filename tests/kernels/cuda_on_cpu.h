@@ -1,6 +1,9 @@
-// What nf4_matmul.cu needs to run on a CPU: a thread of the system for each of CUDA's, a block after another. Included
-// before the source (-include), with the kernel's macros. Instructions do what their manual says, sums in double.
+// What a kernel's source needs to run on a CPU: a thread of the system for each of CUDA's, a block after another. Included
+// before it (-include), with its macros and KERNEL, its name. Instructions do what their manual says, sums in double.
 #define INSTRUCTIONS_GIVEN
+#ifndef FLAG
+#define FLAG 0
+#endif
 #include <algorithm>
 #include <atomic>
 #include <barrier>
@@ -76,10 +79,24 @@ inline float shuffle(float value, int from) {
 inline float __shfl_sync(unsigned, float value, int from) { return shuffle(value, from); }
 inline int __shfl_sync(unsigned, unsigned value, int from) { return (int)shuffle((float)value, from); }
 inline int __shfl_sync(unsigned, int value, int from) { return (int)shuffle((float)value, from); }
+inline float of_other(float value, unsigned lanes) { return shuffle(value, own_lane() ^ lanes); }
 inline float of_quad(float value, unsigned lane) { return shuffle(value, own_lane() / 4 * 4 + lane); }
 template <class T> T __ldg(const T* p) { return *p; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __int_as_float(unsigned value) {
+    float r;
+    std::memcpy(&r, &value, 4);
+    return r;
+}
+inline float power_of_2(float x) { return std::exp2(x); }
+inline float silu(float x) { return x * (1 / (1 + std::exp(-x))); }
+inline float larger(float a, float b) { return std::fmax(a, b); }
+inline float seen_by_all(const float* from) { return *from; }
+inline int count_arrival(int* counter) { return std::atomic_ref(*counter).fetch_add(1); }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned picks) {
     const uint64_t both = (uint64_t)b << 32 | a;
     unsigned r = 0;
@@ -141,6 +158,16 @@ inline void read_pieces(unsigned* x, unsigned from) {
     w.u[lane][0] = from;
     __syncwarp();
     for (int i = 0; i < 4; ++i) std::memcpy(x + i, shared + w.u[8 * i + lane / 4][0] + lane % 4 * 4, 4);
+    __syncwarp();
+}
+inline void read_pieces_turned(unsigned* x, unsigned from) {
+    Warp& w = own_warp();
+    const int lane = own_lane();
+    w.u[lane][0] = from;
+    __syncwarp();
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 2; ++j)
+            std::memcpy((char*)(x + i) + 2 * j, shared + w.u[8 * i + lane % 4 * 2 + j][0] + lane / 4 * 2, 2);
     __syncwarp();
 }
 inline void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
@@ -250,5 +277,5 @@ inline unsigned low_pair(const unsigned short* from) {
 #define KEEP(value)
 
 struct Args;
-extern "C" void nf4_matmul(const Args args);
-extern "C" void run(const Args* args, int grid_x, int grid_y);
+extern "C" void KERNEL(const Args args);
+extern "C" void run(const Args* args, int grid_x, int grid_y, int grid_z);

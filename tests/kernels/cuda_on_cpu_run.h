@@ -1,22 +1,22 @@
 // Included after the source.
-extern "C" void run(const Args* args, int grid_x, int grid_y) {
-    gridDim = {grid_x, grid_y, 1};
-    for (int y = 0; y < grid_y; ++y)
-        for (int x = 0; x < grid_x; ++x) {
-            std::memset(shared, 0xff, sizeof shared);  // NaN, so that what is read before it is written shows
-            counted = false;
-            warps.clear();
-            for (int i = 0; i < WARPS; ++i) warps.push_back(std::make_unique<Warp>());
-            block = std::make_unique<std::barrier<>>(WARPS * 32);
-            std::vector<std::thread> threads;
-            for (int i = 0; i < WARPS * 32; ++i)
-                threads.emplace_back([=] {
-                    threadIdx = {i, 0, 0}, blockIdx = {x, y, 0};
-                    nf4_matmul(*args);
-                });
-            for (auto& thread : threads) thread.join();
-        }
+extern "C" void run(const Args* args, int grid_x, int grid_y, int grid_z) {
+    gridDim = {grid_x, grid_y, grid_z};
+    for (int i = 0; i < grid_x * grid_y * grid_z; ++i) {
+        std::memset(shared, 0xff, sizeof shared);  // NaN, so that what is read before it is written shows
+        counted = false;
+        warps.clear();
+        for (int j = 0; j < WARPS; ++j) warps.push_back(std::make_unique<Warp>());
+        block = std::make_unique<std::barrier<>>(WARPS * 32);
+        std::vector<std::thread> threads;
+        for (int j = 0; j < WARPS * 32; ++j)
+            threads.emplace_back([=] {
+                threadIdx = {j, 0, 0}, blockIdx = {i % grid_x, i / grid_x % grid_y, i / (grid_x * grid_y)};
+                KERNEL(*args);
+            });
+        for (auto& thread : threads) thread.join();
+    }
 }
+#if FLAG
 // Begun before x is whole: another thread makes it, once the kernel looks for the flag, and sets the flag.
 extern "C" void run_early(const Args* args, int grid_x, int grid_y, Before* of) {
     before = of;
@@ -30,8 +30,9 @@ extern "C" void run_early(const Args* args, int grid_x, int grid_y, Before* of) 
         x_there = true;
         std::atomic_ref(*args->flag).store(1);
     });
-    run(args, grid_x, grid_y);
+    run(args, grid_x, grid_y, 1);
     ended = true;
     maker.join();
     before = nullptr;
 }
+#endif

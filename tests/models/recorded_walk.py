@@ -42,6 +42,8 @@ from pronghorn.kernels import (
     sample,
     scaled_blocks,
     shared_prefix,
+    step_attention,
+    step_attention_cuda,
 )  # fmt: skip
 from pronghorn.kernels.adamw8bit import BLOCK, Slot, rule
 from pronghorn.kernels.attention import Choice
@@ -88,6 +90,7 @@ def as_on_a_gpu() -> None:
         own: ModuleType = __import__(f"{module.__name__}_triton", fromlist=["_"])
         module._path = lambda tensor, own=own: own  # type: ignore[attr-defined]
     nf4_matmul._path = lambda tensor: nf4_matmul_cuda
+    step_attention._path = lambda tensor: step_attention_cuda
     nf4_triton._has_asm = lambda tensor: True
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
     nf4_matmul_cuda._processors = lambda _: nf4_matmul_cuda.HOPPER_PROCESSORS  # type: ignore[assignment]
@@ -98,6 +101,9 @@ def as_on_a_gpu() -> None:
     attention.PackedAttention.choice = lambda *_, **__: flash  # type: ignore[method-assign]
     attention_cuda.flash_forward, attention_cuda.flash_backward = attention_cpu.attention_forward, flash_backward  # type: ignore[assignment]
     dry_run.table = adamw8bit_triton.Table
+
+
+SOURCES = {"nf4_matmul.cu": nf4_matmul_cuda, "step_attention.cu": step_attention_cuda}
 
 
 def keys(recorded: Recorded) -> set[str]:
@@ -112,8 +118,8 @@ def keys(recorded: Recorded) -> set[str]:
         triton.knobs.runtime.jit_cache_hook = seen
         kernel.warmup(*args, grid=(1,), **options)
     for text, defines, chip in recorded.sources:
-        assert text == nf4_matmul_cuda._source()
-        found.add(f"nf4_matmul.cu {sorted(defines.items())} {chip}")
+        (name,) = [name for name, own in SOURCES.items() if own._source() == text]
+        found.add(f"{name} {sorted(defines.items())} {chip}")
     return found
 
 

@@ -55,7 +55,7 @@ def rollout_steps(model: nn.Module) -> None:
         cache = _cache(model)
         for tokens in _TOKENS:
             _prefill(model, found, cache, tokens)
-        for rows in (1, 16, 32, MAX_ROWS):  # a tile of the products each
+        for rows in (1, 16, 24, 32, MAX_ROWS):  # a tile of the products, or a way of attention, each
             _decode(model, found, cache, rows, hold=False)
         for rows in (32, MAX_ROWS):  # where there is memory for weights in 16 bits, many rows read those
             _decode(model, found, cache, rows, hold=True)

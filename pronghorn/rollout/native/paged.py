@@ -7,8 +7,8 @@ from collections.abc import Sequence as Seq
 import torch
 
 from ...kernels.decode_attention import decode_attention, workspace_elements, write_kv
-from ...kernels.rope_kv import rope_and_write_kv
 from ...kernels.spans import on_device
+from ...kernels.step_attention import step_attention
 from .kv_cache import KVCache
 
 
@@ -59,8 +59,9 @@ class PagedDecode:
         """Store the B new tokens' keys (rotated) and values, then attend: ``[B, H, E]``."""
         B = q_THE.shape[0]
         pages = self.cache.keys[layer_idx], self.cache.values[layer_idx]
-        write_kv(k_TKE, v_TKE, *pages, self.block_table_BN[:B], self.positions_B[:B])
-        return self._attend(layer_idx, q_THE, scale)
+        table_BN = self.block_table_BN[:B]
+        write_kv(k_TKE, v_TKE, *pages, table_BN, self.positions_B[:B])
+        return decode_attention(q_THE, *pages, table_BN, self.lengths_B[:B], scale, self.workspace)
 
     def rotate_and_attend(
         self,
@@ -73,18 +74,11 @@ class PagedDecode:
         scale: float,
         out_BHE: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The same for q and k as they come from their projections, rotated in place by tables of angles; written to
-        ``out_BHE`` where that is given.
+        """The same for q and k as they come from their projections, which are left as they are, rotated by tables of
+        angles; written to ``out_BHE`` where that is given.
         """
         B = q_THE.shape[0]
         pages = self.cache.keys[layer_idx], self.cache.values[layer_idx]
-        rope_and_write_kv(q_THE, k_TKE, v_TKE, cos_PE, sin_PE, *pages, self.block_table_BN[:B], self.positions_B[:B])
-        return self._attend(layer_idx, q_THE, scale, out_BHE)
-
-    def _attend(
-        self, layer_idx: int, q_THE: torch.Tensor, scale: float, out_BHE: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        B = q_THE.shape[0]
-        pages = self.cache.keys[layer_idx], self.cache.values[layer_idx]
-        places = self.block_table_BN[:B], self.lengths_B[:B]
-        return decode_attention(q_THE, *pages, *places, scale, self.workspace, out_BHE)
+        places = self.block_table_BN[:B], self.positions_B[:B], self.lengths_B[:B]
+        rows = q_THE, k_TKE, v_TKE, cos_PE, sin_PE
+        return step_attention(*rows, *pages, *places, scale, self.workspace, out_BHE)

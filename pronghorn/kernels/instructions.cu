@@ -1,0 +1,146 @@
+// Instructions that CUDA C++ has no words for, or other ones, ahead of each kernel's source. Given: F16 (float16 in place
+// of bfloat16).
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+extern __shared__ __align__(128) u8 shared[];
+
+#ifndef INSTRUCTIONS_GIVEN  // by a test, in C++, which runs a kernel on a CPU
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    u32 a;
+    asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(a) : "l"(p));
+    return a;
+}
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+__device__ __forceinline__ uint2 codes8(const u8* from) {  // read once: not to push x out of the cache
+    uint2 r;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(from));
+    return r;
+}
+__device__ __forceinline__ u32 low_pair(const u16* from) {  // through L1: the warps of a block read the same at once
+    u32 r;
+    asm volatile("ld.global.ca.u32 %0, [%1];" : "=r"(r) : "l"(from) : "memory");
+    return r;
+}
+__device__ __forceinline__ float of_quad(float value, u32 lane) {  // lane's value, of these four threads
+    float r;
+    asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1c1f, 0xffffffff;" : "=f"(r) : "f"(value), "r"(lane));
+    return r;
+}
+__device__ __forceinline__ u32 pair(float first, float second) {
+    u32 r;
+#if F16
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(second), "f"(first));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(second), "f"(first));
+#endif
+    return r;
+}
+__device__ __forceinline__ float scaled(float level, float scale) {
+    float w;
+    asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(w) : "f"(level), "f"(scale));
+    return w;
+}
+__device__ __forceinline__ float wide(u16 value) {
+    float r;
+#if F16
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(value));
+#else
+    r = __uint_as_float((u32)value << 16);
+#endif
+    return r;
+}
+
+__device__ __forceinline__ void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if F16
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Four 8 x 8 pieces of rows, 16 bytes each; every lane gives the address of one.
+__device__ __forceinline__ void read_pieces(u32* x, u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
+}
+// The same pieces with rows and columns exchanged.
+__device__ __forceinline__ void read_pieces_turned(u32* x, u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
+}
+__device__ __forceinline__ float power_of_2(float x) {  // as Triton's exp2
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+__device__ __forceinline__ float silu(float x) {  // as Triton's x * (1 / (1 + exp(-x)))
+    float power, sigmoid;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(__fmul_rn(x, __uint_as_float(0xbfb8aa3b))));  // -log2(e)
+    asm("div.full.f32 %0, %1, %2;" : "=f"(sigmoid) : "f"(1.0f), "f"(__fadd_rn(power, 1.0f)));
+    return __fmul_rn(x, sigmoid);
+}
+__device__ __forceinline__ float larger(float a, float b) {  // the number, where one is none
+    float r;
+    asm("max.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
+__device__ __forceinline__ float of_other(float value, u32 lanes) {  // of the lane whose number differs by these bits
+    return __shfl_xor_sync(0xffffffffu, value, lanes);
+}
+__device__ __forceinline__ float seen_by_all(const float* from) {  // past L1, which knows its own writes alone
+    float r;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(r) : "l"(from) : "memory");
+    return r;
+}
+__device__ __forceinline__ int count_arrival(int* counter) {  // of all threads that met at a barrier; what it was
+    int r;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(r) : "l"(counter) : "memory");
+    return r;
+}
+// Counters of arrivals in shared memory. Each time that all have come a phase ends, whose parity one can wait for.
+__device__ __forceinline__ void counter_begin(u32 counter, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(counter), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void counter_arrive(u32 counter) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(counter) : "memory");
+}
+__device__ __forceinline__ void counter_arrive_with_copies(u32 counter) {  // when this thread's copies are there
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(counter) : "memory");
+}
+__device__ __forceinline__ void counter_wait(u32 counter, u32 parity) {
+    u32 ended;
+    do
+#if __CUDA_ARCH__ >= 900  // sleeps a while
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#else
+        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#endif
+                     : "=r"(ended) : "r"(counter), "r"(parity) : "memory");
+    while (!ended);
+}
+#define COPIES_END asm volatile("cp.async.commit_group;")
+#define COPIES_WAIT(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")  // until but n groups are there
+#define ALL_COPIES_WAIT asm volatile("cp.async.wait_all;" ::: "memory")
+#define TURN_WAIT(id) asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory")
+#define TURN_GIVE(id) asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory")
+__device__ __forceinline__ u32 flag_read(const u32* flag) {  // and all that was seen before it was written is seen
+    u32 r;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(r) : "l"(flag) : "memory");
+    return r;
+}
+__device__ __forceinline__ u32 flag_count(u32* flag, u32 last) {  // one more, after last 0; gives what it was
+    u32 r;
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(r) : "l"(flag), "r"(last) : "memory");
+    return r;
+}
+#define NEXT_MAY_BEGIN asm volatile("griddepcontrol.launch_dependents;")
+#define BEFORE_HAS_ENDED asm volatile("griddepcontrol.wait;" ::: "memory")
+#define FETCH_TO_L2(p) asm volatile("prefetch.global.L2 [%0];" ::"l"(p))
+#define KEEP(value) asm volatile("" : "+r"(value))
+#endif

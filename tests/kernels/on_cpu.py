@@ -1,0 +1,33 @@
+"""CUDA C++ compiled for a CPU, to see which element goes where and who waits for whom: see ``cuda_on_cpu.h``."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+def compiled(
+    source: str, kernel: str, defines: Mapping[str, int], folder: Path, changed: tuple[str, str] = ("", "")
+) -> ctypes.CDLL:
+    """``source`` as a library with ``run(args, grid_x, grid_y, grid_z)``; ``changed``: one text in it for another."""
+    assert changed[0] in source
+    library = folder / "kernel.so"
+    subprocess.run(
+        ["g++", "-std=c++20", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
+        + ["-include", HERE / "cuda_on_cpu.h", f"-DKERNEL={kernel}"]
+        + [f"-D{name}={value}" for name, value in defines.items()]
+        + ["-x", "c++", "-", "-o", library],
+        input=f'{source.replace(*changed) if changed[0] else source}\n#include "{HERE / "cuda_on_cpu_run.h"}"\n',
+        text=True,
+        check=True,
+    )
+    return ctypes.CDLL(str(library))
