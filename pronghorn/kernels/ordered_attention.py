@@ -112,6 +112,14 @@ def ordered_attention_forward(
     return out_THE, lse_HT
 
 
+def tile_queries(H: int, K: int, E: int, device: torch.device) -> int:
+    """Queries that a tile of :meth:`OrderedRows.tiles` has for such heads; on the CPU, which reads none, an H200's."""
+    from pronghorn.kernels.ordered_attention_triton import tile_rows
+
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return tile_rows(H, K, E, capability) // (H // K)
+
+
 def check_output(out: torch.Tensor, q: torch.Tensor) -> None:
     """Raise where attention of ``q`` ``[rows, H, E]`` cannot be written to ``out``."""
     H, E = q.shape[1:]

@@ -100,6 +100,11 @@ def _attend(
 _launch = Launcher(_attend)
 
 
+def tile_rows(H: int, K: int, E: int, capability: tuple[int, int]) -> int:
+    """Rows of a program's tile: as many queries for each of a kv head's query heads."""
+    return max(launch_config(E, capability).rows, int(triton.next_power_of_2(H // K)))
+
+
 def ordered_attention_forward(
     q_THE: torch.Tensor,
     k_UKE: torch.Tensor,
@@ -114,9 +119,9 @@ def ordered_attention_forward(
     """
     (T, H, E), K = q_THE.shape, k_UKE.shape[1]
     lse_HT = torch.empty((H, T), dtype=torch.float32, device=q_THE.device)
-    block_m, num_warps, num_stages = config or launch_config(E, _capability(q_THE.get_device()))
-    R = H // K
-    block_m = max(block_m, int(triton.next_power_of_2(R)))
+    R, capability = H // K, _capability(q_THE.get_device())
+    block_m, num_warps, num_stages = config or launch_config(E, capability)
+    block_m = max(block_m, tile_rows(H, K, E, capability) if config is None else int(triton.next_power_of_2(R)))
     tiles_N4 = rows.tiles(block_m // R)
     if not tiles_N4.shape[0]:
         return lse_HT

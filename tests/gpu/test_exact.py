@@ -76,13 +76,41 @@ def test_this_gpu_keeps_the_promise_for_these_shapes(loaded):
     base.engine_of(*loaded).check_exact()
 
 
-@pytest.mark.parametrize("kernel", ["glu_forward", "add_norm_forward", "head_logits"])
-def test_a_perturbed_kernel_of_the_decode_step_is_caught(loaded, monkeypatch, kernel):
-    from pronghorn.rollout.native import decode_walk
+def test_prompts_by_a_graph_have_the_bits_of_launches(loaded):
+    """Few tokens are launched the first time and replayed from then on, in one prefill, or two, and after a step."""
+    model, tokenizer = loaded
+    engine: Any = base.engine_of(model, tokenizer)
+    for prompts in (PROMPTS, PROMPTS[1:2], [*PROMPTS, [7] * 100, [9] * 60]):
+        params = SamplingParams(n=2, max_tokens=20, seed=3, ignore_eos=True)
+        for _ in range(2):
+            engine.release()
+            launched = [o.outputs for o in engine.generate(prompts, params)]
+            assert engine._decoder.prefill._graph is None
+            for _ in range(2):
+                assert [o.outputs for o in engine.generate(prompts, params)] == launched
+            assert engine._decoder.prefill._graph is not None
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if "lora_B" in name:
+                        p.mul_(1.5)
+            replayed = [o.outputs for o in engine.generate(prompts, params)]
+            assert replayed != launched
+            engine.release()
+            assert [o.outputs for o in engine.generate(prompts, params)] == replayed
+
+
+@pytest.mark.parametrize(
+    ("kernel", "n"),
+    [("glu_forward", 6), ("add_norm_forward", 6), ("head_logits", 6), ("_gated", 2), ("step_attention", 2)],
+)
+def test_a_perturbed_kernel_of_the_decode_step_is_caught(loaded, monkeypatch, kernel, n):
+    """Of 18 rows, and of 6."""
+    from pronghorn.rollout.native import decode_walk, paged
 
     model, tokenizer = loaded
     base.engine_of(model, tokenizer).release()
-    honest = getattr(decode_walk, kernel)
+    owner = paged if kernel == "step_attention" else decode_walk
+    honest = getattr(owner, kernel)
 
     def perturbed(*args: Any) -> Any:
         out = honest(*args)
@@ -90,8 +118,8 @@ def test_a_perturbed_kernel_of_the_decode_step_is_caught(loaded, monkeypatch, ke
         first[:, :8].mul_(1 + 2**-6)  # about two units in the last place of bfloat16, in 8 columns
         return out
 
-    monkeypatch.setattr(decode_walk, kernel, perturbed)
-    logps_N, batch = trainers(model, sampled(model, tokenizer))
+    monkeypatch.setattr(owner, kernel, perturbed)
+    logps_N, batch = trainers(model, sampled(model, tokenizer, n=n))
     base.engine_of(model, tokenizer).release()  # graphs that hold the perturbed kernel
     with pytest.raises(ArithmeticError, match="exact"):
         require_equal(logps_N, batch)

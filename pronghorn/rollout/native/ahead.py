@@ -55,7 +55,7 @@ def run_ahead(scheduler: Scheduler, runner: Runner, ending: Ending, decoder: Dec
 
 def _prefill(step: Step, scheduler: Scheduler, runner: Runner, decoder: Decoder) -> None:
     """Launch the chunks, and the draws of those that end a prompt."""
-    hidden_LD, copies, sequences = runner.prefill(step, decoder.prefill_walk)
+    hidden_LD, copies, sequences = runner.prefill(step, decoder)
     if sequences:
         decoder.forget_all_but(scheduler.running)
         decoder.admit(sequences)

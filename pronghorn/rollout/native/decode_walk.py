@@ -8,7 +8,7 @@ that decoding keeps, where it does; the last layer's is done for the rows alone 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -24,9 +24,7 @@ from ...lora.projection import hooked
 from ...models.forward import Head, head
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
-from .attention import PrefillAttention
 from .dense import TrainerProduct
-from .paged import PagedDecode
 from .products import HeldProduct, NF4Product, Product, Tables, product_of
 
 
@@ -36,6 +34,23 @@ class _Layer(NamedTuple):
     o: Product
     gate_up: Product
     down: Product
+
+
+class RotatedAttention(Protocol):
+    """Attention that rotates: of a decode step, or of a prefill."""
+
+    def rotate_and_attend(
+        self,
+        layer_idx: int,
+        q_THE: torch.Tensor,
+        k_TKE: torch.Tensor,
+        v_TKE: torch.Tensor,
+        cos_PE: torch.Tensor,
+        sin_PE: torch.Tensor,
+        scale: float,
+        out_THE: torch.Tensor | None,
+        /,
+    ) -> torch.Tensor: ...
 
 
 class _Walk:
@@ -55,7 +70,7 @@ class _Walk:
                 product.refresh()
 
     def _walk(
-        self, tokens_T: torch.Tensor, attention: PagedDecode | PrefillAttention, asked_L: torch.Tensor | None = None
+        self, tokens_T: torch.Tensor, attention: RotatedAttention, asked_L: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Hidden states after the last norm, ``[T, D]``; of the tokens ``asked_L`` alone, where that is given."""
         stack, T = self.base.model, tokens_T.shape[0]
@@ -106,7 +121,7 @@ class DecodeWalk(_Walk):
         cos_1PE, sin_1PE = stack.rotary_emb(weight_VD[:1], position_ids=positions_1P)
         super().__init__(model, layers, cos_1PE[0].contiguous(), sin_1PE[0].contiguous())
 
-    def __call__(self, tokens_B: torch.Tensor, attention: PagedDecode) -> torch.Tensor:
+    def __call__(self, tokens_B: torch.Tensor, attention: RotatedAttention) -> torch.Tensor:
         """The head's products ``[B, V]``, float32, for the token after each of ``tokens_B``, which go to the cache."""
         with chained():
             normed_BD = self._walk(tokens_B, attention)
@@ -133,7 +148,7 @@ class PrefillWalk(_Walk):
         super().__init__(model, layers, decode.cos_PE, decode.sin_PE)
 
     @torch.no_grad()
-    def __call__(self, tokens_T: torch.Tensor, attention: PrefillAttention, asked_L: torch.Tensor) -> torch.Tensor:
+    def __call__(self, tokens_T: torch.Tensor, attention: RotatedAttention, asked_L: torch.Tensor) -> torch.Tensor:
         """Hidden states after the last norm, ``[L, D]``, of the tokens ``asked_L`` among ``tokens_T``."""
         with chained():
             return self._walk(tokens_T, attention, asked_L)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -29,12 +29,16 @@ from .decode_walk import DecodeWalk, PrefillWalk, few_rows
 from .kv_cache import KVCache
 from .look import Look
 from .paged import PagedDecode
+from .prefill import Prefill
 from .products import HeldProduct, align_of, takes_nf4
 from .random import stream_key
 from .request import Sequence
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Batch sizes that graphs are captured for: a batch runs in the least that holds it."""
+
+
+T = TypeVar("T")
 
 
 class Replay(Protocol):
@@ -114,7 +118,7 @@ class Decoder:
         self._written: dict[int, int] = {}  # entries of each slot's table that were written
         self.query_heads = base.config.num_attention_heads
         self._walks: dict[bool, DecodeWalk] = {}
-        self._prefill: PrefillWalk | None = None
+        self._prefill: Prefill | None = None
         # Where no group takes the 4-bit kernel, one walk serves any number of rows: two would hold weights twice.
         self._few_in_nf4 = not self.hold or any(
             takes_nf4(group, cache.shape.dtype) for _, groups in found for group in groups
@@ -268,11 +272,11 @@ class Decoder:
         return self._walks[many]
 
     @property
-    def prefill_walk(self) -> PrefillWalk:
+    def prefill(self) -> Prefill:
         """What computes prompts for these rows, on the weights that a step of all of them reads."""
         if self._prefill is None:
-            walk = self._walk(bucket_of(self.sizes.rows))
-            self._prefill = PrefillWalk(self.model, self._found, self.cache.shape.dtype, walk)
+            walk = PrefillWalk(self.model, self._found, self.cache.shape.dtype, self._walk(bucket_of(self.sizes.rows)))
+            self._prefill = Prefill(walk, self.cache, self.query_heads, self._captured)
         return self._prefill
 
     def _step(self, rows: int) -> None:
@@ -296,27 +300,34 @@ class Decoder:
         """Make every graph that the rollout which was begun can ask for."""
         for rows in BUCKETS[: 1 + BUCKETS.index(bucket_of(self.sizes.rows))]:
             self._graph(rows)
+        self.prefill.capture()
 
     def _capture(self, rows: int, owners: list[int]) -> torch.cuda.CUDAGraph:
-        """Kernels compile and workspaces are made in a step outside of the graph, in which no row runs. Both are on one
-        stream: kernels keep a workspace a stream, and one that was first made within a graph would be the graph's.
-        """
+        """In the step outside of the graph no row runs."""
         state = self.state
         kept = [t.clone() for t in (state.slots_B, state.lengths_B, state.finished_B)]
         state.clear(owners)
+        graph, _ = self._captured(lambda: self._step(rows))
+        for t, was in zip((state.slots_B, state.lengths_B, state.finished_B), kept):
+            t.copy_(was)
+        return graph
+
+    def _captured(self, run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        """``run`` as a graph, and what it gives then. Kernels compile and workspaces are made in a run outside of it,
+        before. Both are on one stream: kernels keep a workspace a stream, and one that was first made within a graph
+        would be the graph's.
+        """
         stream = self._stream = self._stream or torch.cuda.Stream(self.cache.shape.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._step(rows)
+            run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         mode = "thread_local"  # rewards may use the GPU
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode=mode):
-            self._step(rows)
+            given = run()
         self._pool = graph.pool()
-        for t, was in zip((state.slots_B, state.lengths_B, state.finished_B), kept):
-            t.copy_(was)
-        return graph
+        return graph, given
 
 
 def held_bytes_of(found: list[tuple[Parts, Groups]], dtype: torch.dtype) -> int:

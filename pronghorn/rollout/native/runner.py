@@ -11,7 +11,7 @@ from ...kernels.spans import on_device
 from ...models.attention import Attention
 from ...models.forward import hidden_states, logits
 from .attention import PrefillAttention
-from .decode_walk import PrefillWalk
+from .decoder import Decoder
 from .held import Buffers, HeldDecode
 from .kv_cache import KVCache
 from .paged import PagedDecode
@@ -67,9 +67,9 @@ class Runner:
         """int64, on the model's device."""
         return on_device(ids, torch.int64, self.device)
 
-    def prefill(self, step: Step, walk: PrefillWalk | None = None) -> tuple[torch.Tensor, list[int], list[Sequence]]:
+    def prefill(self, step: Step, decoder: Decoder | None = None) -> tuple[torch.Tensor, list[int], list[Sequence]]:
         """Compute the chunks; hidden states ``[L, D]`` that predict, which of them each drawing sequence reads, and
-        those sequences. By ``walk`` in place of the policy, where a decoder has one.
+        those sequences. By ``decoder`` in place of the policy, where there is one.
         """
         ids: list[int] = []
         sequences: list[Sequence] = []
@@ -81,9 +81,9 @@ class Runner:
                 copies += [len(last)] * (1 + len(chunk.followers))
                 last.append(len(ids) - 1)
                 sequences += [chunk.sequence, *chunk.followers]
+        if decoder is not None:
+            return decoder.prefill(ids, step.prefill, last), copies, sequences
         attention = PrefillAttention(self.cache, step.prefill)
-        if walk is not None:
-            return walk(self.ids(ids), attention, self.ids(last)), copies, sequences
         hidden_TD = self.policy.hidden_states(self.ids(ids), attention.positions_T.long(), attention)
         return hidden_TD.index_select(0, self.ids(last)), copies, sequences
 
