@@ -248,11 +248,14 @@ def nf4_matmul(
     if M == 0:
         return
     nested = members[0].weight.nested_absmax is not None
-    tile = tile or tile_for(M, out_MO.shape[1], K, nested, shared_memory(device), _processors(device))
+    outputs = sum(member.weight.shape[0] for member in members)
+    tile = tile or tile_for(M, outputs, K, nested, shared_memory(device), _processors(device))
     if tile is None:
         raise ValueError(f"no tile for {K} inputs fits into {shared_memory(device)} bytes of shared memory")
     if tile.stages == 1 and tile.panel < K:
         raise ValueError(f"{tile}: one stage holds all of x or none; {K} inputs need two stages, or a panel of {K}")
+    if glu and not tile.halves:
+        raise ValueError(f"{tile}: gates and ups take as many groups each; give one of glu_tile")
     code = nf4_code(device)
     args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, code, dynamic_code(device), flag, glu)
     rank16 = max(member.rank // 16 for member in args.member)

@@ -134,6 +134,7 @@ def project(
             out.addmm_(left, right.T)
         else:
             torch.mm(left, right.T, out=out)
+        del piece, left, right  # before the next is made: two of these are the most that a layer takes
     if adapted and not first and not given.wide:
         _add_adapters(y_TO, low_TR, group, beta=1.0)
     return y_TO[:T]
@@ -210,6 +211,7 @@ def input_gradient(
         for piece in _pieces(group, dy_TO.dtype, held, wide=False):
             share = dy_TO[:, piece.columns]
             dx_TI = share @ piece.weight_OI if dx_TI is None else dx_TI.addmm_(share, piece.weight_OI)
+            del piece  # before the next is made
     return dx_TI, g_TR
 
 

@@ -185,6 +185,7 @@ def pieces(group: Group, dtype: torch.dtype, wide: bool) -> Iterator[Piece]:
             else:
                 p.write(part)
         yield Piece(own, table_OK[:, : base.in_features] if wide else table_OK, table_OK if wide else None)
+        del table_OK, part  # whoever was given it has dropped it, or keeps it
 
 
 def hooked(module: nn.Module) -> bool:

@@ -75,7 +75,7 @@ def test_gates_and_ups_give_what_glu_makes_of_their_products(O, I, rank, bias, d
         normed = norm_forward(x, norm, 1e-5)[0]
         low = low_rank(normed, a)[:, : 2 * rank].contiguous() if rank else None
         both = nf4_matmul(normed, members, low)
-        assert both.abs().max() > 20
+        assert both.abs().max() > 5
         expected = glu_forward(both[:, :O], both[:, O:], "silu")
         assert torch.equal(nf4_matmul(normed, members, low, glu=True), expected)
         if rank:

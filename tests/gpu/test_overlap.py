@@ -17,7 +17,7 @@ from pronghorn.grpo.logprobs import score
 from pronghorn.grpo.rollouts import Rollout
 from pronghorn.kernels.low_rank import low_rank
 from pronghorn.rollout import base
-from pronghorn.rollout.native.decoder import Decoder
+from pronghorn.rollout.native.capture import Capture
 from pronghorn.rollout.native.prefill import Prefill
 from tests.gpu.test_determinism import _switch_back as _switch_back  # a fixture of every test here, too
 from tests.grpo.support import adapter_weights, fill_lora, letters, prompts
@@ -53,7 +53,7 @@ def build(folder: Path, load_in_4bit: bool = True, **settings: Any) -> GRPOTrain
 def test_the_overlapped_run_is_the_sequential_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    walked, captured, walk, capture = set(), set(), Prefill.__call__, Decoder._captured
+    walked, captured, walk, capture = set(), set(), Prefill.__call__, Capture.__call__
 
     def walking(*args: Any) -> torch.Tensor:
         walked.add(threading.current_thread().name)
@@ -64,7 +64,7 @@ def test_the_overlapped_run_is_the_sequential_one(
         return capture(*args)
 
     monkeypatch.setattr(Prefill, "__call__", walking)
-    monkeypatch.setattr(Decoder, "_captured", capturing)
+    monkeypatch.setattr(Capture, "__call__", capturing)
     made = {}
     for name in ("sequential", "overlapped"):
         made[name] = build(tmp_path / name, rollout_overlap=name == "overlapped", **settings)

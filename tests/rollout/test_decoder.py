@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -346,6 +348,20 @@ def test_four_bit_layers(tmp_path, monkeypatch, hold):
     assert weights == hold * 2 * 4 * sum((out + rank) * row_columns(inputs + rank) for out, inputs, rank in sizes)
     fill(model, 4)
     assert_same(ahead, stepwise, SETTINGS["drawn"])
+
+
+def test_a_decoder_is_free_as_soon_as_it_is_released(loaded):
+    """Its graphs and weights are memory that a cycle would keep until Python looks for such."""
+    model, tokenizer = loaded
+    engine = base.create("native", model, tokenizer, ahead=True)
+    engine.generate([[5, 6, 7]], SamplingParams(max_tokens=2, ignore_eos=True))
+    gone = weakref.ref(engine._decoder)
+    gc.disable()
+    try:
+        engine.release()
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 KERNELS: dict[str, Any] = {

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -25,6 +25,7 @@ from ...lora.projection import row_columns
 from ...models.forward import Head
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
+from .capture import Capture
 from .decode_walk import DecodeWalk, PrefillWalk, few_rows
 from .kv_cache import KVCache
 from .look import Look
@@ -36,9 +37,6 @@ from .request import Sequence
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Batch sizes that graphs are captured for: a batch runs in the least that holds it."""
-
-
-T = TypeVar("T")
 
 
 class Replay(Protocol):
@@ -124,8 +122,7 @@ class Decoder:
             takes_nf4(group, cache.shape.dtype) for _, groups in found for group in groups
         )
         self._graphs: dict[tuple[int, Variant], Replay] = {}
-        self._pool: Any = None
-        self._stream = stream
+        self._captures = Capture(device, stream)
         self.slots: list[Sequence | None] = [None] * rows
         self.slot_of: dict[int, int] = {}
         self.variant = Variant()
@@ -276,7 +273,7 @@ class Decoder:
         """What computes prompts for these rows, on the weights that a step of all of them reads."""
         if self._prefill is None:
             walk = PrefillWalk(self.model, self._found, self.cache.shape.dtype, self._walk(bucket_of(self.sizes.rows)))
-            self._prefill = Prefill(walk, self.cache, self.query_heads, self._captured)
+            self._prefill = Prefill(walk, self.cache, self.query_heads, self._captures)
         return self._prefill
 
     def _step(self, rows: int) -> None:
@@ -307,27 +304,10 @@ class Decoder:
         state = self.state
         kept = [t.clone() for t in (state.slots_B, state.lengths_B, state.finished_B)]
         state.clear(owners)
-        graph, _ = self._captured(lambda: self._step(rows))
+        graph, _ = self._captures(lambda: self._step(rows))
         for t, was in zip((state.slots_B, state.lengths_B, state.finished_B), kept):
             t.copy_(was)
         return graph
-
-    def _captured(self, run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-        """``run`` as a graph, and what it gives then. Kernels compile and workspaces are made in a run outside of it,
-        before. Both are on one stream: kernels keep a workspace a stream, and one that was first made within a graph
-        would be the graph's.
-        """
-        stream = self._stream = self._stream or torch.cuda.Stream(self.cache.shape.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        mode = "thread_local"  # rewards may use the GPU
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode=mode):
-            given = run()
-        self._pool = graph.pool()
-        return graph, given
 
 
 def held_bytes_of(found: list[tuple[Parts, Groups]], dtype: torch.dtype) -> int:

@@ -104,7 +104,7 @@ class Prefill:
         walk: what computes prompts.
         cache: where keys and values go.
         query_heads: H.
-        captured: makes a graph of what it is given, and gives that and its result.
+        capture: what makes the decoder's graphs.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class Prefill:
         walk: PrefillWalk,
         cache: KVCache,
         query_heads: int,
-        captured: Callable[[Callable[[], torch.Tensor]], tuple[torch.cuda.CUDAGraph, torch.Tensor]],
+        capture: Callable[[Callable[[], torch.Tensor]], tuple[torch.cuda.CUDAGraph, torch.Tensor]],
     ) -> None:
-        self.walk, self.cache, self.query_heads, self._captured = walk, cache, query_heads, captured
+        self.walk, self.cache, self.query_heads, self._capture = walk, cache, query_heads, capture
         shape = cache.shape
         self.fixed = shape.device.type == "cuda" and in_order(shape.device, shape.dtype, shape.head_dim)
         self._graph: Fixed | None = None
@@ -136,7 +136,7 @@ class Prefill:
         """Make the graph, where one can be and is not there."""
         if self.fixed and self._graph is None:
             attention = FixedAttention(self.cache, self.query_heads, ORDERED_ROWS, MOST_PROMPTS)
-            graph, hidden_LD = self._captured(lambda: self.walk(attention.ids_T, attention, attention.asked_L))
+            graph, hidden_LD = self._capture(lambda: self.walk(attention.ids_T, attention, attention.asked_L))
             self._graph = Fixed(graph, attention, hidden_LD)
 
 
