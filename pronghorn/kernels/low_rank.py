@@ -54,7 +54,8 @@ def low_rank(
 
     Args:
         x_TI: rows contiguous, any distance apart.
-        a_RI: the adapters' A, one under another, x's dtype, contiguous.
+        a_RI: the adapters' A, one under another, x's dtype, contiguous. In a chain of launches it is fetched before the
+            kernels before have ended, so none of them writes it.
         out_TR: where to write, rows contiguous; made where None.
         also_TR: where to write it once more.
         flag: one int32, 0, from :func:`flag_for`: set to 1 once ``x_TI`` is whole. The next launch has to be a product

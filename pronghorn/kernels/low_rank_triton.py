@@ -74,6 +74,18 @@ def _run(
     return acc
 
 
+@triton.jit
+def _fetch(a_ptr, r, R, first, last, width, BLOCK_I: tl.constexpr):
+    """A run of some rows of A on its way into the L2 cache, in lines of 128 bytes."""
+    row = a_ptr + tl.minimum(r, R - 1)[:, None] * width
+    for start in range(first, last, BLOCK_I):
+        at = tl.minimum(start + tl.arange(0, BLOCK_I // 64) * 64, last - 1)
+        place = (row + at[None, :]).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [place], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
 @triton.jit(do_not_specialize=["T"])
 def _few_rows(
     x_ptr, a_ptr, out_ptr, also_ptr, also_stride, part_ptr, arrived_ptr, flag_ptr, T, R,
@@ -90,20 +102,21 @@ def _few_rows(
     """
     if EARLY and FLAG:
         gdc_launch_dependents()
-    if CHAIN:
-        gdc_wait()
     split = tl.program_id(0)
     tile = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    last = tl.minimum((split + 1) * step, width)
+    if CHAIN:
+        _fetch(a_ptr, r, R, split * step, last, width, BLOCK_I)  # adapters are older than the chain
+        gdc_wait()
     if FLAG:
         if split + tile == 0:
             tl.atomic_xchg(flag_ptr, 1, sem="release")
     elif EARLY:
         gdc_launch_dependents()
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     x_row = x_ptr + t.to(tl.int64)[:, None] * x_stride
     a_row = a_ptr + r[:, None] * width
-    last = tl.minimum((split + 1) * step, width)
     acc = _run(a_row, x_row, r < R, t < T, split * step, last, BLOCK_R, BLOCK_T, BLOCK_I)
     place = tl.arange(0, BLOCK_R)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
     parts = part_ptr + tile * (SPLITS * BLOCK_T * BLOCK_R)

@@ -41,16 +41,19 @@ def _forward_kernel(
     eps, offset, D: tl.constexpr, RESIDUAL: tl.constexpr, CAST_FIRST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    if CHAIN:
-        gdc_wait()
-        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows)[:, None] & (column < D)
     dtype = x_ptr.dtype.element_ty
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0)
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + row[:, None] * residual_stride + column, mask=inside, other=0.0)
+    if CHAIN:  # what was read up to here is older than the kernel before and the one before that
+        gdc_wait()
+        gdc_launch_dependents()
     x = tl.load(x_ptr + row[:, None] * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
-        x += tl.load(residual_ptr + row[:, None] * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+        x += residual.to(tl.float32)
         rounded = x.to(dtype)  # the norm reads the sum as the residual stream keeps it
         tl.store(summed_ptr + row[:, None] * D + column, rounded, mask=inside)
         x = rounded.to(tl.float32)
@@ -59,7 +62,7 @@ def _forward_kernel(
     unit = x * rstd[:, None]
     if CAST_FIRST:
         unit = unit.to(dtype).to(tl.float32)
-    scale = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32) + offset
+    scale = weight.to(tl.float32) + offset
     normed = (unit * scale).to(normed_ptr.dtype.element_ty)
     tl.store(normed_ptr + row[:, None] * normed_stride + column, normed, mask=inside)
 
