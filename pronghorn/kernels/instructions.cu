@@ -79,12 +79,6 @@ __device__ __forceinline__ float power_of_2(float x) {  // as Triton's exp2
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
-__device__ __forceinline__ float silu(float x) {  // as Triton's x * (1 / (1 + exp(-x)))
-    float power, sigmoid;
-    asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(__fmul_rn(x, __uint_as_float(0xbfb8aa3b))));  // -log2(e)
-    asm("div.full.f32 %0, %1, %2;" : "=f"(sigmoid) : "f"(1.0f), "f"(__fadd_rn(power, 1.0f)));
-    return __fmul_rn(x, sigmoid);
-}
 __device__ __forceinline__ float larger(float a, float b) {  // the number, where one is none
     float r;
     asm("max.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));

@@ -8,8 +8,6 @@
 //   F16     float16 in place of bfloat16                           OVERLAP begins while the kernel before runs, which
 //           makes low, and nothing else that is read here
 //   FLAG    with OVERLAP: begins before x is whole, and a flag says when it is
-//   GLU     (with RING 1, an even number of groups of each size) y = silu(x W_1^T) * (x W_2^T), each product whole as
-//           above and rounded: half of a block's groups have the first member, half the second, at the same outputs
 
 struct Member {
     const u8* codes;        // [outputs / 8][K / 64][8][4][2][4]: tiles, see nf4_layout.py
@@ -35,8 +33,6 @@ struct Args {
 
 #define WARPS (GROUPS * RING)
 #define OUTPUTS ((GROUPS * PAIR - SHORT) * 8)  // of a block
-#define PART (GLU ? OUTPUTS / 2 : OUTPUTS)     // of one member
-#define FULL (GROUPS - SHORT)                  // groups that have all tiles
 #define WIDE (ROWS == 8 && PAIR % 2 == 0)  // outputs are the 16 rows of the instruction's left operand; else x is
 #define SIXTEENS (ROWS == 8 ? 1 : ROWS / 16)
 #define SUMS (WIDE ? PAIR / 2 : PAIR)    // accumulators of a thread, for each 16 rows
@@ -116,28 +112,21 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     const int group = warp / RING, place = warp % RING;
 
     int tile = blockIdx.x, which = 0;
-    const bool shorter = SHORT && group >= FULL;
-#if GLU
-    const int half = shorter ? SHORT / 2 : FULL / 2, nth = shorter ? group - FULL : group;
-    which = nth >= half;
-    const int in_part = shorter ? FULL / 2 * PAIR * 8 + nth % half * (PAIR - 1) * 8 : nth % half * PAIR * 8;
-#else
     while (which + 1 < args.members) {
         const int tiles = (args.member[which].outputs + OUTPUTS - 1) / OUTPUTS;
         if (tile < tiles) break;
         tile -= tiles;
         ++which;
     }
-    const int in_part = (group * PAIR - (shorter ? group - FULL : 0)) * 8;
-#endif
 #if OVERLAP && !FLAG
     NEXT_MAY_BEGIN;  // who begins early waits, before all else, until this has ended
 #endif
     const Member& own = args.member[which];
     const int K = args.K, chunks = K / CHUNK, blocks = K / 64, last = own.outputs - 8;
-    const int first_row = blockIdx.y * ROWS, rows = min(args.rows - first_row, ROWS), first_output = tile * PART;
-    // The group's first output: in the block, and of its member.
-    const int base = (GLU ? which * PART : 0) + in_part, o0 = first_output + in_part;
+    const int first_row = blockIdx.y * ROWS, rows = min(args.rows - first_row, ROWS), first_output = tile * OUTPUTS;
+    const bool shorter = SHORT && group >= GROUPS - SHORT;
+    // The group's first output: in the block, and of all.
+    const int base = (group * PAIR - (shorter ? group - (GROUPS - SHORT) : 0)) * 8, o0 = first_output + base;
     const u16* const x_rows = args.x + (u64)first_row * args.x_stride;
 
     // A warp reads its tiles' codes straight into registers, 256 bytes at once, a chunk ahead. Past the last tile it
@@ -172,13 +161,9 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     const int scale_row = blocks * (NESTED ? 1 : 4);      // bytes, a multiple of 4
     u8* const rest = scales + (OUTPUTS * scale_row + 127) / 128 * 128;
     // All scales of the block's outputs at once (a 32nd of its codes), on their way while the rest of the start is made.
-    const int scale_bytes = min(PART, own.outputs - first_output) * scale_row;
-#pragma unroll
-    for (int m = 0; m < (GLU ? 2 : 1); ++m) {
-        const u8* const from = (const u8*)(GLU ? args.member[m] : own).scales + (u64)first_output * scale_row;
-        for (int i = threadIdx.x * 16; i < scale_bytes; i += WARPS * 512)
-            copy16(shared_address(scales) + m * PART * scale_row + i, from + i);
-    }
+    const int scale_bytes = min(OUTPUTS, own.outputs - first_output) * scale_row;
+    for (int i = threadIdx.x * 16; i < scale_bytes; i += WARPS * 512)
+        copy16(shared_address(scales) + i, (const u8*)own.scales + (u64)first_output * scale_row + i);
     COPIES_END;
     const int panels = (K + PANEL - 1) / PANEL;
     const u32 x_stages = shared_address(rest) + COUNTERS;
@@ -422,17 +407,10 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
         }
     }
 #endif
-#if GLU
-    u16* const staged = (u16*)(rest + COUNTERS + STAGES * X_STAGE);  // [ROWS][OUTPUTS]
-#endif
-    auto store = [&](float y, int row, int at) {  // `at`: of the group's outputs
+    auto store = [&](float y, int row, int o) {
         if (row >= rows) return;
-        if (own.bias) y = __fadd_rn(wide((u16)pair(y, 0.0f)), wide(own.bias[o0 + at]));  // as cuBLAS: two roundings
-#if GLU
-        staged[row * OUTPUTS + base + at] = (u16)pair(y, 0.0f);
-#else
-        args.y[(u64)(first_row + row) * args.y_stride + own.column + o0 + at] = (u16)pair(y, 0.0f);
-#endif
+        if (own.bias) y = __fadd_rn(wide((u16)pair(y, 0.0f)), wide(own.bias[o]));  // as cuBLAS: two roundings
+        args.y[(u64)(first_row + row) * args.y_stride + own.column + o] = (u16)pair(y, 0.0f);
     };
 #pragma unroll
     for (int p = 0; p < PAIR; ++p) {
@@ -442,17 +420,8 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
 #pragma unroll
             for (int i = 0; i < (ROWS == 8 ? 2 : 4); ++i)
                 if (WIDE)
-                    store(c[p / 2][0][p % 2 * 2 + i], t * 2 + i, p * 8 + g);
+                    store(c[p / 2][0][p % 2 * 2 + i], t * 2 + i, o0 + p * 8 + g);
                 else
-                    store(c[p][n][i], n * 16 + i / 2 * 8 + g, p * 8 + t * 2 + i % 2);
+                    store(c[p][n][i], n * 16 + i / 2 * 8 + g, o0 + p * 8 + t * 2 + i % 2);
     }
-#if GLU
-    __syncthreads();
-    for (int i = threadIdx.x; i < rows * PART; i += WARPS * 32) {
-        const int row = i / PART, at = i % PART;
-        if (first_output + at >= own.outputs) continue;
-        const float gate = wide(staged[row * OUTPUTS + at]), up = wide(staged[row * OUTPUTS + PART + at]);
-        args.y[(u64)(first_row + row) * args.y_stride + first_output + at] = (u16)pair(__fmul_rn(silu(gate), up), 0.0f);
-    }
-#endif
 }

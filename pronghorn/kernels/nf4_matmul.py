@@ -22,9 +22,6 @@ Where outputs are few, several warps take turns at the inputs of the same 16 and
 the kernels before still make x: ``x A^T`` lets this one begin before it waits itself, and sets a flag when x is whole
 (``low_rank.py``). Why no block then waits in vain, and who clears the flag, stands at the kernel.
 
-**Gates and ups** of the same outputs can be one block's, which then gives their product as well: one launch less, and
-a third of what is written.
-
 **What bounds it** at few rows is not memory. Where outputs are many it is the load/store unit: of some 12 turns that
 256 weights cost it, 8 are that table's. The four schedulers of a multiprocessor share it evenly, so each gets as many
 outputs. Where they are few it is, by counting, the order of the sum: the turns at products that wait for each other
@@ -42,7 +39,7 @@ from pronghorn.kernels.few_rows import MEMBERS, check_aligned, check_member, out
 from pronghorn.kernels.reference import nf4_matmul as reference
 from pronghorn.kernels.reference.nf4_matmul import Member, NF4Weight
 
-__all__ = ["MAX_ROWS", "Member", "NF4Weight", "nf4_matmul", "takes_glu", "why_not"]
+__all__ = ["MAX_ROWS", "Member", "NF4Weight", "nf4_matmul", "why_not"]
 
 MAX_ROWS = 64
 """Rows of x up to which this is the faster way; above, make the weight and call cuBLAS."""
@@ -95,20 +92,17 @@ def nf4_matmul(
     out_MO: torch.Tensor | None = None,
     overlap: bool = False,
     flag: torch.Tensor | None = None,
-    glu: bool = False,
 ) -> torch.Tensor:
-    """Outputs of all ``members`` side by side, or with ``glu`` what they gate; no gradient.
+    """Outputs of all ``members`` side by side; no gradient.
 
     Args:
         x_MI: ``[M, I]``, bfloat16 or float16 (on the CPU any float dtype), rows contiguous and 16-byte aligned.
         members: one to three projections of this input.
         low_MR: ``x A^T`` of all adapters side by side, in x's dtype; None without adapters.
-        out_MO: ``[M, sum of O]`` (with ``glu`` ``[M, O]``), x's dtype, rows contiguous, to write to.
+        out_MO: ``[M, sum of O]``, x's dtype, rows contiguous, to write to.
         overlap: the kernel launched just before makes ``low_MR`` and nothing else that is read here: a GPU that can
             runs the two beside each other.
         flag: what that kernel was given as its ``flag`` (:func:`pronghorn.kernels.low_rank.flag_for`); only then.
-        glu: of two members with as many outputs each, ``silu(y_1) * y_2`` of the rounded ``y_1`` and ``y_2``, as
-            :func:`pronghorn.kernels.glu.glu_forward` gives it; where :func:`takes_glu`.
 
     Returns:
         ``y_MO`` in x's dtype: products, adapter and bias summed in float32 and rounded once.
@@ -116,22 +110,10 @@ def nf4_matmul(
     Raises:
         ValueError: shapes, dtypes or layouts do not fit; the text says which.
     """
-    if glu and not takes_glu(x_MI, members):
-        shapes = [tuple(member.weight.shape) for member in members]
-        raise ValueError(f"glu=True for {x_MI.shape[0]} rows of {shapes}; ask takes_glu, or call glu_forward on both")
-    outputs = members[0].weight.shape[0] if glu else sum(member.weight.shape[0] for member in members)
-    out_MO = output(x_MI, outputs, out_MO)
+    out_MO = output(x_MI, sum(member.weight.shape[0] for member in members), out_MO)
     _check(x_MI, members, low_MR)
-    _path(x_MI).nf4_matmul(x_MI, members, low_MR, out_MO, overlap=overlap, flag=flag, glu=glu)
+    _path(x_MI).nf4_matmul(x_MI, members, low_MR, out_MO, overlap=overlap, flag=flag)
     return out_MO
-
-
-def takes_glu(x_MI: torch.Tensor, members: Sequence[Member]) -> bool:
-    """Whether :func:`nf4_matmul` of these rows can give ``silu(y_1) * y_2``."""
-    if len(members) != 2 or members[0].weight.shape != members[1].weight.shape:
-        return False
-    path = _path(x_MI)
-    return path is reference or path.glu_tile(x_MI, members) is not None
 
 
 def _check(x_MI: torch.Tensor, members: Sequence[Member], low_MR: torch.Tensor | None) -> None:

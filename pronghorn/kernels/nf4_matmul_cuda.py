@@ -63,18 +63,12 @@ class Tile(NamedTuple):
     def warps(self) -> int:
         return self.groups * self.ring
 
-    def shared_bytes(self, K: int, nested: bool, glu: bool = False) -> int:
-        """Shared memory of a block; with ``glu``, gates and ups are put beside each other at the end."""
+    def shared_bytes(self, K: int, nested: bool) -> int:
+        """Shared memory of a block."""
         scales = -(-self.outputs * (K // 64) * (1 if nested else 4) // 128) * 128
         x = _COUNTERS + self.stages * self.rows * (self.panel * 2 + 16)
         sums = self.pair // 2 if self.rows == 8 else self.pair * self.rows // 16
-        handed = self.warps * sums * 512 if self.ring > 1 else 0
-        return _TABLE + scales + x + handed + (self.rows * self.outputs * 2 if glu else 0)
-
-    @property
-    def halves(self) -> bool:
-        """Whether its groups come in two equal halves, one for gates and one for ups."""
-        return self.ring == 1 and self.short % 2 == 0 and (self.groups - self.short) % 2 == 0
+        return _TABLE + scales + x + (self.warps * sums * 512 if self.ring > 1 else 0)
 
 
 def tile_for(
@@ -149,28 +143,18 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _defines(
-    tile: Tile, nested: bool, rank16: int, half: bool, overlap: bool, flag: bool = False, glu: bool = False
-) -> dict[str, int]:
+def _defines(tile: Tile, nested: bool, rank16: int, half: bool, overlap: bool, flag: bool = False) -> dict[str, int]:
     macros = {name.upper(): value for name, value in tile._asdict().items()}
-    given = {"NESTED": nested, "RANK16": rank16, "F16": half, "OVERLAP": overlap, "FLAG": flag, "GLU": glu}
+    given = {"NESTED": nested, "RANK16": rank16, "F16": half, "OVERLAP": overlap, "FLAG": flag}
     return macros | {name: int(value) for name, value in given.items()}
 
 
 @lru_cache(maxsize=256)
 def _kernel(
-    tile: Tile,
-    K: int,
-    nested: bool,
-    rank16: int,
-    half: bool,
-    overlap: bool,
-    flag: bool,
-    glu: bool,
-    device: torch.device,
+    tile: Tile, K: int, nested: bool, rank16: int, half: bool, overlap: bool, flag: bool, device: torch.device
 ) -> CudaKernel:
-    defines = _defines(tile, nested, rank16, half, overlap, flag, glu)
-    return CudaKernel(_source(), "nf4_matmul", defines, device, tile.shared_bytes(K, nested, glu))
+    defines = _defines(tile, nested, rank16, half, overlap, flag)
+    return CudaKernel(_source(), "nf4_matmul", defines, device, tile.shared_bytes(K, nested))
 
 
 def arguments(
@@ -182,7 +166,6 @@ def arguments(
     code: torch.Tensor,
     levels: torch.Tensor,
     flag: torch.Tensor | None = None,
-    glu: bool = False,
 ) -> tuple[_Args, int]:
     """What the kernel is given, and its blocks of outputs. It holds addresses: the tensors have to live on.
 
@@ -205,22 +188,7 @@ def arguments(
         )  # fmt: skip
         column += w.shape[0]
         blocks += -(-w.shape[0] // tile.outputs)
-    return args, -(-members[0].weight.shape[0] // (tile.outputs // 2)) if glu else blocks
-
-
-def glu_tile(x_MI: torch.Tensor, members: Sequence[Member]) -> Tile | None:
-    """The tile whose blocks have gates and ups of the same outputs, so that they give their products; None where there
-    is none: more rows, few outputs, or two weights that are not quantized alike.
-    """
-    gate, up = (m.weight for m in members)
-    (O, K), device = gate.shape, x_MI.device  # noqa: E741 - shape letters
-    nested = gate.nested_absmax is not None
-    if up.shape[0] != O or pointer(gate.nested_code) != pointer(up.nested_code):
-        return None
-    tile = tile_for(x_MI.shape[0], 2 * O, K, nested, shared_memory(device), _processors(device))
-    if tile is None or not tile.halves or tile.rows > 16 or tile.shared_bytes(K, nested, True) > shared_memory(device):
-        return None
-    return tile
+    return args, blocks
 
 
 def nf4_matmul(
@@ -231,13 +199,11 @@ def nf4_matmul(
     tile: Tile | None = None,
     overlap: bool = False,
     flag: torch.Tensor | None = None,
-    glu: bool = False,
 ) -> None:
     """As ``reference.nf4_matmul.nf4_matmul``.
 
     Args:
-        tile: instead of :func:`tile_for`'s choice, for measurements; with ``glu`` one of :func:`glu_tile`.
-        glu: of two members, ``silu`` of the first one's product times the second one's, ``[M, O]``.
+        tile: instead of :func:`tile_for`'s choice, for measurements.
         overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: run beside it
             (on Hopper; elsewhere after it, as usual). It was launched as usual, or lets others begin only behind its
             own wait (:func:`pronghorn.kernels.launch.chained`): x is read before this one waits.
@@ -248,16 +214,13 @@ def nf4_matmul(
     if M == 0:
         return
     nested = members[0].weight.nested_absmax is not None
-    outputs = sum(member.weight.shape[0] for member in members)
-    tile = tile or tile_for(M, outputs, K, nested, shared_memory(device), _processors(device))
+    tile = tile or tile_for(M, out_MO.shape[1], K, nested, shared_memory(device), _processors(device))
     if tile is None:
         raise ValueError(f"no tile for {K} inputs fits into {shared_memory(device)} bytes of shared memory")
     if tile.stages == 1 and tile.panel < K:
         raise ValueError(f"{tile}: one stage holds all of x or none; {K} inputs need two stages, or a panel of {K}")
-    if glu and not tile.halves:
-        raise ValueError(f"{tile}: gates and ups take as many groups each; give one of glu_tile")
     code = nf4_code(device)
-    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, code, dynamic_code(device), flag, glu)
+    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, code, dynamic_code(device), flag)
     rank16 = max(member.rank // 16 for member in args.member)
     half = x_MI.dtype == torch.float16
     overlap = overlap and rank16 > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -268,8 +231,8 @@ def nf4_matmul(
         )
     recorded = current_recording()
     if recorded is not None:
-        defines = _defines(tile, nested, rank16, half, overlap, flag is not None, glu)
+        defines = _defines(tile, nested, rank16, half, overlap, flag is not None)
         recorded.source(_source(), defines, torch.cuda.get_device_capability(device))
         return
-    kernel = _kernel(tile, K, nested, rank16, half, overlap, flag is not None, glu, device)
+    kernel = _kernel(tile, K, nested, rank16, half, overlap, flag is not None, device)
     kernel((blocks, -(-M // tile.rows), 1), tile.warps * 32, args, overlap)

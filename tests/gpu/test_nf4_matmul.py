@@ -8,11 +8,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from pronghorn.kernels.glu import glu_forward
 from pronghorn.kernels.launch import Launcher, chained
 from pronghorn.kernels.low_rank import flag_for, low_rank
 from pronghorn.kernels.nf4 import quantize_nf4
-from pronghorn.kernels.nf4_matmul import Member, nf4_matmul, takes_glu
+from pronghorn.kernels.nf4_matmul import Member, nf4_matmul
 from pronghorn.kernels.nf4_matmul_cuda import Tile
 from pronghorn.kernels.nf4_matmul_cuda import nf4_matmul as launch
 from pronghorn.kernels.rms_norm import norm_forward
@@ -58,38 +57,6 @@ def by_cublas(x: torch.Tensor, members: list[Member], low: torch.Tensor | None) 
         else:  # cuBLAS rounds the product to 16 bits before it adds what lies in the output
             outs.append(m.bias_O.expand(len(x), O).contiguous().addmm_(left, wide.T))
     return torch.cat(outs, dim=1)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("O", "I", "rank", "bias"), [(14336, 4096, 32, False), (14336, 4096, 0, True), (8960, 1536, 64, True)]
-)
-def test_gates_and_ups_give_what_glu_makes_of_their_products(O, I, rank, bias, dtype) -> None:  # noqa: E741
-    """By themselves, and in a chain; gates far from zero too."""
-    members = group([O, O], I, rank, bias, dtype)
-    a = (torch.randn(max(2 * rank, 16), I, device="cuda") / 64).to(dtype)
-    norm, flag = torch.randn(I, device="cuda").to(dtype), torch.zeros(1, dtype=torch.int32, device="cuda")
-    for M in (1, 5, 8):
-        x = (torch.randn(M, I, device="cuda") * 3).to(dtype)
-        assert takes_glu(x, members)
-        normed = norm_forward(x, norm, 1e-5)[0]
-        low = low_rank(normed, a)[:, : 2 * rank].contiguous() if rank else None
-        both = nf4_matmul(normed, members, low)
-        assert both.abs().max() > 5
-        expected = glu_forward(both[:, :O], both[:, O:], "silu")
-        assert torch.equal(nf4_matmul(normed, members, low, glu=True), expected)
-        if rank:
-            for _ in range(20):
-                with chained():
-                    normed = norm_forward(x, norm, 1e-5)[0]
-                    made = x.new_empty(M, 2 * rank)
-                    found = flag_for(normed, flag)
-                    low_rank(normed, a, made, flag=found)
-                    h = nf4_matmul(normed, members, made, overlap=True, flag=found, glu=True)
-                assert torch.equal(h, expected)
-    assert not takes_glu(x.new_empty(64, I), members)
-    with pytest.raises(ValueError, match="takes_glu"):
-        nf4_matmul(x, members[:1], None, glu=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

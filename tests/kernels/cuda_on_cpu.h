@@ -92,7 +92,6 @@ inline float __int_as_float(unsigned value) {
     return r;
 }
 inline float power_of_2(float x) { return std::exp2(x); }
-inline float silu(float x) { return x * (1 / (1 + std::exp(-x))); }
 inline float larger(float a, float b) { return std::fmax(a, b); }
 inline float seen_by_all(const float* from) { return *from; }
 inline int count_arrival(int* counter) { return std::atomic_ref(*counter).fetch_add(1); }

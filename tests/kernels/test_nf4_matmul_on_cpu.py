@@ -22,7 +22,6 @@ from pronghorn.kernels.nf4_code import dynamic_code, nf4_code
 from pronghorn.kernels.nf4_matmul import Member
 from pronghorn.kernels.nf4_matmul_cuda import Tile
 from pronghorn.kernels.reference import nf4_matmul as reference
-from pronghorn.kernels.reference.glu import glu_forward
 from pronghorn.quant.nf4 import NF4Tensor
 from tests.kernels import on_cpu
 
@@ -39,9 +38,8 @@ def compiled(
     folder: Path,
     flag: bool = False,
     changed: tuple[str, str] = ("", ""),
-    glu: bool = False,
 ) -> ctypes.CDLL:
-    defines = nf4_matmul_cuda._defines(tile, nested, rank // 16, dtype == F16, overlap=flag, flag=flag, glu=glu)
+    defines = nf4_matmul_cuda._defines(tile, nested, rank // 16, dtype == F16, overlap=flag, flag=flag)
     return on_cpu.compiled(nf4_matmul_cuda._source(), "nf4_matmul", defines, folder, changed)
 
 
@@ -65,11 +63,6 @@ CASES = {
     "blocks of rows": (Tile(2, 1, 2, 16, 512, 1, 256), 37, [40], 512, 16, False, True, BF16),
     "short groups": (Tile(4, 1, 2, 8, 512, 1, 256, 2), 6, [80, 40], 512, 32, False, True, BF16),
     "short groups, 16 rows, a bias": (Tile(2, 1, 4, 16, 256, 2, 256, 1), 13, [72, 40], 768, 16, True, True, F16),
-    # gates and ups beside each other: all groups whole, or some short; blocks that are not whole; a bias; more rows
-    "gated": (Tile(4, 1, 2, 8, 512, 1, 256), 6, [40, 40], 512, 32, False, True, BF16),
-    "gated, short groups": (Tile(8, 1, 2, 8, 256, 2, 256, 4), 5, [104, 104], 768, 16, True, True, F16),
-    "gated, all short, plain scales": (Tile(4, 1, 2, 8, 512, 1, 256, 4), 8, [24, 24], 512, 0, False, False, BF16),
-    "gated, 16 rows": (Tile(2, 1, 4, 16, 512, 1, 256), 13, [40, 40], 512, 32, False, True, BF16),
     # several that take turns: x all there, its stages filled again, warps that miss whole panels; more chunks than
     # warps, fewer, a bias, more rows
     "turns, x whole": (Tile(2, 3, 2, 8, 512, 3, 256), 6, [40, 24], 1280, 32, False, True, BF16),
@@ -91,11 +84,10 @@ class Made(NamedTuple):
     x: torch.Tensor
     low: torch.Tensor | None
     expected: torch.Tensor
-    glu: bool
 
     def check(self, y: torch.Tensor) -> None:
         # Sums in another order: a value near the middle of two may be rounded to the other one.
-        ulp = torch.finfo(y.dtype).eps * (3 if self.glu else 1)  # of two factors
+        ulp = torch.finfo(y.dtype).eps
         torch.testing.assert_close(y, self.expected, rtol=ulp, atol=ulp * self.expected.abs().max().item() / 64)
         assert (y != self.expected).float().mean() <= 0.01
 
@@ -117,11 +109,7 @@ def made(case: str) -> Made:
     reference.nf4_matmul(x, [Member(m.weight, m.b_Or, m.at) for m in members], low, expected)
     if bias:  # the kernel rounds the product before it adds the bias, as cuBLAS does
         expected += torch.cat([m.bias_O for m in members if m.bias_O is not None])
-    glu = case.startswith("gated")
-    if glu:
-        gate, up = expected.chunk(2, dim=1)
-        expected = glu_forward(gate, up, "silu")
-    return Made(members, x, low, expected, glu)
+    return Made(members, x, low, expected)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -130,11 +118,9 @@ def test_equals_the_reference(case: str, tmp_path: Path) -> None:
     operands = made(case)
     x, y = operands.x, torch.full_like(operands.expected, float("nan"))
     args, blocks = nf4_matmul_cuda.arguments(
-        x, operands.members, operands.low, y, tile, nf4_code(x.device), dynamic_code(x.device), glu=operands.glu
+        x, operands.members, operands.low, y, tile, nf4_code(x.device), dynamic_code(x.device)
     )
-    compiled(tile, nested, rank, dtype, tmp_path, glu=operands.glu).run(
-        ctypes.byref(args), blocks, -(-M // tile.rows), 1
-    )
+    compiled(tile, nested, rank, dtype, tmp_path).run(ctypes.byref(args), blocks, -(-M // tile.rows), 1)
     operands.check(y)
     assert pointer(y) == args.y
 
@@ -156,13 +142,13 @@ def begun_early(case: str, folder: Path, changed: tuple[str, str] = ("", "")) ->
     tile, M, _, _, rank, _, nested, dtype = CASES[case]
     operands, flag = made(case), torch.zeros(1, dtype=torch.int32)
     assert operands.low is not None
-    run, early = compiled(tile, nested, rank, dtype, folder, True, changed, operands.glu).run_early, 0
+    run, early = compiled(tile, nested, rank, dtype, folder, True, changed).run_early, 0
     for _ in range(2):
         x, low, y = (
             torch.full_like(t, -1, dtype=torch.int16).view(dtype) for t in (operands.x, operands.low, operands.expected)
         )
         args, blocks = nf4_matmul_cuda.arguments(
-            x, operands.members, low, y, tile, nf4_code(x.device), dynamic_code(x.device), flag, operands.glu
+            x, operands.members, low, y, tile, nf4_code(x.device), dynamic_code(x.device), flag
         )
         before = Before(
             *map(pointer, (x, low, operands.x, operands.low, y)), x.nbytes, low.nbytes, y.numel(), 0
@@ -172,16 +158,7 @@ def begun_early(case: str, folder: Path, changed: tuple[str, str] = ("", "")) ->
     return operands, y, early, int(flag)
 
 
-EARLY = [
-    "gated",
-    "gated, short groups",
-    "x whole",
-    "stages filled often",
-    "blocks of rows",
-    "turns, x whole",
-    "turns, two stages",
-    "turns of 64 rows",
-]
+EARLY = ["x whole", "stages filled often", "blocks of rows", "turns, x whole", "turns, two stages", "turns of 64 rows"]
 
 
 @pytest.mark.parametrize("case", EARLY)

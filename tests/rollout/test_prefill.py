@@ -18,7 +18,7 @@ from pronghorn.rollout.native import prefill
 from pronghorn.rollout.native.attention import PrefillAttention
 from pronghorn.rollout.native.decode_walk import DecodeWalk, PrefillWalk
 from pronghorn.rollout.native.kv_cache import KVCache, KVShape
-from pronghorn.rollout.native.prefill import MOST_PROMPTS, FixedAttention, Prefill, takes
+from pronghorn.rollout.native.prefill import MOST_PROMPTS, SIZES, FixedAttention, Prefill, size_of
 from pronghorn.rollout.native.request import Prompt, Sequence
 from pronghorn.rollout.native.scheduler import Chunk
 from tests.grpo.support import fill_lora
@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def chunks_of(*lengths: int) -> list[Chunk]:
     """Prompts in blocks of 4 of a cache, from its last block down."""
-    chunks, free = [], 64
+    chunks, free = [], 64 if sum(lengths) < 200 else 2000
     for i, n in enumerate(lengths):
         count = -(-n // SIZE)
         table = [free - 1 - j for j in range(count)]
@@ -88,41 +88,67 @@ def test_tiles_that_are_not_there_write_nothing(monkeypatch: pytest.MonkeyPatch)
     assert (out[103:] == 7.0).all()
 
 
-def test_which_prefills_are_few_tokens() -> None:
-    assert takes(chunks_of(100, 100, 40)) and not takes(chunks_of(200, 185))
-    assert takes(chunks_of(*[1] * MOST_PROMPTS)) and not takes(chunks_of(*[1] * (MOST_PROMPTS + 1)))
-    assert not takes([Chunk(chunks_of(9)[0].sequence, 4, 9)])
+def test_which_graph_holds_which_prefill() -> None:
+    least, second, third, most = SIZES
+    assert size_of(chunks_of(100, 100, 40)) == size_of(chunks_of(least)) == size_of(chunks_of(1)) == least
+    assert size_of(chunks_of(200, second - 300)) == size_of(chunks_of(second)) == second
+    assert size_of(chunks_of(least + 1)) is None  # nearly half of it would be padding
+    assert size_of(chunks_of(second + 100)) == third and size_of(chunks_of(most)) == most
+    assert size_of(chunks_of(most, 1)) is None
+    assert size_of(chunks_of(*[1] * MOST_PROMPTS)) == least and size_of(chunks_of(*[1] * (MOST_PROMPTS + 1))) is None
+    assert size_of([Chunk(chunks_of(9)[0].sequence, 4, 9)]) is None
 
 
-def test_the_second_time_is_captured_and_then_replayed(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a graph would be is a call here; prompts of many tokens stay launches."""
-    model, walk = made
-    cache, said = KVCache(KVShape.of(unwrap(model)), 200, SIZE), []
+class Graph:
+    """What a graph would be is a call here."""
 
-    class Graph:
-        def __init__(self, run: Any) -> None:
-            self.run, self.out = run, run()
+    said: list[str] = []
 
-        def replay(self) -> None:
-            said.append("replayed")
-            self.out.copy_(self.run())
+    def __init__(self, run: Any) -> None:
+        self.run, self.out = run, run()
 
-    def captured(run: Any) -> Any:
-        said.append("captured")
-        graph = Graph(run)
+    def replay(self) -> None:
+        self.said.append("replayed")
+        self.out.copy_(self.run())
+
+    @classmethod
+    def captured(cls, run: Any) -> Any:
+        cls.said.append("captured")
+        graph = cls(run)
         return graph, graph.out
 
-    monkeypatch.setattr(prefill, "ORDERED_ROWS", 32)
-    own = Prefill(walk, cache, unwrap(model).config.num_attention_heads, captured)
+
+def test_the_second_of_a_size_is_captured_and_then_replayed(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of many tokens stay launches."""
+    model, walk = made
+    cache = KVCache(KVShape.of(unwrap(model)), 200, SIZE)
+    monkeypatch.setattr(prefill, "SIZES", (16, 32))
+    own = Prefill(walk, cache, unwrap(model).config.num_attention_heads, Graph.captured)
     assert not own.fixed  # on a CPU
     own.fixed = True
     for lengths, expected in (
-        ((9,), []), ((40,), []), ((5, 6), ["captured", "replayed"]), ((33,), []), ((32,), ["replayed"]),
+        ((9,), []), ((40,), []), ((25,), []), ((5, 6), ["captured", "replayed"]), ((33,), []), ((16,), ["replayed"]),
+        ((32,), ["captured", "replayed"]), ((15,), ["replayed"]), ((24,), ["replayed"]), ((23,), []),
     ):  # fmt: skip
-        said.clear()
+        Graph.said.clear()
         ids, chunks = torch.randint(5, 90, (sum(lengths),)), chunks_of(*lengths)
         asked = [sum(lengths[: i + 1]) - 1 for i in range(len(lengths))]
         got = own(ids.tolist(), chunks, asked).clone()
         wanted = walk(ids, PrefillAttention(cache, chunks), torch.tensor(asked))
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-        assert said == expected
+        assert Graph.said == expected
+
+
+def test_all_can_be_captured_ahead(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, walk = made
+    cache = KVCache(KVShape.of(unwrap(model)), 64, SIZE)
+    monkeypatch.setattr(prefill, "SIZES", (16, 32))
+    own = Prefill(walk, cache, unwrap(model).config.num_attention_heads, Graph.captured)
+    own.capture_all()
+    assert not own.graphs  # there are none on a CPU
+    own.fixed = True
+    own.capture_all()
+    assert list(own.graphs) == [32, 16]
+    Graph.said.clear()
+    own(list(range(5, 14)), chunks_of(9), [8])
+    assert Graph.said == ["replayed"]

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import torch
 
-from pronghorn.kernels.reference.glu import glu_forward
 from pronghorn.kernels.reference.nf4 import dequantize_nf4
 
 
@@ -59,18 +58,11 @@ def nf4_matmul(
     out_MO: torch.Tensor,
     overlap: bool = False,
     flag: torch.Tensor | None = None,
-    glu: bool = False,
 ) -> None:
     """As :func:`pronghorn.kernels.nf4_matmul.nf4_matmul`, which checked the arguments, into ``out_MO``.
 
     ``overlap`` and ``flag`` mean nothing here.
     """
-    if glu:
-        M, O = out_MO.shape  # noqa: E741 - shape letters
-        both_M2O = x_MI.new_empty(M, 2 * O)
-        nf4_matmul(x_MI, members, low_MR, both_M2O)
-        out_MO.copy_(glu_forward(both_M2O[:, :O], both_M2O[:, O:], "silu"))
-        return
     column = 0
     for member in members:
         w = member.weight

@@ -25,7 +25,7 @@ from ...models.forward import Head, head
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
 from .dense import TrainerProduct
-from .products import HeldProduct, NF4Product, Product, Tables, product_of
+from .products import HeldProduct, Product, Tables, product_of
 
 
 class _Layer(NamedTuple):
@@ -91,7 +91,8 @@ class _Walk:
                 if not len(hidden_TD):
                     return hidden_TD
             normed_TD, hidden_TD = _norm(o(attended_TD), hidden_TD, parts.norm2_D, parts.eps, gate_up)
-            added_TD = down(_gated(gate_up, normed_TD, parts.activation, down.place(normed_TD.shape[0])))
+            gate_TI, up_TI = gate_up(normed_TD).chunk(2, dim=1)
+            added_TD = down(glu_forward(gate_TI, up_TI, parts.activation, down.place(gate_TI.shape[0])))
         norm = stack.norm
         return _norm(added_TD, hidden_TD, norm.weight, float(norm.variance_epsilon))[0]
 
@@ -183,14 +184,6 @@ def few_rows(hold: bool) -> int:
     at some 20 (``benchmarks/results``); where they have to be made for each product, it is slower up to 64.
     """
     return 16 if hold else MAX_ROWS
-
-
-def _gated(gate_up: Product, x_BD: torch.Tensor, activation: str, place: torch.Tensor | None) -> torch.Tensor:
-    """What the gates let through, written to ``place`` where that is given."""
-    if isinstance(gate_up, NF4Product) and gate_up.gates(x_BD, activation):
-        return gate_up.gated(x_BD, place)
-    gate_BI, up_BI = gate_up(x_BD).chunk(2, dim=1)
-    return glu_forward(gate_BI, up_BI, activation, place)
 
 
 def _norm(

@@ -297,7 +297,7 @@ class Decoder:
         """Make every graph that the rollout which was begun can ask for."""
         for rows in BUCKETS[: 1 + BUCKETS.index(bucket_of(self.sizes.rows))]:
             self._graph(rows)
-        self.prefill.capture()
+        self.prefill.capture_all()
 
     def _capture(self, rows: int, owners: list[int]) -> torch.cuda.CUDAGraph:
         """In the step outside of the graph no row runs."""

@@ -1,8 +1,9 @@
-"""Prefill of few tokens by one CUDA graph: one prompt's launches keep the host for three times as long as the GPU.
+"""Prefill of few tokens by CUDA graphs: a prompt's launches keep the host for three times as long as the GPU works.
 
 The trainer multiplies fewer than ``ORDERED_ROWS`` rows as so many (``lora/fused.py``), so a prefill of few tokens costs
-the GPU the same with rows of padding, and then its shapes are always the same: a graph can hold it. What changes from
-one to the next, which tokens, where they belong in the cache and which queries meet which keys, is one tensor of
+the GPU the same with rows of padding, and then its shapes are always the same: a graph can hold it. Up to four times as
+many tokens are a graph, too, where little of it would be padding, which costs the GPU time there. What changes from one
+prefill to the next, which tokens, where they belong in the cache and which queries meet which keys, is one tensor of
 integers that the host fills. Bits are those of the launches: no kernel here lets a row see how many others there are.
 """
 
@@ -25,7 +26,13 @@ from .decode_walk import PrefillWalk
 from .kv_cache import KVCache
 from .scheduler import Chunk
 
-MOST_PROMPTS = 16
+SIZES = tuple(n * ORDERED_ROWS for n in (1, 2, 3, 4))
+"""Tokens of a graph: a prefill takes the least that holds it."""
+
+MOST_PADDING = 0.25
+"""Share of a graph's tokens that may be padding, of all but the least."""
+
+MOST_PROMPTS = 64
 """Prompts that share a graph's tokens."""
 
 
@@ -97,8 +104,8 @@ class FixedAttention:
 
 
 class Prefill:
-    """Prompts for a decoder's rows: many tokens launched one kernel after another, few by a graph, from their second
-    time on.
+    """Prompts for a decoder's rows: many tokens launched one kernel after another, few by a graph, from the second time
+    on that its size is asked for.
 
     Args:
         walk: what computes prompts.
@@ -117,27 +124,32 @@ class Prefill:
         self.walk, self.cache, self.query_heads, self._capture = walk, cache, query_heads, capture
         shape = cache.shape
         self.fixed = shape.device.type == "cuda" and in_order(shape.device, shape.dtype, shape.head_dim)
-        self._graph: Fixed | None = None
-        self._short = 0
+        self.graphs: dict[int, Fixed] = {}
+        self._asked: set[int] = set()
 
     def __call__(self, ids: Seq[int], chunks: Seq[Chunk], asked: Seq[int]) -> torch.Tensor:
         """Hidden states ``[L, D]`` of the tokens ``asked`` among ``ids``; those of few last until the next call."""
-        if self.fixed and takes(chunks):
-            self._short += 1
-            if self._short > 1:
-                self.capture()
-            if self._graph is not None:
-                return self._graph(ids, chunks, asked)
+        size = size_of(chunks) if self.fixed else None
+        if size is not None:
+            if size in self._asked:
+                self._make(size)
+            self._asked.add(size)
+            if size in self.graphs:
+                return self.graphs[size](ids, chunks, asked)
         device = self.cache.shape.device
         tokens_T, asked_L = (on_device(x, torch.int64, device) for x in (ids, asked))
         return self.walk(tokens_T, PrefillAttention(self.cache, chunks), asked_L)
 
-    def capture(self) -> None:
-        """Make the graph, where one can be and is not there."""
-        if self.fixed and self._graph is None:
-            attention = FixedAttention(self.cache, self.query_heads, ORDERED_ROWS, MOST_PROMPTS)
+    def capture_all(self) -> None:
+        """Make every graph that can be asked for; the largest first, whose memory the others share."""
+        for size in reversed(SIZES if self.fixed else ()):
+            self._make(size)
+
+    def _make(self, size: int) -> None:
+        if size not in self.graphs:
+            attention = FixedAttention(self.cache, self.query_heads, size, MOST_PROMPTS)
             graph, hidden_LD = self._capture(lambda: self.walk(attention.ids_T, attention, attention.asked_L))
-            self._graph = Fixed(graph, attention, hidden_LD)
+            self.graphs[size] = Fixed(graph, attention, hidden_LD)
 
 
 class Fixed(NamedTuple):
@@ -153,7 +165,12 @@ class Fixed(NamedTuple):
         return self.hidden_LD[: len(asked)]
 
 
-def takes(chunks: Seq[Chunk]) -> bool:
-    """Whether these chunks are few tokens, of prompts from their beginning on."""
-    few = sum(chunk.stop for chunk in chunks) <= ORDERED_ROWS and len(chunks) <= MOST_PROMPTS
-    return few and all(chunk.start == 0 for chunk in chunks)
+def size_of(chunks: Seq[Chunk]) -> int | None:
+    """Which of :data:`SIZES` holds these chunks; None where none does well, or a chunk goes on with a prompt."""
+    if len(chunks) > MOST_PROMPTS or any(chunk.start for chunk in chunks):
+        return None
+    tokens = sum(chunk.stop for chunk in chunks)
+    size = next((size for size in SIZES if size >= tokens), None)
+    if size is None or (size > SIZES[0] and size - tokens > MOST_PADDING * size):
+        return None
+    return size

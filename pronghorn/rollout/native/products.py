@@ -14,7 +14,7 @@ import torch
 
 from ...kernels import ordered_matmul as ordered
 from ...kernels.low_rank import flag_for, low_rank
-from ...kernels.nf4_matmul import Member, nf4_matmul, takes_glu, why_not
+from ...kernels.nf4_matmul import Member, nf4_matmul, why_not
 from ...kernels.ordered_matmul import DenseMember, ordered_matmul
 from ...lora.fused import ORDERED_ROWS
 from ...lora.held import HeldWeights
@@ -77,19 +77,8 @@ class NF4Product:
             torch.mul(b_Or, scaling, out=place)
 
     def __call__(self, x_MI: torch.Tensor) -> torch.Tensor:
-        return self._multiply(x_MI)
-
-    def gates(self, x_MI: torch.Tensor, activation: str) -> bool:
-        """Whether :meth:`gated` can multiply these rows."""
-        return activation == "silu" and takes_glu(x_MI, self.members)
-
-    def gated(self, x_MI: torch.Tensor, out_MO: torch.Tensor | None) -> torch.Tensor:
-        """``silu`` of the first member's outputs times the second one's, written to ``out_MO`` where that is given."""
-        return self._multiply(x_MI, out_MO, glu=True)
-
-    def _multiply(self, x_MI: torch.Tensor, out_MO: torch.Tensor | None = None, glu: bool = False) -> torch.Tensor:
         if self.group.a_RI is None:
-            return nf4_matmul(x_MI, self.members, None, out_MO, glu=glu)
+            return nf4_matmul(x_MI, self.members)
         M, R = x_MI.shape[0], self.group.rank
         # Columns beyond R meet zeros of B, and must be numbers.
         low_MR = (x_MI.new_zeros if self.columns > R else x_MI.new_empty)(M, self.columns)
@@ -97,7 +86,7 @@ class NF4Product:
         try:
             low_rank(x_MI, self.group.a_RI, low_MR[:, :R], flag=flag)
             # Without a flag x was whole before x A^T let this begin.
-            return nf4_matmul(x_MI, self.members, low_MR, out_MO, overlap=True, flag=flag, glu=glu)
+            return nf4_matmul(x_MI, self.members, low_MR, overlap=True, flag=flag)
         except BaseException:
             captured = flag is not None and flag.is_cuda and torch.cuda.is_current_stream_capturing()
             if flag is not None and not captured:  # where it is captured, nothing ran
