@@ -87,6 +87,11 @@ __device__ __forceinline__ float larger(float a, float b) {  // the number, wher
 __device__ __forceinline__ float of_other(float value, u32 lanes) {  // of the lane whose number differs by these bits
     return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
+__device__ __forceinline__ int read_early(const int* from) {  // what this kernel does not write, here and not later
+    int r;
+    asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(r) : "l"(from));
+    return r;
+}
 __device__ __forceinline__ float seen_by_all(const float* from) {  // past L1, which knows its own writes alone
     float r;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(r) : "l"(from) : "memory");

@@ -32,6 +32,7 @@ struct Args {
 #define HALF (ROTARY / 2)
 #define PAIRS ((HEADS + 1) * HALF)      // to rotate: queries, then the key
 #define ROUNDS ((PAIRS + THREADS - 1) / THREADS)
+#define COPIES (SEGMENT * PIECES / THREADS)  // of 16 bytes, of keys and of values, by a thread
 #define TILES (SEGMENT / TILE)
 #define KEYS (SEGMENT / WARPS)          // that a warp scores
 #define NONE __int_as_float(0xff800000)  // -inf
@@ -54,25 +55,34 @@ __device__ __forceinline__ float finite(float peak) { return peak == NONE ? 0.0f
 extern "C" __global__ void __launch_bounds__(THREADS, 1) step_attention(const __grid_constant__ Args args) {
     const int head = blockIdx.x, segment = blockIdx.y, b = blockIdx.z, thread = threadIdx.x;
     const int warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-    const int asked = args.lengths[b], length = min(max(asked, 0), args.N * PAGE), begin = segment * SEGMENT;
+    // Blocks of tokens do not depend on how many there are: both are asked for at once.
+    const int asked = read_early(args.lengths + b), begin = segment * SEGMENT;
+    const int* const table = args.table + (u64)b * args.table_stride;
+    int pages[COPIES];
+#pragma unroll
+    for (int n = 0; n < COPIES; ++n) {
+        const int at = (begin + (n * THREADS + thread) / PIECES) / PAGE;
+        pages[n] = read_early(table + min(at, args.N - 1));
+    }
+    const int length = min(max(asked, 0), args.N * PAGE);
     if (begin >= length && segment > 0) return;
     const int count = min(length - begin, SEGMENT), tiles = (count + TILE - 1) / TILE, position = length - 1;
     // The new token's place in this segment; -1 where it is in another, or has no slot or angle.
     const bool known = length > 0 && asked == length && position < args.P;
     const int fresh = known && position < begin + SEGMENT ? position - begin : -1;
-    const int* const table = args.table + (u64)b * args.table_stride;
     const u64 token = (u64)args.K * E;
     const u32 here = shared_address(shared);
 
-#pragma unroll 4
-    for (int i = thread; i < tiles * TILE * PIECES; i += THREADS) {
-        const int key = i / PIECES, piece = i % PIECES;
+#pragma unroll
+    for (int n = 0; n < COPIES; ++n) {
+        const int key = (n * THREADS + thread) / PIECES, piece = (n * THREADS + thread) % PIECES;
         const u32 to = key * ROW + piece * 16;
+        if (key >= tiles * TILE) break;
         if (key >= count) {  // hidden, but multiplied by 0: numbers
             *(float4*)(shared + to) = make_float4(0, 0, 0, 0);
             *(float4*)(shared + V_AT + to) = make_float4(0, 0, 0, 0);
         } else if (key != fresh) {
-            const u64 at = ((u64)__ldg(table + (begin + key) / PAGE) * PAGE + (begin + key) % PAGE) * token + head * E + piece * 8;
+            const u64 at = ((u64)pages[n] * PAGE + (begin + key) % PAGE) * token + head * E + piece * 8;
             copy16(here + to, args.k + at);
             copy16(here + V_AT + to, args.v + at);
         }
@@ -246,15 +256,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step_attention(const __
 
     // The last of a row's segments to come here merges all of them, from the first.
     int* const last = (int*)(shared + LAST_AT);
-    __threadfence();  // each thread's part is seen by all before this block is counted
-    __syncthreads();
+    __syncthreads();  // all of this block's part, before its arrival is seen
     const int used = (length + SEGMENT - 1) / SEGMENT;
     int* const arrived = args.arrived + b * args.K + head;
     if (thread == 0) *last = count_arrival(arrived) == used - 1;
     __syncthreads();
     if (!*last) return;
     const u64 row_parts = (u64)b * args.segments * (args.K * HEADS) + head * HEADS;
-    for (int i = thread; i < HEADS * E; i += THREADS) {
+#pragma unroll
+    for (int n = 0; n < (HEADS * E + THREADS - 1) / THREADS; ++n) {
+        const int i = n * THREADS + thread;
+        if (i >= HEADS * E) break;
         float all_peak = NONE, all_total = 0.0f, all = 0.0f;
         for (int group = 0; group < used; group += 4) {
             float peaks[4], totals[4], sums[4];

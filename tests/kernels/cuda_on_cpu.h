@@ -93,9 +93,9 @@ inline float __int_as_float(unsigned value) {
 }
 inline float power_of_2(float x) { return std::exp2(x); }
 inline float larger(float a, float b) { return std::fmax(a, b); }
+inline int read_early(const int* from) { return *from; }
 inline float seen_by_all(const float* from) { return *from; }
 inline int count_arrival(int* counter) { return std::atomic_ref(*counter).fetch_add(1); }
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned picks) {
     const uint64_t both = (uint64_t)b << 32 | a;
     unsigned r = 0;
