@@ -2,10 +2,11 @@
 
     python -m benchmarks.ordered_attention
 
-Cases ``kernel/decode_attention/<rows>x<tokens>`` and ``kernel/rope_kv/<rows>`` have ``ms`` of one layer's call and
-``floor_ms``, the time that the bytes it must read and write take at this GPU's measured copy bandwidth. Up to 32 layers
-with caches of their own (512 MiB at least, where 32 come to that) are captured in one CUDA graph, so that no call finds
-its keys in the L2 cache. Cases ``kernel/ordered_attention/<rows>`` have ``ms``, ``tflops`` of the work that causality
+Cases ``kernel/decode_attention/<rows>x<tokens>``, ``kernel/step_attention/<rows>x<tokens>`` (rotation and cache write
+too, in a chain; ``apart`` is the same by two operations) and ``kernel/rope_kv/<rows>`` have ``ms`` of one layer's call
+and ``floor_ms``, the time that the bytes it must read and write take at this GPU's measured copy bandwidth. Up to 32
+layers with caches of their own (512 MiB at least, where 32 come to that) are captured in one CUDA graph, so that no
+call finds its keys in the L2 cache. Cases ``kernel/ordered_attention/<rows>`` have ``ms``, ``tflops`` of the work that causality
 leaves, and ``floor_ms`` at the rate that a large matrix product reached in the same run. ``impl`` ``torch`` is the
 attention of unordered training rows (flash or cuDNN); of a decode step it is varlen flash over the same keys, packed
 beforehand.
@@ -21,13 +22,15 @@ import torch
 from benchmarks.elementwise import Call, graphed, normal
 from benchmarks.nf4 import copy_bytes_per_ms, matmul_flops_per_ms
 from benchmarks.results import Results, arguments, start
-from pronghorn.kernels import ordered_attention_triton
+from pronghorn.kernels import ordered_attention_triton, step_attention_cuda
 from pronghorn.kernels.attention_cuda import flash_forward
 from pronghorn.kernels.decode_attention import decode_attention, workspace_elements
+from pronghorn.kernels.launch import chained
 from pronghorn.kernels.ordered_attention_triton import Config
 from pronghorn.kernels.ordered_rows import OrderedRows
 from pronghorn.kernels.rope_kv import rope_and_write_kv
 from pronghorn.kernels.spans import Spans
+from pronghorn.kernels.step_attention import step_attention
 from pronghorn.models.attention import PackedAttention
 
 H, K, E, PAGE = 32, 8, 128, 16
@@ -35,6 +38,7 @@ SCALE = E**-0.5
 LAYERS, BYTES = 32, 1 << 29
 
 DECODE = [(rows, tokens) for tokens in (456, 4096) for rows in (1, 6, 64, 256)]
+STEPS = [(rows, tokens) for tokens in (300, 500) for rows in (1, 6, 16)] + [(1, 4096), (6, 2000)]
 ROWS: dict[str, tuple[list[int], list[int | None] | None]] = {
     "8x456": ([456] * 8, None),
     "1x8192": ([8192], None),
@@ -75,6 +79,35 @@ def bench_decode(results: Results, rows: int, tokens: int, bandwidth: float, str
     for impl, some in (("pronghorn", calls), ("torch", flash)):
         ms = graphed(partial(run_all, some), stream) / layers
         results.add(case, impl, ms=ms, floor_ms=moved / bandwidth)
+
+
+def bench_step(results: Results, rows: int, tokens: int, bandwidth: float, stream: torch.cuda.Stream) -> None:
+    """Tables of whole segments, as a decoder's are."""
+    width = -(-tokens // 256) * 256 // PAGE
+    moved = 2 * rows * tokens * K * E * 2 + rows * (2 * H + 4 * K) * E * 2
+    layers = max(1, min(LAYERS, -(-BYTES // moved)))
+    with torch.cuda.stream(stream):
+        q, k, v = normal(rows, H + 2 * K, E).split((H, K, K), dim=1)
+        caches = [[normal(rows * width, PAGE, K, E) for _ in range(2)] for _ in range(layers)]
+        table = torch.randperm(rows * width, device="cuda").view(rows, width).int()
+        lengths = torch.full((rows,), tokens, dtype=torch.int32, device="cuda")
+        angles = torch.rand(width * PAGE, E // 2, device="cuda").repeat(1, 2)
+        cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+        space = torch.empty(workspace_elements(rows, width * PAGE, H, E), device="cuda")
+        positions = lengths - 1
+    stream.synchronize()
+
+    def run() -> None:
+        with chained():
+            for keys, values in caches:
+                step_attention(q, k, v, cos, sin, keys, values, table, positions, lengths, SCALE, space)
+
+    most = step_attention_cuda.MAX_ROWS
+    for impl, allowed in (("pronghorn", most), ("apart", 0)):
+        step_attention_cuda.MAX_ROWS = allowed
+        ms = graphed(run, stream) / layers
+        results.add(f"kernel/step_attention/{rows}x{tokens}", impl, ms=ms, floor_ms=moved / bandwidth)
+    step_attention_cuda.MAX_ROWS = most
 
 
 def bench_rope_kv(results: Results, rows: int, bandwidth: float, stream: torch.cuda.Stream) -> None:
@@ -131,6 +164,8 @@ def main() -> None:
         bench_rows(results, case, rate, stream, args.configs)
     for rows in (1, 6, 64, 256):
         bench_rope_kv(results, rows, bandwidth, stream)
+    for rows, tokens in STEPS:
+        bench_step(results, rows, tokens, bandwidth, stream)
     for rows, tokens in DECODE:
         bench_decode(results, rows, tokens, bandwidth, stream)
     if not args.configs:

@@ -9,7 +9,7 @@ before has ended and waits for memory more than once; with few rows that is all 
 earlier tokens before the projections that make the new one have ended. The new token goes from its projection into
 shared memory and into the cache. Scores, maxima and exponentials of a segment's tiles do not depend on each other and
 are taken at once; the sums go from tile to tile. Of a row of several segments the block that ends last merges all of
-them, in their order. More rows, or shapes that do not suit it, take the two operations.
+them, in their order. More rows, long ones, or shapes that do not suit it take the two operations.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def step_attention(
         check_output(out_BHE, q_BHE)
     rows, pages = (q_BHE, k_BKE, v_BKE, cos_PE, sin_PE), (k_cache, v_cache, block_table_BN)
     path = _path(q_BHE)
-    if path is not reference and path.why_not(*rows):
+    if path is not reference and path.why_not(*rows, block_table_BN.shape[1] * k_cache.shape[1]):
         rope_and_write_kv(*rows, *pages, positions_B)
         return decode_attention(q_BHE, *pages, lengths_B, scale, workspace, out_BHE)
     o_BHE: torch.Tensor = path.step_attention(*rows, *pages, positions_B, lengths_B, scale, workspace, out_BHE)

@@ -14,9 +14,10 @@ from pronghorn.kernels.ordered_rows import SEGMENT, TILE
 
 _P, _I = ctypes.c_void_p, ctypes.c_int
 
-MAX_ROWS = 16
-"""Rows up to which this is the faster way. A block has a multiprocessor for itself: with more of them, kernels whose
-blocks share one read while others compute."""
+MAX_ROWS, MAX_BLOCKS = 16, 384
+"""Rows, and blocks (rows, kv heads and segments of the table multiplied), up to which this is the faster way. A block
+has a multiprocessor for itself: where more of them have keys, kernels whose blocks share one, of which one computes
+while others read, are faster (6 rows from some 1,400 tokens on). How many have, only the GPU knows."""
 
 MAX_HEADS, MAX_ELEMENTS = 8, 128
 _WARPS = 8
@@ -40,15 +41,28 @@ def shared_bytes(E: int, rotary: int) -> int:
     return 2 * SEGMENT * row + 8 * row + 8 * (SEGMENT * 2 + 16) + _WARPS * 8 * 4 + rotary * 4 + 16
 
 
+def segments_of(table_tokens: int) -> int:
+    """Segments that a table of so many tokens can hold."""
+    return max(-(-table_tokens // SEGMENT), 1)
+
+
 def why_not(
-    q_BHE: torch.Tensor, k_BKE: torch.Tensor, v_BKE: torch.Tensor, cos_PE: torch.Tensor, sin_PE: torch.Tensor
+    q_BHE: torch.Tensor,
+    k_BKE: torch.Tensor,
+    v_BKE: torch.Tensor,
+    cos_PE: torch.Tensor,
+    sin_PE: torch.Tensor,
+    table_tokens: int,
 ) -> str:
-    """In words, why the kernel does not take these rows; empty where it does."""
+    """In words, why the kernel does not take these rows of up to ``table_tokens`` tokens; empty where it does."""
     (B, H, E), K = q_BHE.shape, k_BKE.shape[1]
     if q_BHE.dtype not in (torch.bfloat16, torch.float16):
         return f"{q_BHE.dtype} in place of bfloat16 or float16"
     if B > MAX_ROWS:
         return f"{B} rows in place of up to {MAX_ROWS}"
+    blocks = B * K * segments_of(table_tokens)
+    if blocks > MAX_BLOCKS:
+        return f"{blocks} blocks for tables of {table_tokens} tokens in place of up to {MAX_BLOCKS}"
     if E % 16 or E > MAX_ELEMENTS or H // K > MAX_HEADS:
         return f"{H // K} query heads of {E} elements: up to {MAX_HEADS} of up to {MAX_ELEMENTS}, in multiples of 16"
     for angles in (cos_PE, sin_PE):
@@ -144,7 +158,7 @@ def step_attention(
     o_BHE = torch.empty((B, H, E), dtype=q_BHE.dtype, device=device) if out_BHE is None else out_BHE
     if not o_BHE.numel():
         return o_BHE
-    segments = max(-(-N * page // SEGMENT), 1)
+    segments = segments_of(N * page)
     if workspace is None:
         workspace = torch.empty(B * segments * H * (E + 2), dtype=torch.float32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if q_BHE.is_cuda else 0

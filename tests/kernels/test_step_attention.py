@@ -152,16 +152,18 @@ def test_equals_the_operations(
 
 def test_which_shapes_are_one_launch() -> None:
     """So that the cases above are what they say."""
-    one = [not step_attention_cuda.why_not(*step_of(case, torch.float16)) for case in CASES]
+    one = [not step_attention_cuda.why_not(*step_of(case, torch.float16), 512) for case in CASES]
     assert one == [True, True, True, True, True, True, False, True, False, True]
-    assert "float32" in step_attention_cuda.why_not(*step_of(CASES[0], torch.float32))
+    assert "float32" in step_attention_cuda.why_not(*step_of(CASES[0], torch.float32), 512)
     q, k, v, cos, sin = step_of(CASES[1], torch.float16)
-    assert "angles" in step_attention_cuda.why_not(q, k, v, cos.double(), sin.double())
-    assert "angles" in step_attention_cuda.why_not(q, k, v, cos, sin.half())
+    assert "angles" in step_attention_cuda.why_not(q, k, v, cos.double(), sin.double(), 512)
+    assert "angles" in step_attention_cuda.why_not(q, k, v, cos, sin.half(), 512)
     many = [x[:1].expand(17, -1, -1) for x in (q, k, v)]
-    assert "17 rows" in step_attention_cuda.why_not(*many, cos, sin)
+    assert "17 rows" in step_attention_cuda.why_not(*many, cos, sin, 512)
+    few = step_of(([3] * 16, 8, 8, 16, 16, 16), torch.float16)  # 128 blocks a segment
+    assert not step_attention_cuda.why_not(*few, 768) and "512 blocks" in step_attention_cuda.why_not(*few, 769)
     odd = torch.zeros(5, 65, dtype=torch.float16)[:, 1:].unflatten(1, (1, 64))
-    assert "aligned" in step_attention_cuda.why_not(q, k, odd, cos, sin)
+    assert "aligned" in step_attention_cuda.why_not(q, k, odd, cos, sin, 512)
 
 
 def step_of(case: tuple, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
