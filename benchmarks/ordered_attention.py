@@ -7,9 +7,9 @@ too, in a chain; ``apart`` is the same by two operations) and ``kernel/rope_kv/<
 and ``floor_ms``, the time that the bytes it must read and write take at this GPU's measured copy bandwidth. Up to 32
 layers with caches of their own (512 MiB at least, where 32 come to that) are captured in one CUDA graph, so that no
 call finds its keys in the L2 cache. Cases ``kernel/ordered_attention/<rows>`` have ``ms``, ``tflops`` of the work that
-causality leaves, and ``floor_ms`` at the rate that a large matrix product reached in the same run. ``impl`` ``torch`` is the
-attention of unordered training rows (flash or cuDNN); of a decode step it is varlen flash over the same keys, packed
-beforehand.
+causality leaves, and ``floor_ms`` at the rate that a large matrix product reached in the same run. ``impl`` ``torch``
+is the attention of unordered training rows (flash or cuDNN); of a decode step it is varlen flash over the same keys,
+packed beforehand.
 """
 
 from __future__ import annotations
