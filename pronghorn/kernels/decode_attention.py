@@ -73,7 +73,7 @@ def decode_attention(
         k_cache, v_cache: ``[num_blocks, block_size, K, E]``, contiguous, of q's dtype.
         block_table_BN: int32, rows at any stride, so the first columns of a wider table do. Token t of row b is at
             offset ``t % block_size`` of block ``block_table[b, t // block_size]``; entries past a row's last token are
-            not read.
+            not used.
         lengths_B: int32, tokens in the cache of each row, the one that asks included. A row of length 0 (padding) gets
             zeros. A length beyond the table is a caller's error, which a GPU cannot raise without waiting for it: the
             tokens of the table are attended to, and nothing outside of it is read. On a CPU it raises.

@@ -120,8 +120,10 @@ _chained: ContextVar[bool] = ContextVar("chained", default=False)
 def chained() -> Iterator[None]:
     """Let each kernel that can, in this thread, begin before the one launched before it has ended.
 
-    Such a kernel waits, first of all, until that one has ended and its writes are seen, and only then lets the next
-    begin. So one that begins early may itself read, before it waits, what was whole two kernels before it.
+    Such a kernel waits until that one has ended and its writes are seen, before it writes anything and before it lets
+    the next begin. So one that begins early may itself read, before it waits, what was whole two kernels before it: a
+    norm its weight and the residual, ``x A^T`` the adapters, a decode step's attention lengths, tables and earlier
+    tokens.
 
     One kernel lets the next begin before it waits: ``x A^T`` that was given a flag (``low_rank.py``). The launch after
     it is then the product that was given the same flag, which reads nothing that a kernel of the chain writes before

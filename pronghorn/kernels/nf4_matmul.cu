@@ -119,7 +119,7 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
         ++which;
     }
 #if OVERLAP && !FLAG
-    NEXT_MAY_BEGIN;  // who begins early waits, before all else, until this has ended
+    NEXT_MAY_BEGIN;  // who begins early reads nothing of this, or of low, before this has ended
 #endif
     const Member& own = args.member[which];
     const int K = args.K, chunks = K / CHUNK, blocks = K / 64, last = own.outputs - 8;

@@ -47,7 +47,10 @@ def _forward_kernel(
     dtype = x_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0)
     if RESIDUAL:
-        residual = tl.load(residual_ptr + row[:, None] * residual_stride + column, mask=inside, other=0.0)
+        # Past L1, which may know what lay there before the kernel that wrote it.
+        residual = tl.load(
+            residual_ptr + row[:, None] * residual_stride + column, mask=inside, other=0.0, cache_modifier=".cg"
+        )
     if CHAIN:  # what was read up to here is older than the kernel before and the one before that
         gdc_wait()
         gdc_launch_dependents()

@@ -50,6 +50,8 @@ def step_attention(
 ) -> torch.Tensor:
     """Rotate q and k to each row's last position, store k and v there, and attend from it to all of the row's tokens.
 
+    One launch is CUDA C++, compiled by the NVRTC that comes with torch (``cuda_source.py``).
+
     Inside :func:`pronghorn.kernels.launch.chained` the lengths, the tables, the angles and the tokens before the last
     are read before the kernels launched before this one have ended: they have to be older than the chain.
 
@@ -84,7 +86,7 @@ def step_attention(
         check_output(out_BHE, q_BHE)
     rows, pages = (q_BHE, k_BKE, v_BKE, cos_PE, sin_PE), (k_cache, v_cache, block_table_BN)
     path = _path(q_BHE)
-    if path is not reference and path.why_not(*rows, block_table_BN.shape[1] * k_cache.shape[1]):
+    if path is not reference and path.why_not(*rows, *pages[:2], block_table_BN.shape[1] * k_cache.shape[1]):
         rope_and_write_kv(*rows, *pages, positions_B)
         return decode_attention(q_BHE, *pages, lengths_B, scale, workspace, out_BHE)
     o_BHE: torch.Tensor = path.step_attention(*rows, *pages, positions_B, lengths_B, scale, workspace, out_BHE)

@@ -52,6 +52,8 @@ def why_not(
     v_BKE: torch.Tensor,
     cos_PE: torch.Tensor,
     sin_PE: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
     table_tokens: int,
 ) -> str:
     """In words, why the kernel does not take these rows of up to ``table_tokens`` tokens; empty where it does."""
@@ -68,8 +70,10 @@ def why_not(
     for angles in (cos_PE, sin_PE):
         if angles.dtype not in (q_BHE.dtype, torch.float32) or angles.dtype != cos_PE.dtype:
             return f"angles in {cos_PE.dtype} and {sin_PE.dtype}"
-    if v_BKE.data_ptr() % 16 or v_BKE.stride(0) % 8:
-        return "values that are not aligned to 16 bytes"
+    if any(t.data_ptr() % 16 for t in (v_BKE, k_cache, v_cache)) or v_BKE.stride(0) % 8:
+        return "values, or a cache, that are not aligned to 16 bytes"
+    if not table_tokens or not len(cos_PE):
+        return "a table of no blocks, or of no angles"
     if q_BHE.is_cuda:
         if torch.version.hip or torch.cuda.get_device_capability(q_BHE.device) < (8, 0):
             return "a GPU older than compute capability 8.0"

@@ -233,11 +233,11 @@ def test_a_step_in_one_launch(
     qkvs = [torch.randn(B, H + 2 * K, E, device=DEVICE).to(dtype) * 2 for _ in range(layers)]
     angle = (torch.rand(width * PAGE, R // 2, device=DEVICE) * 7).repeat(1, 2)
     cos, sin = (x if angles == "float32" else x.to(dtype) for x in (angle.cos(), angle.sin()))
-    monkeypatch.setattr(step_attention_cuda, "MAX_BLOCKS", 1 << 20)  # the more of them, the more may go wrong
-    one = not step_attention_cuda.why_not(*qkvs[0].split((H, K, K), dim=1), cos, sin, width * PAGE)
-    assert one == (B <= 16 and E <= 128)
     shape = (B * width, PAGE, K, E)
     caches = [[torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2)] for _ in range(layers)]
+    monkeypatch.setattr(step_attention_cuda, "MAX_BLOCKS", 1 << 20)  # the more of them, the more may go wrong
+    one = not step_attention_cuda.why_not(*qkvs[0].split((H, K, K), dim=1), cos, sin, *caches[0], width * PAGE)
+    assert one == (B <= 16 and E <= 128)
     table = torch.randperm(B * width, device=DEVICE).view(B, width).int()
     for shift in range(3):
         lengths = torch.tensor((EDGES[5 * shift :] + EDGES)[:B], dtype=torch.int32, device=DEVICE)

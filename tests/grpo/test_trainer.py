@@ -18,6 +18,7 @@ from pronghorn.grpo import metrics as metrics_module
 from pronghorn.grpo.config import GRPOConfig
 from pronghorn.grpo.setup import as_model
 from pronghorn.grpo.trainer import GRPOTrainer
+from pronghorn.models import modes
 from pronghorn.models.state import state_of
 from pronghorn.rollout.base import create
 from tests.grpo.support import (
@@ -148,16 +149,24 @@ def test_a_generation_walks_the_modules_once(tmp_path: Path, monkeypatch: pytest
     made.sampling._engine = create("native", model, made.processing_class)
     params = [SamplingParams(n=1, max_tokens=2, seed=0)]
     made.sampling.generate([[0, 5]], params)
-    walks, modules = [], torch.nn.Module.modules
+    walks: list[str] = []
 
-    def counted(self: torch.nn.Module) -> Any:
-        walks.append(self is model)
-        return modules(self)
+    def count(owner: Any, name: str) -> None:
+        own = getattr(owner, name)
 
-    monkeypatch.setattr(torch.nn.Module, "modules", counted)
+        def counted(walked: torch.nn.Module) -> Any:
+            walks.extend([name] if walked is model else [])
+            return own(walked)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(torch.nn.Module, "modules")
+    count(modes, "_modules")
     model.train()
     made.sampling.generate([[0, 5]], params)
-    assert sum(walks) == 1 and model.training and all(m.training for m in modules(model))
+    assert walks == ["_modules"] and model.training
+    monkeypatch.undo()
+    assert all(m.training for m in model.modules())
 
 
 def test_a_mismatched_sampler_is_corrected_by_default(tmp_path: Path) -> None:

@@ -150,20 +150,30 @@ def test_equals_the_operations(
     step.check(path)
 
 
+def refused(rows: tuple[torch.Tensor, ...], tokens: int = 512, cache: torch.Tensor | None = None) -> str:
+    """Why rows that fit a cache otherwise are no single launch."""
+    pages = torch.zeros(1, 16, *rows[1].shape[1:], dtype=rows[1].dtype) if cache is None else cache
+    return step_attention_cuda.why_not(*rows, pages, pages, tokens)
+
+
 def test_which_shapes_are_one_launch() -> None:
     """So that the cases above are what they say."""
-    one = [not step_attention_cuda.why_not(*step_of(case, torch.float16), 512) for case in CASES]
+    one = [not refused(step_of(case, torch.float16)) for case in CASES]
     assert one == [True, True, True, True, True, True, False, True, False, True]
-    assert "float32" in step_attention_cuda.why_not(*step_of(CASES[0], torch.float32), 512)
+    assert "float32" in refused(step_of(CASES[0], torch.float32))
     q, k, v, cos, sin = step_of(CASES[1], torch.float16)
-    assert "angles" in step_attention_cuda.why_not(q, k, v, cos.double(), sin.double(), 512)
-    assert "angles" in step_attention_cuda.why_not(q, k, v, cos, sin.half(), 512)
+    assert "angles" in refused((q, k, v, cos.double(), sin.double()))
+    assert "angles" in refused((q, k, v, cos, sin.half()))
+    assert "no angles" in refused((q, k, v, cos[:0], sin[:0])) and "no blocks" in refused((q, k, v, cos, sin), 0)
     many = [x[:1].expand(17, -1, -1) for x in (q, k, v)]
-    assert "17 rows" in step_attention_cuda.why_not(*many, cos, sin, 512)
+    assert "17 rows" in refused((*many, cos, sin))
     few = step_of(([3] * 16, 8, 8, 16, 16, 16), torch.float16)  # 128 blocks a segment
-    assert not step_attention_cuda.why_not(*few, 768) and "512 blocks" in step_attention_cuda.why_not(*few, 769)
+    assert not refused(few, 768) and "512 blocks" in refused(few, 769)
     odd = torch.zeros(5, 65, dtype=torch.float16)[:, 1:].unflatten(1, (1, 64))
-    assert "aligned" in step_attention_cuda.why_not(q, k, odd, cos, sin, 512)
+    assert "aligned" in refused((q, k, odd, cos, sin))
+    assert "aligned" in refused(
+        (q, k, v, cos, sin), cache=torch.zeros(1025, dtype=torch.float16)[1:].view(1, 16, 1, 64)
+    )
 
 
 def step_of(case: tuple, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -13,7 +13,7 @@ T = TypeVar("T")
 class Capture:
     """``capture(run)`` makes a graph of what ``run`` launches.
 
-    The graphs share memory, so no two run at once. A tensor that a run gave stays the graph's own as long as it lives.
+    The graphs share memory: no two run at once, and what one gives is read before another runs.
 
     Args:
         device: the GPU.

@@ -74,8 +74,8 @@ class PagedDecode:
         scale: float,
         out_BHE: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The same for q and k as they come from their projections, which are left as they are, rotated by tables of
-        angles; written to ``out_BHE`` where that is given.
+        """The same for q and k as they come from their projections, rotated by tables of angles (in place, or not: they
+        are not to be read again); written to ``out_BHE`` where that is given.
         """
         B = q_THE.shape[0]
         pages = self.cache.keys[layer_idx], self.cache.values[layer_idx]

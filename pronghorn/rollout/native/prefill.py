@@ -128,7 +128,9 @@ class Prefill:
         self._asked: set[int] = set()
 
     def __call__(self, ids: Seq[int], chunks: Seq[Chunk], asked: Seq[int]) -> torch.Tensor:
-        """Hidden states ``[L, D]`` of the tokens ``asked`` among ``ids``; those of few last until the next call."""
+        """Hidden states ``[L, D]`` of the tokens ``asked`` among ``ids``. Those that a graph gave are to be read before
+        another graph of the decoder runs, as graphs share memory.
+        """
         size = size_of(chunks) if self.fixed else None
         if size is not None:
             if size in self._asked:
