@@ -218,7 +218,17 @@ def warm_up(args: argparse.Namespace, run: Run, ids: list[list[int]], lengths: l
     if args.impl == "hf-cb":
         run([prompt[::-1] for prompt in ids], lengths, args.warm_s)
     else:
-        run(ids[:64], [[min(n, 64) for n in row] for row in lengths[:64]], math.inf)
+        few = ids[:64]
+        run(few, warm_lengths(len(few), len(lengths[0])), math.inf)
+
+
+def warm_lengths(prompts: int, samples: int) -> list[list[int]]:
+    """Lengths by whose ends every number of rows is come by: it halves each 24 steps. What is compiled and captured for
+    few rows would else be so within the measured time, in whose last steps few are left.
+    """
+    total = prompts * samples
+    flat = [16 + math.ceil(24 * math.log2(total / (i + 1))) for i in range(total)]
+    return [flat[i * samples : (i + 1) * samples] for i in range(prompts)]
 
 
 def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from benchmarks import decode, parity, readme, throughput
 from benchmarks.results import Results, peer_results
+from pronghorn.rollout.native.decoder import BUCKETS, bucket_of
 from tests.helpers import tiny_llama
 from tests.rollout.conftest import load, with_lora
 
@@ -42,6 +43,14 @@ def continuous(tmp_path, monkeypatch) -> argparse.Namespace:
         impl="hf-cb", model=str(tiny_llama(tmp_path, vocab_size=16384)), attention="eager", rows=4, batch_tokens=None,
         graphs=True, compile_level=0, warm_s=0.2, limit_s=math.inf, prompts="3", samples=4, base="bf16",
     )  # fmt: skip
+
+
+def test_a_warm_up_comes_by_every_graph():
+    """A burst is 8 steps at most, so a size that is asked for through 8 steps begins one."""
+    flat = [n for row in throughput.warm_lengths(64, 8) for n in row]
+    rows = [bucket_of(sum(n > step for n in flat)) for step in range(max(flat))]
+    sizes = [size for size in BUCKETS if size <= 512]
+    assert sorted(set(rows)) == sizes and all(rows.count(size) >= 8 for size in sizes)
 
 
 def test_continuous_batching_reaches_every_length(continuous):
