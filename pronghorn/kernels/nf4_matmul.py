@@ -77,7 +77,8 @@ def why_not(weights: Sequence[NF4Weight], dtype: torch.dtype, device: torch.devi
     if any(rank % 16 for rank in ranks):
         return f"adapters of rank {max(rank for rank in ranks if rank % 16)}, no multiple of 16"
     if device.type == "cuda":
-        from pronghorn.kernels.nf4_matmul_cuda import shared_memory, tile_for
+        from pronghorn.kernels.cuda_source import shared_memory
+        from pronghorn.kernels.nf4_matmul_cuda import tile_for
 
         outputs, K, nested = sum(w.shape[0] for w in weights), weights[0].shape[1], weights[0].nested_absmax is not None
         if tile_for(MAX_ROWS, outputs, K, nested, shared_memory(device)) is None:

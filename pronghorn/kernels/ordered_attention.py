@@ -114,10 +114,10 @@ def ordered_attention_forward(
 
 def tile_queries(H: int, K: int, E: int, device: torch.device) -> int:
     """Queries that a tile of :meth:`OrderedRows.tiles` has for such heads; on the CPU, which reads none, an H200's."""
-    from pronghorn.kernels.ordered_attention_triton import tile_rows
+    from pronghorn.kernels.ordered_attention_triton import launch_config, tile_rows
 
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    return tile_rows(H, K, E, capability) // (H // K)
+    return tile_rows(launch_config(E, capability), H // K) // (H // K)
 
 
 def check_output(out: torch.Tensor, q: torch.Tensor) -> None:

@@ -100,9 +100,9 @@ def _attend(
 _launch = Launcher(_attend)
 
 
-def tile_rows(H: int, K: int, E: int, capability: tuple[int, int]) -> int:
-    """Rows of a program's tile: as many queries for each of a kv head's query heads."""
-    return max(launch_config(E, capability).rows, int(triton.next_power_of_2(H // K)))
+def tile_rows(config: Config, R: int) -> int:
+    """Rows of a program's tile: as many queries for each of a kv head's R query heads."""
+    return max(config.rows, int(triton.next_power_of_2(R)))
 
 
 def ordered_attention_forward(
@@ -119,9 +119,9 @@ def ordered_attention_forward(
     """
     (T, H, E), K = q_THE.shape, k_UKE.shape[1]
     lse_HT = torch.empty((H, T), dtype=torch.float32, device=q_THE.device)
-    R, capability = H // K, _capability(q_THE.get_device())
-    block_m, num_warps, num_stages = config or launch_config(E, capability)
-    block_m = max(block_m, tile_rows(H, K, E, capability) if config is None else int(triton.next_power_of_2(R)))
+    R = H // K
+    config = config or launch_config(E, _capability(q_THE.get_device()))
+    block_m, num_warps, num_stages = tile_rows(config, R), config.num_warps, config.num_stages
     tiles_N4 = rows.tiles(block_m // R)
     if not tiles_N4.shape[0]:
         return lse_HT

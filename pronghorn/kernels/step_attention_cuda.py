@@ -9,6 +9,8 @@ from functools import cache, lru_cache
 import torch
 
 from pronghorn.kernels.cuda_source import CudaKernel, pointer, shared_memory, source
+from pronghorn.kernels.decode_attention import workspace_elements
+from pronghorn.kernels.decode_attention_triton import segments_of
 from pronghorn.kernels.launch import begins_early, current_recording
 from pronghorn.kernels.ordered_rows import SEGMENT, TILE
 
@@ -39,11 +41,6 @@ def shared_bytes(E: int, rotary: int) -> int:
     """Shared memory of a block: the places of ``step_attention.cu``."""
     row = E * 2 + 16
     return 2 * SEGMENT * row + 8 * row + 8 * (SEGMENT * 2 + 16) + _WARPS * 8 * 4 + rotary * 4 + 16
-
-
-def segments_of(table_tokens: int) -> int:
-    """Segments that a table of so many tokens can hold."""
-    return max(-(-table_tokens // SEGMENT), 1)
 
 
 def why_not(
@@ -87,15 +84,6 @@ def _source() -> str:
     return source("step_attention.cu")
 
 
-def _defines(
-    E: int, heads: int, rotary: int, page: int, angle_bytes: int, half: bool, chain: bool, segment: int, tile: int
-) -> dict[str, int]:
-    return {
-        "E": E, "HEADS": heads, "ROTARY": rotary, "PAGE": page, "ANGLES": angle_bytes, "F16": int(half),
-        "CHAIN": int(chain), "SEGMENT": segment, "TILE": tile,
-    }  # fmt: skip
-
-
 @lru_cache(maxsize=64)
 def _kernel(defines: tuple[tuple[str, int], ...], device: torch.device) -> CudaKernel:
     given = dict(defines)
@@ -109,36 +97,6 @@ def _arrivals(device: torch.device, stream: int, count: int) -> torch.Tensor:
     two, so that few are made.
     """
     return torch.zeros(count, dtype=torch.int32, device=device)
-
-
-def arguments(
-    q_BHE: torch.Tensor,
-    k_BKE: torch.Tensor,
-    v_BKE: torch.Tensor,
-    cos_PE: torch.Tensor,
-    sin_PE: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table_BN: torch.Tensor,
-    lengths_B: torch.Tensor,
-    scale: float,
-    workspace: torch.Tensor,
-    arrived: torch.Tensor,
-    o_BHE: torch.Tensor,
-    segments: int,
-) -> _Args:
-    """What the kernel is given. It holds addresses: the tensors have to live on."""
-    B, H, E = q_BHE.shape
-    count = B * segments * H if segments > 1 else 0  # where a row is one segment, nothing is merged
-    return _Args(
-        q=pointer(q_BHE), k_new=pointer(k_BKE), v_new=pointer(v_BKE), cos=pointer(cos_PE), sin=pointer(sin_PE),
-        k=pointer(k_cache), v=pointer(v_cache), table=pointer(block_table_BN), lengths=pointer(lengths_B),
-        o=pointer(o_BHE), part=pointer(workspace), stats=pointer(workspace) + 4 * count * E, arrived=pointer(arrived),
-        q_stride=q_BHE.stride(0), k_stride=k_BKE.stride(0), v_stride=v_BKE.stride(0), cos_stride=cos_PE.stride(0),
-        sin_stride=sin_PE.stride(0), table_stride=block_table_BN.stride(0), o_stride=o_BHE.stride(0),
-        N=block_table_BN.shape[1], P=cos_PE.shape[0], K=k_BKE.shape[1], segments=segments,
-        scale=scale * math.log2(math.e),
-    )  # fmt: skip
 
 
 def step_attention(
@@ -164,17 +122,23 @@ def step_attention(
         return o_BHE
     segments = segments_of(N * page)
     if workspace is None:
-        workspace = torch.empty(B * segments * H * (E + 2), dtype=torch.float32, device=device)
+        workspace = torch.empty(workspace_elements(B, N * page, H, E), dtype=torch.float32, device=device)
+    parts = B * segments * H * E if segments > 1 else 0  # where a row is one segment, nothing is merged
     stream = torch.cuda.current_stream(device).cuda_stream if q_BHE.is_cuda else 0
     arrived = _arrivals(device, stream, 1 << (B * K - 1).bit_length())
-    args = arguments(
-        q_BHE, k_BKE, v_BKE, cos_PE, sin_PE, k_cache, v_cache, block_table_BN, lengths_B, scale, workspace, arrived,
-        o_BHE, segments,
+    args = _Args(  # addresses: the tensors live until the launch
+        q=pointer(q_BHE), k_new=pointer(k_BKE), v_new=pointer(v_BKE), cos=pointer(cos_PE), sin=pointer(sin_PE),
+        k=pointer(k_cache), v=pointer(v_cache), table=pointer(block_table_BN), lengths=pointer(lengths_B),
+        o=pointer(o_BHE), part=pointer(workspace), stats=pointer(workspace) + 4 * parts, arrived=pointer(arrived),
+        q_stride=q_BHE.stride(0), k_stride=k_BKE.stride(0), v_stride=v_BKE.stride(0), cos_stride=cos_PE.stride(0),
+        sin_stride=sin_PE.stride(0), table_stride=block_table_BN.stride(0), o_stride=o_BHE.stride(0),
+        N=N, P=cos_PE.shape[0], K=K, segments=segments, scale=scale * math.log2(math.e),
     )  # fmt: skip
     chain = begins_early(q_BHE)
-    defines = _defines(
-        E, H // K, cos_PE.shape[1], page, cos_PE.element_size(), q_BHE.dtype == torch.float16, chain, SEGMENT, TILE
-    )
+    defines = {
+        "E": E, "HEADS": H // K, "ROTARY": cos_PE.shape[1], "PAGE": page, "ANGLES": cos_PE.element_size(),
+        "F16": int(q_BHE.dtype == torch.float16), "CHAIN": int(chain), "SEGMENT": SEGMENT, "TILE": TILE,
+    }  # fmt: skip
     recorded = current_recording()
     if recorded is not None:
         recorded.source(_source(), defines, torch.cuda.get_device_capability(device))
