@@ -41,6 +41,11 @@ __device__ __forceinline__ u32 pair(float first, float second) {
 #endif
     return r;
 }
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 picks) {  // with 8 in a pick, the sign of that byte in all bits
+    u32 r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(picks));
+    return r;
+}
 __device__ __forceinline__ float scaled(float level, float scale) {
     float w;
     asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(w) : "f"(level), "f"(scale));

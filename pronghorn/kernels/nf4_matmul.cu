@@ -7,6 +7,7 @@
 //   NESTED  scales are 8-bit codes (else float32)                  RANK16  16-column pieces of an adapter
 //   F16     float16 in place of bfloat16                           OVERLAP begins while the kernel before runs, which
 //           makes low, and nothing else that is read here
+//   PERMUTED  a bit for each of a chunk's tiles, inputs before outputs: whether its weights are looked up without memory
 //   FLAG    with OVERLAP: begins before x is whole, and a flag says when it is
 
 struct Member {
@@ -26,7 +27,7 @@ struct Args {
     const u16* x;
     const u16* low;
     u16* y;
-    const float* nf4;       // the 16 levels of a weight code
+    float nf4[16];          // the levels of a weight code
     int members, rows, K, x_stride, low_stride, y_stride;
     u32* flag;              // if FLAG; see there
 };
@@ -56,6 +57,40 @@ __device__ __forceinline__ u32 weights(u32 word, int byte, u32 column, float sca
     const float2 level = *(const float2*)(shared + __byte_perm(word, column, 0x5504 | byte << 4));
     return pair(scaled(level.x, scale), scaled(level.y, scale));
 }
+// The same without memory, for some of the weights, as the unit that looks levels up is what the sums wait for. A thread's
+// 16 weights of a block have one scale: their 16 possible values, rounded, by bytes, low[i] of four values and high[i],
+// are looked up by permutations.
+#if PERMUTED
+struct Values {
+    u32 low[4], high[4];
+};
+__device__ __forceinline__ Values values_of(const Args& args, float scale) {
+    Values v;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float* const level = args.nf4 + i * 4;
+        const u32 first = pair(scaled(level[0], scale), scaled(level[1], scale));
+        const u32 second = pair(scaled(level[2], scale), scaled(level[3], scale));
+        v.low[i] = __byte_perm(first, second, 0x6420), v.high[i] = __byte_perm(first, second, 0x7531);
+    }
+    return v;
+}
+// Four codes, in the low half of `codes` without their highest bits, where `upper` says which of them had that: a byte
+// of each value.
+__device__ __forceinline__ u32 bytes_of(const u32* table, u32 codes, u32 upper) {
+    return __byte_perm(table[0], table[1], codes) & ~upper | __byte_perm(table[2], table[3], codes) & upper;
+}
+// k[q]: both weights of byte q of a word.
+__device__ __forceinline__ void permuted(u32 (*k)[2], int half, const Values& v, u32 word) {
+    const u32 codes = word & 0x77777777, even = word << 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const u32 four = codes >> i * 16, upper = permute(even, word, i ? 0xfbea : 0xd9c8);  // signs
+        const u32 low = bytes_of(v.low, four, upper), high = bytes_of(v.high, four, upper);
+        k[i * 2 * PAIR][half] = __byte_perm(low, high, 0x4051), k[(i * 2 + 1) * PAIR][half] = __byte_perm(low, high, 0x6273);
+    }
+}
+#endif
 // One step of 16 columns: k[p] are a thread's weights of tile p, x[n] its part of rows 16 n to 16 n + 15, in the
 // instruction's order for a left operand (rows g, g + 8, and g, g + 8 again; columns 2 t and 2 t + 8 on).
 __device__ __forceinline__ void step(float (*c)[SIXTEENS][4], const u32 (*k)[2], const u32 (*x)[4]) {
@@ -154,7 +189,7 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
 #pragma unroll
         for (int p = 0; p < PAIR; ++p) FETCH_TO_L2(own.b + (u64)(min(o0 + p * 8, last) + g) * own.rank);
 #endif
-    const float level = __ldg(args.nf4 + lane % 16), offset = NESTED ? __ldg(own.offset) : 0.0f;
+    const float level = args.nf4[lane % 16], offset = NESTED ? __ldg(own.offset) : 0.0f;
 
     float* const levels = (float*)(shared + TABLE);       // 256
     u8* const scales = shared + TABLE + LEVELS;           // [OUTPUTS, blocks]
@@ -255,6 +290,13 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
         const float s = of_quad(scale[p], b);
         const uint2 v = w[p][b];
         w[p][b] = codes8(codes[p] + (ahead + b) * 256);
+#if PERMUTED
+        if (PERMUTED >> (b * PAIR + p) & 1) {
+            const Values values = values_of(args, s);
+            permuted(k, 0, values, v.x), permuted(k, 1, values, v.y);
+            return;
+        }
+#endif
 #pragma unroll
         for (int q = 0; q < 4; ++q) k[q * PAIR][0] = weights(v.x, q, column, s), k[q * PAIR][1] = weights(v.y, q, column, s);
     };

@@ -23,9 +23,10 @@ the kernels before still make x: ``x A^T`` lets this one begin before it waits i
 (``low_rank.py``). Why no block then waits in vain, and who clears the flag, stands at the kernel.
 
 **What bounds it** at few rows is not memory. Where outputs are many it is the load/store unit: of some 12 turns that
-256 weights cost it, 8 are that table's. The four schedulers of a multiprocessor share it evenly, so each gets as many
-outputs. Where they are few it is, by counting, the order of the sum: the turns at products that wait for each other
-(``docs/log.md``).
+256 weights cost it, 8 are that table's. So some of the weights go another way: the 16 values that a scale allows are
+rounded into registers, and looked up there by byte permutations, which are three times the instructions. The four
+schedulers of a multiprocessor share the unit evenly, so each gets as many outputs. Where outputs are few it is, by
+counting, the order of the sum: the turns at products that wait for each other (``docs/log.md``).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from pronghorn.kernels.cuda_source import SHARED, CudaKernel, pointer, shared_memory, source
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.launch import current_recording
-from pronghorn.kernels.nf4_code import dynamic_code, nf4_code
+from pronghorn.kernels.nf4_code import NF4_LEVELS, dynamic_code
 from pronghorn.kernels.reference.nf4_matmul import Member
 
 _P, _I = ctypes.c_void_p, ctypes.c_int
@@ -28,7 +28,8 @@ class _Member(ctypes.Structure):
 class _Args(ctypes.Structure):
     _fields_ = (
         ("member", _Member * 3),
-        *((name, _P) for name in ("x", "low", "y", "nf4")),
+        *((name, _P) for name in ("x", "low", "y")),
+        ("nf4", ctypes.c_float * 16),
         *((name, _I) for name in ("members", "rows", "K", "x_stride", "low_stride", "y_stride")),
         ("flag", _P),
     )
@@ -40,6 +41,10 @@ _COUNTERS = 128
 _MOST_GROUPS = 14
 _RING = {1: 8, 2: 4, 3: 4, 4: 3}
 """Warps that take turns, by the groups of a block; 2 up to 7 groups, then 1. With 2 groups and over 16 rows, 6."""
+
+_PERMUTED = 0x11
+"""Two of the eight tiles of a warp's chunk: what looks the others' levels up in shared memory is then about as full as
+the arithmetic. (More, or where warps take turns, or with more rows: slower.)"""
 
 
 class Tile(NamedTuple):
@@ -53,6 +58,7 @@ class Tile(NamedTuple):
     stages: int
     chunk: int
     short: int = 0
+    permuted: int = 0
 
     @property
     def outputs(self) -> int:
@@ -109,9 +115,10 @@ def _tiles(rows: int, groups: int, least: int, K: int) -> Iterator[Tile]:
             for panel, stages in _stages(min(1024, 16384 // rows), (4, 3, 2)):
                 yield Tile(groups, ring, pair, rows, panel, stages, chunk)
         alone, short = _balanced(max(groups, 4)) if rows == 8 else (max(groups, 4), 0)
-        yield Tile(alone, 1, pair, rows, K, 1, 256, short)
+        permuted = _PERMUTED if rows == 8 else 0
+        yield Tile(alone, 1, pair, rows, K, 1, 256, short, permuted)
         for panel, stages in _stages(1024, (3, 2)) if rows <= 32 else [(256, 3), (256, 2)]:
-            yield Tile(alone, 1, pair, rows, panel, stages, 256, short)
+            yield Tile(alone, 1, pair, rows, panel, stages, 256, short, permuted)
         groups //= 2
     if least == 0:
         yield Tile(1, 1, 1, rows, 256, 2, 256)
@@ -163,17 +170,17 @@ def arguments(
     low_MR: torch.Tensor | None,
     out_MO: torch.Tensor,
     tile: Tile,
-    code: torch.Tensor,
     levels: torch.Tensor,
     flag: torch.Tensor | None = None,
 ) -> tuple[_Args, int]:
     """What the kernel is given, and its blocks of outputs. It holds addresses: the tensors have to live on.
 
-    ``code`` and ``levels``: the 16 levels of a weight, and the 256 of a scale where a weight has none of its own.
+    ``levels``: the 256 of a scale, where a weight has none of its own.
     """
     M, K = x_MI.shape
     args = _Args(
-        x=pointer(x_MI), low=pointer(low_MR), y=pointer(out_MO), nf4=pointer(code), members=len(members), rows=M, K=K,
+        x=pointer(x_MI), low=pointer(low_MR), y=pointer(out_MO), nf4=(ctypes.c_float * 16)(*NF4_LEVELS),
+        members=len(members), rows=M, K=K,
         x_stride=x_MI.stride(0), low_stride=0 if low_MR is None else low_MR.stride(0), y_stride=out_MO.stride(0),
         flag=pointer(flag),
     )  # fmt: skip
@@ -219,8 +226,7 @@ def nf4_matmul(
         raise ValueError(f"no tile for {K} inputs fits into {shared_memory(device)} bytes of shared memory")
     if tile.stages == 1 and tile.panel < K:
         raise ValueError(f"{tile}: one stage holds all of x or none; {K} inputs need two stages, or a panel of {K}")
-    code = nf4_code(device)
-    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, code, dynamic_code(device), flag)
+    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, dynamic_code(device), flag)
     rank16 = max(member.rank // 16 for member in args.member)
     half = x_MI.dtype == torch.float16
     overlap = overlap and rank16 > 0 and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -103,6 +103,13 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned picks) {
     return r;
 }
 
+inline unsigned permute(unsigned a, unsigned b, unsigned picks) {
+    unsigned r = __byte_perm(a, b, picks);
+    for (int i = 0; i < 4; ++i)
+        if (picks >> (4 * i + 3) & 1) r = r & ~(255u << 8 * i) | (r >> (8 * i + 7) & 1) * 255u << 8 * i;
+    return r;
+}
+
 inline uint16_t narrow(float v) {
 #if F16
     _Float16 h = (_Float16)v;

@@ -18,7 +18,7 @@ import torch
 from pronghorn.kernels import nf4_matmul_cuda
 from pronghorn.kernels.cuda_source import pointer
 from pronghorn.kernels.nf4 import quantize_nf4
-from pronghorn.kernels.nf4_code import dynamic_code, nf4_code
+from pronghorn.kernels.nf4_code import dynamic_code
 from pronghorn.kernels.nf4_matmul import Member
 from pronghorn.kernels.nf4_matmul_cuda import Tile
 from pronghorn.kernels.reference import nf4_matmul as reference
@@ -63,6 +63,10 @@ CASES = {
     "blocks of rows": (Tile(2, 1, 2, 16, 512, 1, 256), 37, [40], 512, 16, False, True, BF16),
     "short groups": (Tile(4, 1, 2, 8, 512, 1, 256, 2), 6, [80, 40], 512, 32, False, True, BF16),
     "short groups, 16 rows, a bias": (Tile(2, 1, 4, 16, 256, 2, 256, 1), 13, [72, 40], 768, 16, True, True, F16),
+    # a part of the weights looked up without the table, or all of them
+    "some permuted": (Tile(4, 1, 2, 8, 512, 1, 256, 2, 0x49), 6, [80, 40], 512, 32, False, True, BF16),
+    "all permuted": (Tile(2, 3, 2, 8, 512, 3, 256, 0, 0xFF), 6, [40, 24], 1280, 32, False, True, BF16),
+    "some permuted, 32 rows": (Tile(1, 1, 4, 32, 512, 2, 256, 0, 0x5A5A), 27, [40, 8], 512, 32, False, True, F16),
     # several that take turns: x all there, its stages filled again, warps that miss whole panels; more chunks than
     # warps, fewer, a bias, more rows
     "turns, x whole": (Tile(2, 3, 2, 8, 512, 3, 256), 6, [40, 24], 1280, 32, False, True, BF16),
@@ -117,9 +121,7 @@ def test_equals_the_reference(case: str, tmp_path: Path) -> None:
     tile, M, _, _, rank, _, nested, dtype = CASES[case]
     operands = made(case)
     x, y = operands.x, torch.full_like(operands.expected, float("nan"))
-    args, blocks = nf4_matmul_cuda.arguments(
-        x, operands.members, operands.low, y, tile, nf4_code(x.device), dynamic_code(x.device)
-    )
+    args, blocks = nf4_matmul_cuda.arguments(x, operands.members, operands.low, y, tile, dynamic_code(x.device))
     compiled(tile, nested, rank, dtype, tmp_path).run(ctypes.byref(args), blocks, -(-M // tile.rows), 1)
     operands.check(y)
     assert pointer(y) == args.y
@@ -147,9 +149,7 @@ def begun_early(case: str, folder: Path, changed: tuple[str, str] = ("", "")) ->
         x, low, y = (
             torch.full_like(t, -1, dtype=torch.int16).view(dtype) for t in (operands.x, operands.low, operands.expected)
         )
-        args, blocks = nf4_matmul_cuda.arguments(
-            x, operands.members, low, y, tile, nf4_code(x.device), dynamic_code(x.device), flag
-        )
+        args, blocks = nf4_matmul_cuda.arguments(x, operands.members, low, y, tile, dynamic_code(x.device), flag)
         before = Before(
             *map(pointer, (x, low, operands.x, operands.low, y)), x.nbytes, low.nbytes, y.numel(), 0
         )  # fmt: skip
