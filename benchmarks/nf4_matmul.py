@@ -4,8 +4,9 @@
 
 Cases ``kernel/nf4_matmul/<projections>/<rows>`` have ``ms`` of one call and ``floor_ms``, the time that codes and
 scales take at this GPU's measured copy bandwidth; ``pronghorn+low_rank`` has ``x A^T`` beside the product, as a decode
-step has it; ``pronghorn-chain`` has the norm of x before them, all three launched in a chain, and ``pronghorn-early``
-the same with a flag, by which the product makes its start while the norm runs. Peers in the same run, without an
+step has it with more than 8 rows; ``pronghorn-chain`` has the norm of x before them, all three launched in a chain, and
+``pronghorn-step``, up to 8 rows, is what a decode step has: the norm, and the product that makes its start meanwhile
+and ``x A^T`` itself. Peers in the same run, without an
 adapter: bitsandbytes' own product of its 4-bit weights, each projection by itself, and torch's with the weights in
 bf16. Calls on weights of their own, 512 MiB at least, are captured in one CUDA graph, so that none is found in the L2
 cache. ``kernel/nf4_matmul/layers/<rows>`` is the sum over the 32 layers of an 8B model. With ``--configs`` other launch
@@ -23,9 +24,9 @@ from benchmarks.elementwise import Call, normal
 from benchmarks.nf4 import copy_bytes_per_ms
 from benchmarks.ordered_matmul import BYTES, RANK, SHAPES, per_call
 from benchmarks.results import Results, arguments, start
-from pronghorn.kernels.launch import chained
-from pronghorn.kernels.low_rank import flag_for, low_rank
-from pronghorn.kernels.nf4_matmul import Member, nf4_matmul
+from pronghorn.kernels.launch import before_a_start, chained
+from pronghorn.kernels.low_rank import low_rank
+from pronghorn.kernels.nf4_matmul import LOW_ROWS, Member, nf4_matmul
 from pronghorn.kernels.nf4_matmul_cuda import HOPPER_SHARED, Tile
 from pronghorn.kernels.nf4_matmul_cuda import nf4_matmul as launch
 from pronghorn.kernels.rms_norm import norm_forward
@@ -55,14 +56,20 @@ def with_low(x_MI: torch.Tensor, a_RI: torch.Tensor, members: list[Member]) -> t
     return nf4_matmul(x_MI, members, low_rank(x_MI, a_RI), overlap=True)
 
 
-def in_chain(
-    x_MI: torch.Tensor, weight_I: torch.Tensor, a_RI: torch.Tensor, members: list[Member], flag: torch.Tensor | None
-) -> torch.Tensor:
-    """Norm, ``x A^T`` and product as a decode step chains them; with a flag the product begins before x is whole."""
+def in_chain(x_MI: torch.Tensor, weight_I: torch.Tensor, a_RI: torch.Tensor, members: list[Member]) -> torch.Tensor:
+    """Norm, ``x A^T`` and product, each begun while the one before ends."""
     with chained():
-        normed_MI = norm_forward(x_MI, weight_I, 1e-5, None)[0]
-        given = None if flag is None else flag_for(normed_MI, flag)
-        return nf4_matmul(normed_MI, members, low_rank(normed_MI, a_RI, flag=given), overlap=True, flag=given)
+        return with_low(norm_forward(x_MI, weight_I, 1e-5, None)[0], a_RI, members)
+
+
+def in_step(
+    x_MI: torch.Tensor, weight_I: torch.Tensor, a_RI: torch.Tensor, members: list[Member], low_MR: torch.Tensor
+) -> torch.Tensor:
+    """Norm and product as a decode step of few rows chains them."""
+    with chained():
+        with before_a_start():
+            normed_MI = norm_forward(x_MI, weight_I, 1e-5, None)[0]
+        return nf4_matmul(normed_MI, members, low_MR, a_RI=a_RI)
 
 
 def tile_with_low(x_MI: torch.Tensor, a_RI: torch.Tensor, members: list[Member], out: torch.Tensor, tile: Tile) -> None:
@@ -96,20 +103,22 @@ def bench(
         ]
         joined = [torch.cat(dense) for _ in range(max(1, copies // 4))]
         many_a = [normal(R, K) for _ in range(copies)]
-        weight_I, flag = normal(K), torch.zeros(1, dtype=torch.int32, device="cuda")
+        weight_I = normal(K)
     stream.synchronize()
     floor = sum(NF4Tensor.quantize(w).nbytes for w in dense) / bandwidth
     for rows in many_rows:
         with torch.cuda.stream(stream):
-            x, low = normal(rows, K), normal(rows, R)
+            x, low, made = normal(rows, K), normal(rows, R), normal(rows, R)
         calls: dict[str, list[Call]] = {
             "pronghorn": [partial(nf4_matmul, x, members, low) for members in groups],
             "pronghorn+low_rank": [partial(with_low, x, a, members) for a, members in zip(many_a, groups)],
-            "pronghorn-chain": [partial(in_chain, x, weight_I, a, m, None) for a, m in zip(many_a, groups)],
-            "pronghorn-early": [partial(in_chain, x, weight_I, a, m, flag) for a, m in zip(many_a, groups)],
+            "pronghorn-chain": [partial(in_chain, x, weight_I, a, m) for a, m in zip(many_a, groups)],
+            "pronghorn-step": [partial(in_step, x, weight_I, a, m, made) for a, m in zip(many_a, groups)],
             "bitsandbytes": [partial(matmul_4bit, x, w.t(), state) for own in packed for w, state in own],
             "torch-bf16": [partial(torch.mm, x, w.T) for w in joined],
         }
+        if rows > LOW_ROWS:
+            del calls["pronghorn-step"]
         for impl, some in calls.items():
             each = len(shape.outputs) if impl == "bitsandbytes" else 1
             ms = per_call(some, stream) * each

@@ -65,8 +65,11 @@ def _forward_kernel(
     gate_ptr, up_ptr, h_ptr, rows, gate_stride, up_stride, h_stride,
     COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
+    if CHAIN == 2:
+        gdc_launch_dependents()
     if CHAIN:
         gdc_wait()
+    if CHAIN == 1:
         gdc_launch_dependents()
     row, column, inside = _tile(rows, COLUMNS, ROWS, BLOCK)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -94,7 +97,7 @@ def _backward_kernel(
         tl.store(h_ptr + row * COLUMNS + column, (value * up).to(dtype), mask=inside)
 
 
-_forward, _backward = Launcher(_forward_kernel, chains=True), Launcher(_backward_kernel)
+_forward, _backward = Launcher(_forward_kernel, chains=True, hurries=True), Launcher(_backward_kernel)
 
 
 def _rows(name: str, tensor: torch.Tensor) -> torch.Tensor:

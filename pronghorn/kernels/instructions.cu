@@ -138,6 +138,9 @@ __device__ __forceinline__ u32 flag_read(const u32* flag) {  // and all that was
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(r) : "l"(flag) : "memory");
     return r;
 }
+__device__ __forceinline__ void flag_set(u32* flag) {  // to 1; who reads it sees all that this thread has seen
+    asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
 __device__ __forceinline__ u32 flag_count(u32* flag, u32 last) {  // one more, after last 0; gives what it was
     u32 r;
     asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(r) : "l"(flag), "r"(last) : "memory");

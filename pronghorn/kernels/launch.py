@@ -125,16 +125,36 @@ def chained() -> Iterator[None]:
     norm its weight and the residual, ``x A^T`` the adapters, a decode step's attention lengths, tables and earlier
     tokens.
 
-    One kernel lets the next begin before it waits: ``x A^T`` that was given a flag (``low_rank.py``). The launch after
-    it is then the product that was given the same flag, which reads nothing that a kernel of the chain writes before
-    the flag says that it may, and lets no other begin before. Others in its place would be right only if they wait
-    before they read anything.
+    Inside :func:`before_a_start` a kernel that can lets the next begin before it waits itself.
     """
     token = _chained.set(True)
     try:
         yield
     finally:
         _chained.reset(token)
+
+
+_start_follows: ContextVar[bool] = ContextVar("start_follows", default=False)
+
+
+@contextmanager
+def before_a_start(follows: bool = True) -> Iterator[None]:
+    """Inside, where ``follows``, the next launch is a product that makes a start of its own (``nf4_matmul.py``): until
+    it has waited it reads nothing that a kernel of the chain writes, and it lets no other begin before. So those
+    kernels here that can let it begin at once; what they write it reads when they have ended, as always.
+    """
+    token = _start_follows.set(follows)
+    try:
+        yield
+    finally:
+        _start_follows.reset(token)
+
+
+def chain_of(tensor: torch.Tensor) -> int:
+    """How a kernel that reads ``tensor`` is launched, and lets the next begin: 0 as usual; 1 early, and the next behind
+    its wait; 2 early, and the next at once.
+    """
+    return int(begins_early(tensor)) and 1 + _start_follows.get()
 
 
 def begins_early(tensor: torch.Tensor) -> bool:
@@ -154,10 +174,11 @@ class Launcher:
         kernel: a ``@triton.jit`` function; in Triton's interpreter every call goes Triton's way.
         chains: its last parameter, which callers leave out, is the constant ``CHAIN``: whether it was launched to begin
             early, as :func:`chained` says, and has to wait.
+        hurries: that is 2 where it is to let the next begin before (:func:`before_a_start`).
     """
 
-    def __init__(self, kernel: Any, chains: bool = False) -> None:
-        self.kernel, self.chains = kernel, chains
+    def __init__(self, kernel: Any, chains: bool = False, hurries: bool = False) -> None:
+        self.kernel, self.chains, self.hurries = kernel, chains, hurries
         self.constants = [p.is_constexpr for p in getattr(kernel, "params", [])]
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -182,7 +203,7 @@ class Launcher:
         early = _chained.get() and _can_chain(_device_of(args))
         if early:
             options["launch_pdl"] = True
-        return (*args, early)
+        return (*args, 1 + _start_follows.get() if early and self.hurries else early)
 
     def bind(self, grid: tuple[int, ...], args: list[Any], free: tuple[int, ...], **options: Any) -> Bound:
         """This launch, to be made again and again with other tensors at the places ``free`` among ``args``."""

@@ -15,15 +15,13 @@ from types import ModuleType
 
 import torch
 
-from pronghorn.kernels.launch import begins_early
 from pronghorn.kernels.reference import low_rank as reference
 from pronghorn.kernels.reference.low_rank import SPLITS, run_length
 
-__all__ = ["FEW_ROWS", "SPLITS", "flag_for", "low_rank", "run_length"]
+__all__ = ["FEW_ROWS", "SPLITS", "low_rank", "run_length"]
 
 FEW_ROWS = 256
-"""Up to so many rows, whatever the ranks, runs are programs of their own: their sums are written, and read again. Only
-then can a flag be set."""
+"""Up to so many rows, whatever the ranks, runs are programs of their own: their sums are written, and read again."""
 
 
 def _path(tensor: torch.Tensor) -> ModuleType:
@@ -35,20 +33,11 @@ def _path(tensor: torch.Tensor) -> ModuleType:
     return low_rank_triton
 
 
-def flag_for(x_TI: torch.Tensor, flag: torch.Tensor) -> torch.Tensor | None:
-    """``flag`` where :func:`low_rank` of ``x_TI`` can set it here, None where not: outside of
-    :func:`pronghorn.kernels.launch.chained`, on a GPU before Hopper, with many rows.
-    """
-    few = 0 < x_TI.shape[0] <= FEW_ROWS
-    return flag if few and _path(x_TI) is not reference and begins_early(x_TI) else None
-
-
 def low_rank(
     x_TI: torch.Tensor,
     a_RI: torch.Tensor,
     out_TR: torch.Tensor | None = None,
     also_TR: torch.Tensor | None = None,
-    flag: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ a^T`` in x's dtype; no gradient.
 
@@ -58,12 +47,9 @@ def low_rank(
             kernels before have ended, so none of them writes it.
         out_TR: where to write, rows contiguous; made where None.
         also_TR: where to write it once more.
-        flag: one int32, 0, from :func:`flag_for`: set to 1 once ``x_TI`` is whole. The next launch has to be a product
-            that is given it too and clears it: that may begin at once, before ``x_TI`` is whole. One flag serves one
-            stream.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or a flag is given where none can be set.
+        ValueError: shapes or dtypes do not fit.
     """
     (T, I), R = x_TI.shape, a_RI.shape[0]  # noqa: E741 - shape letters
     if a_RI.shape[1] != I or a_RI.dtype != x_TI.dtype or x_TI.stride(1) != 1 or not a_RI.is_contiguous():
@@ -76,10 +62,5 @@ def low_rank(
     for out in (out_TR, also_TR):
         if out is not None and (out.shape != (T, R) or out.dtype != x_TI.dtype or out.stride(1) != 1):
             raise ValueError(f"out is {tuple(out.shape)}, {out.dtype}; give {(T, R)}, {x_TI.dtype}, rows contiguous")
-    if flag is None:
-        _path(x_TI).low_rank(x_TI, a_RI, out_TR, also_TR)
-        return out_TR
-    if flag_for(x_TI, flag) is None:
-        raise ValueError(f"a flag for {T} rows on {x_TI.device} here; give what flag_for returns")
-    _path(x_TI).low_rank(x_TI, a_RI, out_TR, also_TR, flag=flag)
+    _path(x_TI).low_rank(x_TI, a_RI, out_TR, also_TR)
     return out_TR

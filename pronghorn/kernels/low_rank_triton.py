@@ -88,20 +88,16 @@ def _fetch(a_ptr, r, R, first, last, width, BLOCK_I: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def _few_rows(
-    x_ptr, a_ptr, out_ptr, also_ptr, also_stride, part_ptr, arrived_ptr, flag_ptr, T, R,
+    x_ptr, a_ptr, out_ptr, also_ptr, also_stride, part_ptr, arrived_ptr, T, R,
     x_stride, out_stride, width, step,
     SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, TWICE: tl.constexpr,
-    EARLY: tl.constexpr, FLAG: tl.constexpr, CHAIN: tl.constexpr,
+    EARLY: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """A run a program; the last of a tile adds all of them up, from the first, and clears the count. What comes out is
     written to a second place too if TWICE.
 
-    EARLY lets a kernel that was launched to overlap begin when x is whole; others still wait for the end. FLAG lets it
-    begin before, and says when x is whole: who reads it (acquire) sees what this program's wait made seen. One program
-    sets it, once: each block of its reader then counts itself in it, and the last one clears it.
+    EARLY lets a kernel that was launched to overlap begin when x is whole; others still wait for the end.
     """
-    if EARLY and FLAG:
-        gdc_launch_dependents()
     split = tl.program_id(0)
     tile = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -109,10 +105,7 @@ def _few_rows(
     if CHAIN:
         _fetch(a_ptr, r, R, split * step, last, width, BLOCK_I)  # adapters are older than the chain
         gdc_wait()
-    if FLAG:
-        if split + tile == 0:
-            tl.atomic_xchg(flag_ptr, 1, sem="release")
-    elif EARLY:
+    if EARLY:
         gdc_launch_dependents()
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     x_row = x_ptr + t.to(tl.int64)[:, None] * x_stride
@@ -183,7 +176,6 @@ def low_rank(
     also_TR: torch.Tensor | None = None,
     few_rows: int = FEW_ROWS,
     tile: Tile | None = None,
-    flag: torch.Tensor | None = None,
 ) -> None:
     """See :func:`pronghorn.kernels.low_rank.low_rank`; ``few_rows`` (0: never few) is for tests, and ``tile`` for tests
     and measurements.
@@ -204,8 +196,7 @@ def low_rank(
             part, arrived = _workspace(x_TI.device, stream, tiles, block_t * block_r)
             _launch_few(
                 (SPLITS, tiles_t, tiles_r), x_TI, a_RI, out_TR, also, also.stride(0), part, arrived,
-                arrived if flag is None else flag, *common, block_t, block_r, block_i,
-                also_TR is not None, x_TI.is_cuda and capability >= (9, 0), flag is not None,
+                *common, block_t, block_r, block_i, also_TR is not None, x_TI.is_cuda and capability >= (9, 0),
                 num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
             )  # fmt: skip
         else:

@@ -5,10 +5,10 @@
 //   ROWS    rows of x: 8, or a multiple of 16                      PANEL   columns of x in a stage
 //   STAGES  stages of x on their way or in use                     CHUNK   columns of a turn (256, with RING 128 too)
 //   NESTED  scales are 8-bit codes (else float32)                  RANK16  16-column pieces of an adapter
-//   F16     float16 in place of bfloat16                           OVERLAP begins while the kernel before runs, which
-//           makes low, and nothing else that is read here
+//   F16     float16 in place of bfloat16
+//   CHAIN   begins while the kernel before runs, which makes x, or with LOW 0 may make low alone (x is then whole)
+//   LOW     blocks that make low, where nobody else has (with ROWS 8); 0: it is given
 //   PERMUTED  a bit for each of a chunk's tiles, inputs before outputs: whether its weights are looked up without memory
-//   FLAG    with OVERLAP: begins before x is whole, and a flag says when it is
 
 struct Member {
     const u8* codes;        // [outputs / 8][K / 64][8][4][2][4]: tiles, see nf4_layout.py
@@ -25,11 +25,13 @@ struct Member {
 struct Args {
     Member member[3];
     const u16* x;
-    const u16* low;
+    u16* low;
     u16* y;
     float nf4[16];          // the levels of a weight code
     int members, rows, K, x_stride, low_stride, y_stride;
-    u32* flag;              // if FLAG; see there
+    const u16* a;           // if LOW: A of all adapters, [ranks, K]
+    int ranks;
+    int* counts;            // if LOW: two, 0 between launches: blocks that have made their part of low; see `told`
 };
 
 #define WARPS (GROUPS * RING)
@@ -119,24 +121,76 @@ __device__ __forceinline__ void read_x(u32 (*x)[SIXTEENS][4], u32 from) {
 #endif
 }
 
-// Begun before x is whole (FLAG), a block makes its start, which reads what no kernel of the chain writes, and then waits
-// for the flag. The kernel before, which makes low, lets this one begin before it waits itself; behind its wait, when x
-// is whole, one thread of it sets the flag to 1.
-//   Seen: that thread's wait made x visible to it, its store releases, the load here acquires, and a barrier carries it
-// to the threads that copy x.
-//   Cleared: each block counts itself in the flag once it has seen it, and the last one's count makes it 0. So it is 0
-// again before this kernel ends, with no one else's help: a graph may be replayed, and a flag may serve one launch after
-// another, of any number. Nobody else writes it meanwhile: what sets it next waits for the end of this kernel.
-//   No block waits for one that has no place: a kernel begins when all blocks of the one before have let it or ended, so
-// when a block of this one runs, all blocks of all kernels before it have begun, and need no more room than they have.
-//   The next kernel may begin when all blocks have counted, not before: it may be another that sets this flag, and its
-// product would find this one's. That branch on the count is what makes the hardware wait for it. So the next begins, as
-// without FLAG, when x is whole; low is not, nor is y.
-#if FLAG && ROWS == 8
-// And room for the kernel before, 4 warps of at most 48 registers: on the multiprocessors where its blocks are, a block
-// of this one would otherwise begin only when they have ended. A quarter of 65536 is each fourth warp's. (With more rows
-// there is no room in shared memory.)
-#define MOST ((16384 - 48 * 32) / ((WARPS + 3) / 4 * 32) / 8 * 8)
+// x A^T, by the first LOW blocks: 16 ranks are the rows of the instruction's left operand, the rows of x the columns of
+// the right one. A warp takes a run of the inputs (an eighth, in whole 64), and the runs' sums are added from the first:
+// low_rank.py, whose bits these are. The last of these blocks says so to all others.
+#if LOW
+#define RUNS 8
+__device__ __forceinline__ void make_low(const Args& args, int warp, int lane) {
+    const int g = lane / 4, t = lane % 4, K = args.K, length = (K + 64 * RUNS - 1) / (64 * RUNS) * 64;
+    const int tiles = (args.ranks + 15) / 16;
+    float* const parts = (float*)shared;  // [run][rank][row]
+    for (int tile = blockIdx.x; tile < tiles; tile += LOW)  // on its way while the kernel before still runs
+        for (int i = threadIdx.x; i < min(16, args.ranks - tile * 16) * (K / 64); i += WARPS * 32)
+            FETCH_TO_L2(args.a + (u64)tile * 16 * K + i * 64);
+#if CHAIN
+    BEFORE_HAS_ENDED;
+    NEXT_MAY_BEGIN;
+#endif
+    const u16* const x = args.x + (u64)min(g, args.rows - 1) * args.x_stride + t * 2;
+    for (int tile = blockIdx.x; tile < tiles; tile += LOW) {
+        const int rank = tile * 16 + g, last = args.ranks - 1;
+        const u16* const upper = args.a + (u64)min(rank, last) * K + t * 2;  // beyond the last: multiplied by zeros of B
+        const u16* const lower = args.a + (u64)min(rank + 8, last) * K + t * 2;
+        for (int run = warp; run < RUNS; run += WARPS) {
+            float c[4] = {};
+            const int end = min((run + 1) * length, K);
+#pragma unroll 2
+            for (int k = run * length; k < end; k += 64) {
+                u32 a[4][4], b[4][2];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const int at = k + j * 16;
+                    a[j][0] = __ldg((const u32*)(upper + at)), a[j][1] = __ldg((const u32*)(lower + at));
+                    a[j][2] = __ldg((const u32*)(upper + at + 8)), a[j][3] = __ldg((const u32*)(lower + at + 8));
+                    b[j][0] = low_pair(x + at), b[j][1] = low_pair(x + at + 8);
+                }
+#pragma unroll
+                for (int j = 0; j < 4; ++j) multiply(c, a[j][0], a[j][1], a[j][2], a[j][3], b[j][0], b[j][1]);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) parts[(run * 16 + g + i / 2 * 8) * 8 + t * 2 + i % 2] = c[i];
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < 128; i += WARPS * 32) {
+            const int r = i / 8, row = i % 8;
+            float sum = parts[i];
+#pragma unroll
+            for (int run = 1; run < RUNS; ++run) sum = __fadd_rn(sum, parts[run * 128 + i]);
+            if (row < args.rows) args.low[(u64)row * args.low_stride + tile * 16 + r] = (u16)pair(sum, 0.0f);
+        }
+        __syncthreads();
+    }
+    if (threadIdx.x == 0 && count_arrival(args.counts) == LOW - 1) {
+        args.counts[0] = 0;
+        flag_set((u32*)args.counts + 1);
+    }
+}
+#endif
+// Told that low is whole, all that are told (`hearers` of the grid) count themselves, and the last one's count makes the
+// flag 0 again: before this kernel ends, with no one else's help, so that a graph may be replayed. The blocks that make
+// low are the first of the grid: when another waits for them, they have begun.
+#if LOW
+__device__ __forceinline__ void told(const Args& args, int hearers) {
+    while (!flag_read((u32*)args.counts + 1)) {}
+    flag_count((u32*)args.counts + 1, hearers);
+}
+#endif
+#if CHAIN && ROWS == 8
+// Room for the kernel before, which a norm's 8 warps of 40 registers are where outputs are many, and else 4 of at most 48:
+// on the multiprocessors where its blocks are, a block of this one would otherwise begin only when they have ended. A
+// quarter of 65536 is each fourth warp's. (With more rows there is no room in shared memory.)
+#define MOST ((16384 - (WARPS > 8 ? 2 * 40 : 48) * 32) / ((WARPS + 3) / 4 * 32) / 8 * 8)
 #define BOUNDS __maxnreg__(MOST < 248 ? MOST : 248)
 #else
 #define BOUNDS __launch_bounds__(WARPS * 32, 1)
@@ -146,14 +200,20 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int group = warp / RING, place = warp % RING;
 
-    int tile = blockIdx.x, which = 0;
+#if LOW
+    if (blockIdx.x < LOW) {
+        make_low(args, warp, lane);
+        return;
+    }
+#endif
+    int tile = blockIdx.x - LOW, which = 0;
     while (which + 1 < args.members) {
         const int tiles = (args.member[which].outputs + OUTPUTS - 1) / OUTPUTS;
         if (tile < tiles) break;
         tile -= tiles;
         ++which;
     }
-#if OVERLAP && !FLAG
+#if CHAIN && !LOW
     NEXT_MAY_BEGIN;  // who begins early reads nothing of this, or of low, before this has ended
 #endif
     const Member& own = args.member[which];
@@ -255,7 +315,7 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     };
     auto begin_x = [&] { load_until(ahead); };
 #endif
-#if !FLAG
+#if !(CHAIN && LOW)
     begin_x();
 #endif
     if (NESTED)
@@ -264,14 +324,16 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
         const float first = __shfl_sync(0xffffffffu, level, i / 128), second = __shfl_sync(0xffffffffu, level, i / 8 % 16);
         *(float4*)(shared + i / 8 * 256 + i % 8 * 16) = make_float4(first, second, first, second);
     }
-#if FLAG
-    const bool waits = threadIdx.x == WARPS * 32 - 1;  // of a warp whose turn comes late
-    if (waits)
-        while (!flag_read(args.flag)) {}
+#if LOW && RING == 1
+    const u32 low_is_there = shared_address(rest);
+    if (threadIdx.x == 0) counter_begin(low_is_there, 1);
+#endif
+#if CHAIN && LOW
+    BEFORE_HAS_ENDED;  // it makes x
+    NEXT_MAY_BEGIN;
     COPIES_WAIT(0);  // scales
     __syncthreads();
     begin_x();
-    if (waits && flag_count(args.flag, gridDim.x * gridDim.y)) NEXT_MAY_BEGIN;
 #endif
     u32 column = lane % 16 * 8;
     KEEP(column);  // as it is, so that an address is one instruction
@@ -319,7 +381,7 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     // Where in a stage a lane reads x: ldmatrix takes an address of a row from each.
     const int x_place = ROWS == 8 ? lane % 8 * X_ROW + lane / 8 * 16 : lane % 16 * X_ROW + lane / 16 * 16;
 #if RING > 1
-#if !FLAG
+#if !(CHAIN && LOW)
     COPIES_WAIT(0);  // scales; copies of x are in no group
     __syncthreads();
 #endif
@@ -427,7 +489,16 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
         sum_up(Tiles<PAIR>());
 #endif
 
-#if OVERLAP
+#if LOW && RING == 1  // one thread of a block asks, of a warp that ends early where some do, and the others ask it
+    if (warp == WARPS - 1) {
+        if (lane == 0) told(args, gridDim.x - LOW), counter_arrive(low_is_there);
+        __syncwarp();
+    }
+    counter_wait(low_is_there, 0);
+#elif LOW
+    if (lane == 0) told(args, (gridDim.x - LOW) * GROUPS);
+    __syncwarp();
+#elif CHAIN
     BEFORE_HAS_ENDED;  // it makes low
 #endif
 #if RANK16

@@ -18,9 +18,10 @@ into registers, some way ahead. A byte becomes its two float32 levels by one rea
 multiplied by their scale and rounded into a register of the operand. x comes through shared memory, once for a block.
 Where outputs are few, several warps take turns at the inputs of the same 16 and hand the accumulators on.
 
-**Its start** (the table, scales, first codes: some 3 microseconds) needs no x. In a chain of launches it is made while
-the kernels before still make x: ``x A^T`` lets this one begin before it waits itself, and sets a flag when x is whole
-(``low_rank.py``). Why no block then waits in vain, and who clears the flag, stands at the kernel.
+**The adapter's** ``x A^T`` is made by the first few blocks of the same launch, for up to 8 rows, while the others
+multiply: they need it last. So nothing stands between a product and what makes x, and its start (the table, scales,
+first codes: some 3 microseconds), which needs no x, is made while that runs: in a chain of launches the kernel before
+lets this one begin before it waits itself (``launch.py``).
 
 **What bounds it** at few rows is not memory. Where outputs are many it is the load/store unit: of some 12 turns that
 256 weights cost it, 8 are that table's. So some of the weights go another way: the 16 values that a scale allows are
@@ -40,10 +41,13 @@ from pronghorn.kernels.few_rows import MEMBERS, check_aligned, check_member, out
 from pronghorn.kernels.reference import nf4_matmul as reference
 from pronghorn.kernels.reference.nf4_matmul import Member, NF4Weight
 
-__all__ = ["MAX_ROWS", "Member", "NF4Weight", "nf4_matmul", "why_not"]
+__all__ = ["LOW_ROWS", "MAX_ROWS", "Member", "NF4Weight", "nf4_matmul", "why_not"]
 
 MAX_ROWS = 64
 """Rows of x up to which this is the faster way; above, make the weight and call cuBLAS."""
+
+LOW_ROWS = 8
+"""Up to so many rows ``x A^T`` can be made in the same launch."""
 
 _COLUMNS = 256  # inputs that are made into operands at a time, at most
 
@@ -93,7 +97,7 @@ def nf4_matmul(
     low_MR: torch.Tensor | None = None,
     out_MO: torch.Tensor | None = None,
     overlap: bool = False,
-    flag: torch.Tensor | None = None,
+    a_RI: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Outputs of all ``members`` side by side; no gradient.
 
@@ -104,7 +108,9 @@ def nf4_matmul(
         out_MO: ``[M, sum of O]``, x's dtype, rows contiguous, to write to.
         overlap: the kernel launched just before makes ``low_MR`` and nothing else that is read here: a GPU that can
             runs the two beside each other.
-        flag: what that kernel was given as its ``flag`` (:func:`pronghorn.kernels.low_rank.flag_for`); only then.
+        a_RI: the adapters' A, one under another, x's dtype, contiguous, for up to :data:`LOW_ROWS` rows: ``low_MR`` is
+            made of it here, beside the product, as :func:`pronghorn.kernels.low_rank.low_rank` makes it. It has whole
+            steps of 16 columns then, and those beyond R are numbers, which meet zeros of B.
 
     Returns:
         ``y_MO`` in x's dtype: products, adapter and bias summed in float32 and rounded once.
@@ -114,8 +120,23 @@ def nf4_matmul(
     """
     out_MO = output(x_MI, sum(member.weight.shape[0] for member in members), out_MO)
     _check(x_MI, members, low_MR)
-    _path(x_MI).nf4_matmul(x_MI, members, low_MR, out_MO, overlap=overlap, flag=flag)
+    if a_RI is None:
+        _path(x_MI).nf4_matmul(x_MI, members, low_MR, out_MO, overlap=overlap)
+        return out_MO
+    _check_low(x_MI, a_RI, low_MR)
+    _path(x_MI).nf4_matmul(x_MI, members, low_MR, out_MO, a_RI=a_RI)
     return out_MO
+
+
+def _check_low(x_MI: torch.Tensor, a_RI: torch.Tensor, low_MR: torch.Tensor | None) -> None:
+    (M, I), R = x_MI.shape, a_RI.shape[0]  # noqa: E741 - shape letters
+    if M > LOW_ROWS:
+        raise ValueError(f"x A^T of {M} rows; give a_RI for up to {LOW_ROWS}, or low_MR alone")
+    if a_RI.shape[1] != I or a_RI.dtype != x_MI.dtype or not a_RI.is_contiguous():
+        raise ValueError(f"a is {tuple(a_RI.shape)}, {a_RI.dtype}; give [R, {I}], {x_MI.dtype}, contiguous")
+    columns = -(-R // 16) * 16
+    if low_MR is None or low_MR.shape != (M, columns) or low_MR.stride(1) != 1:
+        raise ValueError(f"low is {None if low_MR is None else tuple(low_MR.shape)}; give {(M, columns)} to write to")
 
 
 def _check(x_MI: torch.Tensor, members: Sequence[Member], low_MR: torch.Tensor | None) -> None:

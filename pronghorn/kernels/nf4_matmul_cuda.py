@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
 
 from pronghorn.kernels.cuda_source import SHARED, CudaKernel, pointer, shared_memory, source
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
-from pronghorn.kernels.launch import current_recording
+from pronghorn.kernels.launch import begins_early, current_recording
 from pronghorn.kernels.nf4_code import NF4_LEVELS, dynamic_code
 from pronghorn.kernels.reference.nf4_matmul import Member
 
@@ -31,7 +31,7 @@ class _Args(ctypes.Structure):
         *((name, _P) for name in ("x", "low", "y")),
         ("nf4", ctypes.c_float * 16),
         *((name, _I) for name in ("members", "rows", "K", "x_stride", "low_stride", "y_stride")),
-        ("flag", _P),
+        *(("a", _P), ("ranks", _I), ("counts", _P)),
     )
 
 
@@ -39,6 +39,8 @@ HOPPER_SHARED = SHARED[9, 0] * 1024
 _TABLE = 65536 + 1024  # bytes: the levels of each byte of codes, and those of the scales' codes
 _COUNTERS = 128
 _MOST_GROUPS = 14
+LOW_BLOCKS = 4
+"""Most blocks that make ``x A^T``: with 128 for the outputs of an 8B Llama's projections all have a multiprocessor."""
 _RING = {1: 8, 2: 4, 3: 4, 4: 3}
 """Warps that take turns, by the groups of a block; 2 up to 7 groups, then 1. With 2 groups and over 16 rows, 6."""
 
@@ -150,17 +152,17 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _defines(tile: Tile, nested: bool, rank16: int, half: bool, overlap: bool, flag: bool = False) -> dict[str, int]:
+def _defines(tile: Tile, nested: bool, rank16: int, half: bool, chain: bool, low: int = 0) -> dict[str, int]:
     macros = {name.upper(): value for name, value in tile._asdict().items()}
-    given = {"NESTED": nested, "RANK16": rank16, "F16": half, "OVERLAP": overlap, "FLAG": flag}
+    given = {"NESTED": nested, "RANK16": rank16, "F16": half, "CHAIN": chain, "LOW": low}
     return macros | {name: int(value) for name, value in given.items()}
 
 
 @lru_cache(maxsize=256)
 def _kernel(
-    tile: Tile, K: int, nested: bool, rank16: int, half: bool, overlap: bool, flag: bool, device: torch.device
+    tile: Tile, K: int, nested: bool, rank16: int, half: bool, chain: bool, low: int, device: torch.device
 ) -> CudaKernel:
-    defines = _defines(tile, nested, rank16, half, overlap, flag)
+    defines = _defines(tile, nested, rank16, half, chain, low)
     return CudaKernel(_source(), "nf4_matmul", defines, device, tile.shared_bytes(K, nested))
 
 
@@ -171,18 +173,19 @@ def arguments(
     out_MO: torch.Tensor,
     tile: Tile,
     levels: torch.Tensor,
-    flag: torch.Tensor | None = None,
+    a_RI: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
 ) -> tuple[_Args, int]:
     """What the kernel is given, and its blocks of outputs. It holds addresses: the tensors have to live on.
 
-    ``levels``: the 256 of a scale, where a weight has none of its own.
+    ``levels``: the 256 of a scale, where a weight has none of its own. ``a_RI``, ``counts``: to make ``low_MR`` of.
     """
     M, K = x_MI.shape
     args = _Args(
         x=pointer(x_MI), low=pointer(low_MR), y=pointer(out_MO), nf4=(ctypes.c_float * 16)(*NF4_LEVELS),
         members=len(members), rows=M, K=K,
         x_stride=x_MI.stride(0), low_stride=0 if low_MR is None else low_MR.stride(0), y_stride=out_MO.stride(0),
-        flag=pointer(flag),
+        a=pointer(a_RI), ranks=0 if a_RI is None else a_RI.shape[0], counts=pointer(counts),
     )  # fmt: skip
     column = blocks = 0
     for i, m in enumerate(members):
@@ -198,6 +201,14 @@ def arguments(
     return args, blocks
 
 
+@cache
+def _counts(device: torch.device, stream: int) -> torch.Tensor:
+    """Counts of blocks that have made their part of ``x A^T``, and of who knows it; 0 again behind each launch. Made
+    once, so that a CUDA graph may hold them, for each stream, as another rollout may be drawn on another.
+    """
+    return torch.zeros(2, dtype=torch.int32, device=device)
+
+
 def nf4_matmul(
     x_MI: torch.Tensor,
     members: Sequence[Member],
@@ -205,7 +216,7 @@ def nf4_matmul(
     out_MO: torch.Tensor,
     tile: Tile | None = None,
     overlap: bool = False,
-    flag: torch.Tensor | None = None,
+    a_RI: torch.Tensor | None = None,
 ) -> None:
     """As ``reference.nf4_matmul.nf4_matmul``.
 
@@ -214,8 +225,9 @@ def nf4_matmul(
         overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: run beside it
             (on Hopper; elsewhere after it, as usual). It was launched as usual, or lets others begin only behind its
             own wait (:func:`pronghorn.kernels.launch.chained`): x is read before this one waits.
-        flag: with ``overlap``, what that kernel was given to say that x is whole (it then lets others begin before it
-            waits): x is read once it is set. Weights are read before, so no kernel of the chain writes them.
+        a_RI: A, for up to :data:`LOW_ROWS` rows: blocks of this launch write ``x A^T`` to ``low_MR``, in whole tiles of
+            16 ranks, and the others wait for it. In a chain x is read once the kernel before has ended, so that one may
+            let this begin before it waits itself; nothing that a kernel of the chain writes is read before.
     """
     (M, K), device = x_MI.shape, x_MI.device
     if M == 0:
@@ -226,19 +238,19 @@ def nf4_matmul(
         raise ValueError(f"no tile for {K} inputs fits into {shared_memory(device)} bytes of shared memory")
     if tile.stages == 1 and tile.panel < K:
         raise ValueError(f"{tile}: one stage holds all of x or none; {K} inputs need two stages, or a panel of {K}")
-    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, dynamic_code(device), flag)
+    low = 0 if a_RI is None else min(LOW_BLOCKS, -(-a_RI.shape[0] // 16))
+    counts = _counts(device, torch.cuda.current_stream(device).cuda_stream) if low else None
+    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, dynamic_code(device), a_RI, counts)
     rank16 = max(member.rank // 16 for member in args.member)
     half = x_MI.dtype == torch.float16
-    overlap = overlap and rank16 > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
-    if flag is not None and not overlap:
-        raise ValueError(
-            f"a flag for adapters of {rank16 * 16} ranks on {torch.cuda.get_device_name(device)}; give it with "
-            "overlap=True, to a product with an adapter, on Hopper or later"
-        )
+    if low:
+        chain = begins_early(x_MI)
+    else:
+        chain = overlap and rank16 > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
     recorded = current_recording()
     if recorded is not None:
-        defines = _defines(tile, nested, rank16, half, overlap, flag is not None)
+        defines = _defines(tile, nested, rank16, half, chain, low)
         recorded.source(_source(), defines, torch.cuda.get_device_capability(device))
         return
-    kernel = _kernel(tile, K, nested, rank16, half, overlap, flag is not None, device)
-    kernel((blocks, -(-M // tile.rows), 1), tile.warps * 32, args, overlap)
+    kernel = _kernel(tile, K, nested, rank16, half, chain, low, device)
+    kernel((low + blocks, -(-M // tile.rows), 1), tile.warps * 32, args, chain)

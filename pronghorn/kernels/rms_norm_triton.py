@@ -41,6 +41,8 @@ def _forward_kernel(
     eps, offset, D: tl.constexpr, RESIDUAL: tl.constexpr, CAST_FIRST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
+    if CHAIN == 2:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows)[:, None] & (column < D)
@@ -53,6 +55,7 @@ def _forward_kernel(
         )
     if CHAIN:  # what was read up to here is older than the kernel before and the one before that
         gdc_wait()
+    if CHAIN == 1:
         gdc_launch_dependents()
     x = tl.load(x_ptr + row[:, None] * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
@@ -102,7 +105,7 @@ def _backward_kernel(
         tl.store(partial_ptr + tl.program_id(0) * D + column, dweight, mask=column < D)
 
 
-_forward, _backward = Launcher(_forward_kernel, chains=True), Launcher(_backward_kernel)
+_forward, _backward = Launcher(_forward_kernel, chains=True, hurries=True), Launcher(_backward_kernel)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@
 //   E       elements of a head, a multiple of 16, 128 at most     HEADS   query heads of a kv head, 8 at most
 //   ROTARY  elements of a head that are rotated                   PAGE    tokens of a block of the cache
 //   ANGLES  bytes of an angle: 2 (as all else) or 4 (float)       F16     float16 in place of bfloat16
-//   SEGMENT, TILE                                                 CHAIN   begins while the kernel before runs
+//   SEGMENT, TILE                                                 CHAIN   begins while the kernel before runs; 2:
+//           lets the next do so at once
 //
 // A block has one kv head's keys of one segment of one row, all of them in shared memory: what there is to do is little,
 // and what counts is that no step waits for memory. Keys and values of earlier tokens are on their way before the kernel
@@ -53,6 +54,9 @@ __device__ __forceinline__ u16 narrowed(float value) { return (u16)pair(value, 0
 __device__ __forceinline__ float finite(float peak) { return peak == NONE ? 0.0f : peak; }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) step_attention(const __grid_constant__ Args args) {
+#if CHAIN == 2
+    NEXT_MAY_BEGIN;
+#endif
     const int head = blockIdx.x, segment = blockIdx.y, b = blockIdx.z, thread = threadIdx.x;
     const int warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     // Blocks of tokens do not depend on how many there are: both are asked for at once.
@@ -101,6 +105,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step_attention(const __
     __syncthreads();
 #if CHAIN  // what was read up to here is older than the chain
     BEFORE_HAS_ENDED;
+#endif
+#if CHAIN == 1
     NEXT_MAY_BEGIN;
 #endif
     const u16* const q = args.q + (u64)b * args.q_stride + head * (HEADS * E);

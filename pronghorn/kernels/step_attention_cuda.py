@@ -11,7 +11,7 @@ import torch
 from pronghorn.kernels.cuda_source import CudaKernel, pointer, shared_memory, source
 from pronghorn.kernels.decode_attention import workspace_elements
 from pronghorn.kernels.decode_attention_triton import segments_of
-from pronghorn.kernels.launch import begins_early, current_recording
+from pronghorn.kernels.launch import chain_of, current_recording
 from pronghorn.kernels.ordered_rows import SEGMENT, TILE
 
 _P, _I = ctypes.c_void_p, ctypes.c_int
@@ -134,14 +134,14 @@ def step_attention(
         sin_stride=sin_PE.stride(0), table_stride=block_table_BN.stride(0), o_stride=o_BHE.stride(0),
         N=N, P=cos_PE.shape[0], K=K, segments=segments, scale=scale * math.log2(math.e),
     )  # fmt: skip
-    chain = begins_early(q_BHE)
+    chain = chain_of(q_BHE)
     defines = {
         "E": E, "HEADS": H // K, "ROTARY": cos_PE.shape[1], "PAGE": page, "ANGLES": cos_PE.element_size(),
-        "F16": int(q_BHE.dtype == torch.float16), "CHAIN": int(chain), "SEGMENT": SEGMENT, "TILE": TILE,
+        "F16": int(q_BHE.dtype == torch.float16), "CHAIN": chain, "SEGMENT": SEGMENT, "TILE": TILE,
     }  # fmt: skip
     recorded = current_recording()
     if recorded is not None:
         recorded.source(_source(), defines, torch.cuda.get_device_capability(device))
         return o_BHE
-    _kernel(tuple(defines.items()), device)((K, segments, B), _WARPS * 32, args, chain)
+    _kernel(tuple(defines.items()), device)((K, segments, B), _WARPS * 32, args, chain > 0)
     return o_BHE

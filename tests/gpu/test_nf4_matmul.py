@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from pronghorn.kernels.launch import Launcher, chained
-from pronghorn.kernels.low_rank import flag_for, low_rank
+from pronghorn.kernels.launch import Launcher, before_a_start, chained
+from pronghorn.kernels.low_rank import low_rank
 from pronghorn.kernels.nf4 import quantize_nf4
-from pronghorn.kernels.nf4_matmul import Member, nf4_matmul
+from pronghorn.kernels.nf4_matmul import LOW_ROWS, Member, nf4_matmul
 from pronghorn.kernels.nf4_matmul_cuda import Tile
 from pronghorn.kernels.nf4_matmul_cuda import nf4_matmul as launch
 from pronghorn.kernels.rms_norm import norm_forward
@@ -143,26 +143,44 @@ def test_begun_beside_the_low_rank_product_it_has_the_same_bits(outputs: list[in
     expected = [nf4_matmul(x, members, low_rank(x, a)) for x in xs]
     torch.cuda.synchronize()
     begun = [nf4_matmul(x, members, low_rank(x, a), overlap=True) for x in xs]
+    within = [with_low_rank(x, a, members) for x in xs]
     with chained():
         early = [nf4_matmul(x, members, low_rank(x, a), overlap=True) for x in xs]
-        flag = torch.zeros(1, dtype=torch.int32, device="cuda")
-        told = [after_low_rank(x, a, members, flag) for x in xs]  # each flag's product is the next one's predecessor
-    for found in (begun, early, told):
+        row = [with_low_rank(x, a, members) for x in xs]  # one right after another
+    for found in (begun, within, early, row):
         assert all(torch.equal(own, y) for own, y in zip(found, expected))
-    assert flag.item() == 0
 
 
-def after_low_rank(x: torch.Tensor, a: torch.Tensor, members: list[Member], flag: torch.Tensor) -> torch.Tensor:
-    """As ``rollout/native/products.py`` launches the two in a chain, where the GPU can."""
-    given = flag_for(x, flag)
-    return nf4_matmul(x, members, low_rank(x, a, flag=given), overlap=True, flag=given)
+@pytest.mark.parametrize(("I", "rank"), [(4096, 16), (4096, 160), (14336, 32), (768, 48)])
+@pytest.mark.parametrize("M", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_low_rank_product_within_is_that_of_its_own_launch(M: int, I: int, rank: int, dtype: torch.dtype) -> None:  # noqa: E741
+    members = group([512], I, rank, False, dtype)
+    x, a = torch.randn(M, I, device="cuda").to(dtype), (torch.randn(rank - 5, I, device="cuda") * I**-0.5).to(dtype)
+    low, expected = (torch.full((M, rank), float("nan"), device="cuda", dtype=dtype) for _ in range(2))
+    assert members[0].b_Or is not None
+    members[0].b_Or[:, -5:] = 0
+    y = nf4_matmul(x, members, low, a_RI=a)
+    low_rank(x, a, expected[:, : rank - 5])
+    assert torch.equal(low[:, : rank - 5], expected[:, : rank - 5]) and low.isfinite().all()
+    assert torch.equal(y, nf4_matmul(x, members, low))
+
+
+def with_low_rank(x: torch.Tensor, a: torch.Tensor, members: list[Member]) -> torch.Tensor:
+    """As ``rollout/native/products.py`` multiplies: in one launch, or in two."""
+    if len(x) <= LOW_ROWS:
+        return nf4_matmul(x, members, x.new_empty(len(x), len(a)), a_RI=a)
+    return nf4_matmul(x, members, low_rank(x, a), overlap=True)
 
 
 @triton.jit
 def _slow_copy(from_ptr, to_ptr, elements, one, rounds, BLOCK: tl.constexpr, CHAIN: tl.constexpr):
     """A kernel of a chain that takes its time between letting the next begin and writing."""
+    if CHAIN == 2:
+        gdc_launch_dependents()
     if CHAIN:
         gdc_wait()
+    if CHAIN == 1:
         gdc_launch_dependents()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(from_ptr + i, mask=i < elements).to(tl.float32)
@@ -171,14 +189,14 @@ def _slow_copy(from_ptr, to_ptr, elements, one, rounds, BLOCK: tl.constexpr, CHA
     tl.store(to_ptr + i, value.to(to_ptr.dtype.element_ty), mask=i < elements)
 
 
-_slow = Launcher(_slow_copy, chains=True)
+_slow = Launcher(_slow_copy, chains=True, hurries=True)
 
 
 @pytest.mark.parametrize("M", [1, 6, 16, 40])
 @pytest.mark.parametrize("normed", [False, True], ids=["copy", "copy, norm"])
 @pytest.mark.parametrize("outputs", [[512, 256], [4096], [28672]], ids=["small", "turns", "none"])
 def test_begun_before_x_is_whole_it_has_the_same_bits(outputs: list[int], normed: bool, M: int) -> None:
-    """Three products a graph, one flag; x of the replay before lies where x will be. What makes it takes some 50
+    """Three products a graph; x of the replay before lies where x will be. What makes it takes some 50
     microseconds from letting the next begin on, or is the norm behind such a kernel.
     """
     I, links = 4096, 3  # noqa: E741
@@ -186,7 +204,7 @@ def test_begun_before_x_is_whole_it_has_the_same_bits(outputs: list[int], normed
     a = torch.randn(32 * len(outputs), I, device="cuda").bfloat16()
     weight_D = torch.rand(I, device="cuda").bfloat16()
     given = torch.randn(links, M, I, device="cuda").bfloat16()
-    copied, flag = torch.zeros_like(given), torch.zeros(1, dtype=torch.int32, device="cuda")
+    copied = torch.zeros_like(given)
     first = torch.empty(8, device="cuda")
 
     def made_of(x: torch.Tensor) -> torch.Tensor:
@@ -197,10 +215,10 @@ def test_begun_before_x_is_whole_it_has_the_same_bits(outputs: list[int], normed
         first.fill_(1.0)  # launched as usual, as a step's embedding is
         with chained():
             for source, x in zip(given, copied):
-                _slow((triton.cdiv(M * I, 1024),), source, x, M * I, 1.0, 20000, 1024, num_warps=4)
-                if torch.cuda.get_device_capability() >= (9, 0):
-                    assert flag_for(x, flag) is flag
-                found.append(after_low_rank(made_of(x), a, members, flag))
+                with before_a_start(M <= LOW_ROWS):
+                    _slow((triton.cdiv(M * I, 1024),), source, x, M * I, 1.0, 20000, 1024, num_warps=4)
+                    made = made_of(x)
+                found.append(with_low_rank(made, a, members))
         return found
 
     stream = torch.cuda.Stream()
@@ -222,7 +240,6 @@ def test_begun_before_x_is_whole_it_has_the_same_bits(outputs: list[int], normed
         stream.synchronize()
         for ys in (found, eager):
             assert all(torch.equal(y, own) for y, own in zip(ys, expected)), replay
-        assert flag.item() == 0
 
 
 @pytest.mark.parametrize(("I", "R"), [(4096, 96), (14336, 32), (4096, 64)])

@@ -1,8 +1,8 @@
 // What a kernel's source needs to run on a CPU: a thread of the system for each of CUDA's, a block after another. Included
 // before it (-include), with its macros and KERNEL, its name. Instructions do what their manual says, sums in double.
 #define INSTRUCTIONS_GIVEN
-#ifndef FLAG
-#define FLAG 0
+#ifndef LOW
+#define LOW 0
 #endif
 #include <algorithm>
 #include <atomic>
@@ -141,9 +141,9 @@ inline unsigned shared_address(const void* p) { return (unsigned)((const unsigne
 // Copies happen as late as they may: those of a thread when it waits for them, or when it says that they have come.
 struct Copy { unsigned to; const void* from; };
 thread_local std::vector<std::vector<Copy>> copies(1);  // the last group is open
-void too_early_x(const void* from);
+void too_early_to_read(const void* from);
 inline void copy16(unsigned to, const void* from) {
-    too_early_x(from);
+    too_early_to_read(from);
     copies.back().push_back({to, from});
 }
 inline void copies_end() { copies.emplace_back(); }
@@ -228,51 +228,58 @@ inline void counter_wait(unsigned at, unsigned parity) {  // until the phase of 
 #define ALL_COPIES_WAIT copies_wait(0, true)
 #define TURN_WAIT(id) named[id].arrive(true)
 #define TURN_GIVE(id) named[id].arrive(false)
-// With OVERLAP, what the kernel before makes comes as late as it may: x when a block has looked for the flag, low when a
-// thread waits for that kernel's end. What is done too early is counted.
+// What the kernel before makes comes when a thread waits for its end. What is done too early is counted.
 struct Before {
-    void *x, *low;                        // where they are read
-    const void *whole_x, *whole_low;      // what they will be
+    void* late;                           // where what it makes is read
+    const void* whole;                    // what that will be
+    const void* low;                      // what is made of it here, to be read by a block that has heard that it is there
     const unsigned short* y;
-    long long x_bytes, low_bytes, y_elements;
-    int early;                            // x or low read, y written, the next begun: before they may
+    long long late_bytes, low_bytes, y_elements;
+    int early;                            // of these read, of y written, the next begun: before they may
 };
 Before* before;
-std::atomic<bool> looked, x_there, low_there, counted;
+std::atomic<bool> there, ended, heard;  // what is late, at all; for this block; and low
 thread_local bool waited;
 inline void too_early(bool so) {
     if (so && before) std::atomic_ref(before->early)++;
 }
-inline void too_early_x(const void* from) {  // where it is x
-    const char* const x = before ? (const char*)before->x : nullptr;
-    too_early(before && from >= x && from < x + before->x_bytes && !x_there);
+inline bool within(const void* at, const void* from, long long bytes) {
+    return before && from && at >= from && at < (const char*)from + bytes;
+}
+inline void too_early_to_read(const void* from) {
+    too_early(before && within(from, before->late, before->late_bytes) && !ended);
+    too_early(before && within(from, before->low, before->low_bytes) && !heard);
 }
 inline unsigned flag_read(const unsigned* flag) {
     thread_local int looks = 0;
-    looked = true;
-    std::this_thread::sleep_for(std::chrono::microseconds(100));
-    if (++looks > 100000) return too_early(true), 1;  // never set: some 10 s
-    return std::atomic_ref(*const_cast<unsigned*>(flag)).load();
+    const unsigned r = std::atomic_ref(*const_cast<unsigned*>(flag)).load();
+    if (r) heard = true;
+    else std::this_thread::sleep_for(std::chrono::microseconds(100));
+    if (++looks > 1000) return too_early(true), 1;  // never set: a tenth of a second
+    return r;
+}
+inline void flag_set(unsigned* flag) {
+    too_early(blockIdx.x < LOW - 1);  // others of these blocks have still to run
+    std::atomic_ref(*flag).store(1);
 }
 inline unsigned flag_count(unsigned* flag, unsigned last) {
-    counted = true;
     std::atomic_ref value(*flag);
     unsigned was = value.load();
     while (!value.compare_exchange_weak(was, was >= last ? 0 : was + 1)) {}
     return was;
 }
-inline void next_may_begin() { too_early(!x_there || (FLAG && !counted)); }
+inline void next_may_begin() { too_early(LOW && !waited); }
 inline void before_has_ended() {
     static std::mutex mutex;
     std::unique_lock lock(mutex);
-    if (before && !low_there.exchange(true)) {
+    if (before && !there.exchange(true)) {
         too_early(std::any_of(before->y, before->y + before->y_elements, [](unsigned short v) { return v != 0xffff; }));
-        std::memcpy(before->low, before->whole_low, before->low_bytes);
+        std::memcpy(before->late, before->whole, before->late_bytes);
     }
-    waited = true;
+    ended = waited = true;
 }
 inline unsigned low_pair(const unsigned short* from) {
-    too_early(!waited);
+    too_early_to_read(from);
     unsigned r;
     std::memcpy(&r, from, 4);
     return r;

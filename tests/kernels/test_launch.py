@@ -19,6 +19,8 @@ from pronghorn.kernels.launch import (
     Launcher,
     TensorLike,
     _chained,
+    before_a_start,
+    chain_of,
     chained,
     current_recording,
     not_recorded,
@@ -160,6 +162,27 @@ def test_kernels_of_a_chain_are_told_to_wait_where_they_begin_early(monkeypatch:
     ]
 
 
+def test_a_kernel_before_a_products_start_lets_it_begin_at_once_if_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(64)
+    launches = [Launcher(Kernel(), chains=True), Launcher(Kernel(), chains=True, hurries=True)]
+
+    def made() -> list[int]:
+        with recording() as recorded:
+            for launch in launches:
+                launch((4,), x, 32, 0.5, num_warps=4)
+        return [launch.args[3] for launch in recorded.launches]
+
+    with chained(), before_a_start():
+        assert made() == [0, 0] and chain_of(x) == 0  # on the CPU
+    monkeypatch.setattr("pronghorn.kernels.launch._can_chain", lambda index: True)
+    with before_a_start():
+        assert made() == [0, 0] and chain_of(x) == 0
+        with chained():
+            assert made() == [1, 2] and chain_of(x) == 2
+            with before_a_start(False):
+                assert made() == [1, 1] and chain_of(x) == 1
+
+
 def test_a_rollouts_launches_are_made_while_another_thread_records() -> None:
     kernel = Kernel()
     launch, x = Launcher(kernel), torch.empty(64)
@@ -181,10 +204,12 @@ def test_a_rollouts_launches_are_made_while_another_thread_records() -> None:
 EARLY = {"rms_norm": {"weight_ptr", "residual_ptr"}, "low_rank": {"a_ptr"}}
 """What kernels of a chain read before they wait: it was whole two kernels before."""
 
+HURRY = "if CHAIN == 2:\n    gdc_launch_dependents()"
+
 
 def test_every_kernel_of_a_chain_waits_before_it_writes() -> None:
     """And before it reads what the kernel before it writes, or lets the next begin, which may read what was whole two
-    kernels before it: but for ``x A^T``, where it sets a flag that the next waits for.
+    kernels before it: but where that is told to be a product, which reads nothing of the chain before it has waited.
     """
     pytest.importorskip("triton")
     modules = [importlib.import_module(f"pronghorn.kernels.{path.stem}") for path in KERNELS.glob("*_triton.py")]
@@ -195,13 +220,8 @@ def test_every_kernel_of_a_chain_waits_before_it_writes() -> None:
         (function,) = ast.parse(inspect.getsource(kernel)).body
         assert isinstance(function, ast.FunctionDef)
         body = function.body[0 if ast.get_docstring(function) is None else 1 :]
-        if function.name == "_few_rows":
-            assert ast.unparse(body.pop(0)) == "if EARLY and FLAG:\n    gdc_launch_dependents()"
-            # Once: a program that set it again, when blocks of the reader have counted in it, would start the next.
-            sets = [node for node in body if "flag_ptr" in ast.unparse(node)]
-            (node,) = sets
-            assert isinstance(node, ast.If) and ast.unparse(node.test) == "FLAG"
-            assert ast.unparse(node.body[0]) == "if split + tile == 0:\n    tl.atomic_xchg(flag_ptr, 1, sem='release')"
+        if ast.unparse(body[0]) == HURRY:
+            body.pop(0)
         (at,) = [i for i, node in enumerate(body) if "gdc_wait()" in ast.unparse(node)]
         wait = body[at]
         assert isinstance(wait, ast.If) and ast.unparse(wait.test) == "CHAIN", kernel

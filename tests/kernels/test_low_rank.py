@@ -7,8 +7,7 @@ import torch
 
 from pronghorn.kernels import low_rank as module
 from pronghorn.kernels import low_rank_triton
-from pronghorn.kernels.launch import chained
-from pronghorn.kernels.low_rank import SPLITS, flag_for, low_rank, run_length
+from pronghorn.kernels.low_rank import SPLITS, low_rank, run_length
 from pronghorn.kernels.low_rank_triton import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,32 +46,6 @@ def test_the_count_of_arrivals_is_cleared() -> None:
     low_rank_triton.low_rank(x, a, first)
     low_rank_triton.low_rank(x, a, second)
     assert torch.equal(first, second)
-
-
-def test_a_flag_is_set_once_and_changes_nothing() -> None:
-    x, a, flag = (
-        torch.randn(9, 256, device=DEVICE),
-        torch.randn(40, 256, device=DEVICE),
-        torch.zeros(1).int().to(DEVICE),
-    )
-    plain, told = (torch.empty(9, 40, device=DEVICE) for _ in range(2))
-    low_rank_triton.low_rank(x, a, plain)
-    low_rank_triton.low_rank(x, a, told, flag=flag)
-    assert torch.equal(plain, told) and flag.item() == 1
-
-
-def test_a_flag_is_for_chains_on_gpus_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, a, flag = torch.randn(3, 128), torch.randn(8, 128), torch.zeros(1, dtype=torch.int32)
-    with chained():
-        assert flag_for(x, flag) is None  # on the CPU
-    with pytest.raises(ValueError, match="a flag for 3 rows on cpu here; give what flag_for returns"):
-        low_rank(x, a, flag=flag)
-    monkeypatch.setattr("pronghorn.kernels.launch._can_chain", lambda index: True)
-    monkeypatch.setattr(module, "_path", lambda tensor: low_rank_triton)
-    assert flag_for(x, flag) is None
-    with chained():
-        assert flag_for(x, flag) is flag
-        assert flag_for(x[:0], flag) is None and flag_for(torch.empty(300, 128), flag) is None
 
 
 def test_writes_where_it_is_told_and_refuses_what_does_not_fit() -> None:

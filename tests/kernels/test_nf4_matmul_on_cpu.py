@@ -22,6 +22,7 @@ from pronghorn.kernels.nf4_code import dynamic_code
 from pronghorn.kernels.nf4_matmul import Member
 from pronghorn.kernels.nf4_matmul_cuda import Tile
 from pronghorn.kernels.reference import nf4_matmul as reference
+from pronghorn.kernels.reference.low_rank import low_rank
 from pronghorn.quant.nf4 import NF4Tensor
 from tests.kernels import on_cpu
 
@@ -36,10 +37,11 @@ def compiled(
     rank: int,
     dtype: torch.dtype,
     folder: Path,
-    flag: bool = False,
+    chain: bool = False,
+    low: int = 0,
     changed: tuple[str, str] = ("", ""),
 ) -> ctypes.CDLL:
-    defines = nf4_matmul_cuda._defines(tile, nested, rank // 16, dtype == F16, overlap=flag, flag=flag)
+    defines = nf4_matmul_cuda._defines(tile, nested, rank // 16, dtype == F16, chain, low)
     return on_cpu.compiled(nf4_matmul_cuda._source(), "nf4_matmul", defines, folder, changed)
 
 
@@ -131,59 +133,105 @@ class Before(ctypes.Structure):
     """As in ``cuda_on_cpu.h``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "low", "whole_x", "whole_low", "y")),
-        *((name, ctypes.c_longlong) for name in ("x_bytes", "low_bytes", "y_elements")),
+        *((name, ctypes.c_void_p) for name in ("late", "whole", "low", "y")),
+        *((name, ctypes.c_longlong) for name in ("late_bytes", "low_bytes", "y_elements")),
         ("early", ctypes.c_int),
     )
 
 
-def begun_early(case: str, folder: Path, changed: tuple[str, str] = ("", "")) -> tuple[Made, torch.Tensor, int, int]:
-    """The case's operands, and of a launch that begins before x and low are whole, what it wrote, how much it did too
-    early, and the flag after two launches in a row.
+def unwritten(like: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(like, -1, dtype=torch.int16).view(like.dtype)
+
+
+def begun_early(case: str, folder: Path, low: int, changed: tuple[str, str] = ("", "")) -> tuple[int, list[int]]:
+    """How much a launch that begins while the kernel before runs did too early, and the counts after two in a row.
+
+    That kernel makes x, of which ``low`` blocks make ``x A^T``, or, with none, it makes that. Results are checked where
+    nothing was too early.
     """
-    tile, M, _, _, rank, _, nested, dtype = CASES[case]
-    operands, flag = made(case), torch.zeros(1, dtype=torch.int32)
+    tile, M, _, K, rank, bias, nested, dtype = CASES[case]
+    operands = made(case)
     assert operands.low is not None
-    run, early = compiled(tile, nested, rank, dtype, folder, True, changed).run_early, 0
+    ranks = operands.low.shape[1] - 5  # of the last tile some are no rank
+    a, counts = (torch.randn(ranks, K) * K**-0.5).to(dtype), torch.zeros(2, dtype=torch.int32)
+    if low:
+        whole = torch.zeros_like(operands.low)
+        low_rank(operands.x, a, whole[:, :ranks])
+        for m in operands.members:
+            assert m.b_Or is not None
+            m.b_Or[:, max(ranks - m.at, 0) :] = 0
+        reference.nf4_matmul(operands.x, operands.members, whole, operands.expected)
+    run, early = compiled(tile, nested, rank, dtype, folder, True, low, changed).run_early, 0
     for _ in range(2):
-        x, low, y = (
-            torch.full_like(t, -1, dtype=torch.int16).view(dtype) for t in (operands.x, operands.low, operands.expected)
-        )
-        args, blocks = nf4_matmul_cuda.arguments(x, operands.members, low, y, tile, dynamic_code(x.device), flag)
+        x, lows, y = operands.x, unwritten(operands.low), unwritten(operands.expected)
+        late, comes = lows, operands.low
+        if low:
+            x = late = unwritten(operands.x)
+            comes = operands.x
+        given = (a, counts) if low else (None, None)
+        args, blocks = nf4_matmul_cuda.arguments(x, operands.members, lows, y, tile, dynamic_code(x.device), *given)
         before = Before(
-            *map(pointer, (x, low, operands.x, operands.low, y)), x.nbytes, low.nbytes, y.numel(), 0
+            pointer(late), pointer(comes), pointer(lows) if low else 0, pointer(y),
+            late.nbytes, lows.nbytes if low else 0, y.numel(), 0,
         )  # fmt: skip
-        run(ctypes.byref(args), blocks, -(-M // tile.rows), ctypes.byref(before))
+        run(ctypes.byref(args), low + blocks, -(-M // tile.rows), ctypes.byref(before))
         early += before.early
-    return operands, y, early, int(flag)
+        if not early:
+            operands.check(y)
+    return early, counts.tolist()
 
 
-EARLY = ["x whole", "stages filled often", "blocks of rows", "turns, x whole", "turns, two stages", "turns of 64 rows"]
+EARLY = [
+    "x whole",
+    "stages filled often",
+    "short groups",
+    "turns, x whole",
+    "turns, two stages",
+    "warps that miss panels",
+]
 
 
+@pytest.mark.parametrize("low", [1, 3])
 @pytest.mark.parametrize("case", EARLY)
-def test_begun_before_x_is_whole_it_waits_for_it(case: str, tmp_path: Path) -> None:
-    operands, y, early, flag = begun_early(case, tmp_path)
-    operands.check(y)
-    assert early == 0 and flag == 0
+def test_begun_before_x_is_whole_it_waits_and_makes_what_it_needs(case: str, low: int, tmp_path: Path) -> None:
+    assert begun_early(case, tmp_path, low) == (0, [0, 0])
+
+
+@pytest.mark.parametrize("case", ["x whole", "blocks of rows", "turns, two stages", "turns of 64 rows"])
+def test_begun_before_its_low_rank_is_there_it_waits_for_it(case: str, tmp_path: Path) -> None:
+    assert begun_early(case, tmp_path, 0) == (0, [0, 0])
 
 
 CHANGES = {
-    "x is not waited for": ("while (!flag_read(args.flag)) {}", "flag_read(args.flag);"),
-    "others do not wait": (
-        "while (!flag_read(args.flag)) {}\n    COPIES_WAIT(0);  // scales\n    __syncthreads();",
-        "while (!flag_read(args.flag)) {}",
+    "x is not waited for": ("BEFORE_HAS_ENDED;  // it makes x", "waited = true;"),
+    "x is read at once": ("#if !(CHAIN && LOW)\n    begin_x();", "#if CHAIN && LOW\n    begin_x();"),
+    "who makes x A^T does not wait for x": ("#if CHAIN\n    BEFORE_HAS_ENDED;", "#if CHAIN\n    waited = true;"),
+    "low is not waited for": ("while (!flag_read((u32*)args.counts + 1)) {}", ""),
+    "low is told before it is whole": ("== LOW - 1", "== 0"),
+    "the count stays": ("args.counts[0] = 0;", ""),
+    "not all are counted": (
+        "flag_count((u32*)args.counts + 1, hearers)",
+        "flag_count((u32*)args.counts + 1, hearers + 1)",
     ),
-    "x is read at once": ("#if !FLAG\n    begin_x();", "#if FLAG\n    begin_x();"),
-    "not all blocks are counted": ("gridDim.x * gridDim.y", "gridDim.x * gridDim.y + 1"),
-    "the next begins at once": ("#if OVERLAP && !FLAG", "#if OVERLAP"),
-    "low is not waited for": ("BEFORE_HAS_ENDED;  // it", "// it"),
-    "y is written too soon": ("#if OVERLAP\n    BEFORE", "    args.y[threadIdx.x] = 0;\n#if OVERLAP\n    BEFORE"),
+    "the next begins at once": ("#if CHAIN && !LOW\n    NEXT", "#if CHAIN\n    NEXT"),
 }
 
 
 @pytest.mark.parametrize("case", ["x whole", "turns, x whole"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_done_too_early_shows(change: str, case: str, tmp_path: Path) -> None:
-    _, _, early, flag = begun_early(case, tmp_path, CHANGES[change])
-    assert early > 0 or flag != 0
+    early, counts = begun_early(case, tmp_path, 2, CHANGES[change])
+    assert early > 0 or counts != [0, 0]
+
+
+@pytest.mark.parametrize("case", ["x whole", "turns, x whole"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("#elif CHAIN\n    BEFORE_HAS_ENDED;", "#elif CHAIN\n"),
+        ("#if LOW && RING == 1  // one", "    args.y[threadIdx.x] = 0;\n#if LOW && RING == 1  // one"),
+    ],
+    ids=["low is not waited for", "y is written too soon"],
+)
+def test_what_is_done_before_low_is_given_shows(changed: tuple[str, str], case: str, tmp_path: Path) -> None:
+    assert begun_early(case, tmp_path, 0, changed)[0] > 0

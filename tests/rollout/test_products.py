@@ -1,4 +1,4 @@
-"""A 4-bit group's two launches of a chain: one flag for both, which nothing that fails between them leaves set."""
+"""A 4-bit group's product with its adapter, in one launch or in two."""
 
 from __future__ import annotations
 
@@ -22,33 +22,21 @@ def product(rank: int) -> products.NF4Product:
     return products.NF4Product(group, torch.float32)
 
 
+@pytest.mark.parametrize("rows", [3, 11])
 @pytest.mark.parametrize("rank", [0, 8, 16])
-def test_is_the_product_with_its_adapter(rank: int) -> None:
-    made, x = product(rank), torch.randn(3, 256)
+def test_is_the_product_with_its_adapter(rank: int, rows: int) -> None:
+    made, x = product(rank), torch.randn(rows, 256)
     expected = x @ made.members[0].weight.dequantize(torch.float32).T
     if rank:
         expected += x @ made.group.a_RI.T @ made.group.bs_Or[0].T  # type: ignore[union-attr]
     torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_both_launches_get_the_flag_or_none_and_a_failure_leaves_it_clear(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, x, seen = product(16), torch.randn(3, 256), list[Any]()
-
-    def low_rank(x_MI: torch.Tensor, a_RI: torch.Tensor, out_MR: torch.Tensor, flag: torch.Tensor | None) -> None:
-        seen.append(flag)
-        if flag is not None:
-            flag.fill_(1)
-
-    def nf4_matmul(*args: Any, flag: torch.Tensor | None, **_: Any) -> None:
-        seen.append(flag)
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(products, "low_rank", low_rank)
-    monkeypatch.setattr(products, "nf4_matmul", nf4_matmul)
-    for given in (None, made._flag):
-        monkeypatch.setattr(products, "flag_for", lambda x_MI, flag, given=given: given)
-        with pytest.raises(torch.OutOfMemoryError):
-            made(x)
-        assert len(seen) == 2 and seen[0] is given and seen[1] is given
-        assert not made._flag.any()
-        seen.clear()
+def test_few_rows_are_one_launch_which_makes_its_start_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen = product(8), list[str]()
+    monkeypatch.setattr(products, "low_rank", lambda *_, **__: seen.append("low_rank"))
+    monkeypatch.setattr(products, "nf4_matmul", lambda *_, a_RI=None, **__: seen.append(f"a: {a_RI is not None}"))
+    for rows in (8, 9):
+        made(torch.randn(rows, 256))
+    assert seen == ["a: True", "low_rank", "a: False"]
+    assert made.makes_a_start(8) and not made.makes_a_start(9) and not product(0).makes_a_start(1)

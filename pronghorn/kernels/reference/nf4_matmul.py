@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from pronghorn.kernels.reference.low_rank import low_rank
 from pronghorn.kernels.reference.nf4 import dequantize_nf4
 
 
@@ -57,12 +58,14 @@ def nf4_matmul(
     low_MR: torch.Tensor | None,
     out_MO: torch.Tensor,
     overlap: bool = False,
-    flag: torch.Tensor | None = None,
+    a_RI: torch.Tensor | None = None,
 ) -> None:
     """As :func:`pronghorn.kernels.nf4_matmul.nf4_matmul`, which checked the arguments, into ``out_MO``.
 
-    ``overlap`` and ``flag`` mean nothing here.
+    ``overlap`` means nothing here.
     """
+    if a_RI is not None and low_MR is not None:
+        low_rank(x_MI, a_RI, low_MR[:, : a_RI.shape[0]])
     column = 0
     for member in members:
         w = member.weight

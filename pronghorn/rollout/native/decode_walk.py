@@ -8,6 +8,7 @@ that decoding keeps, where it does; the last layer's is done for the rows alone 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from ...kernels.glu import glu_forward
 from ...kernels.head import head_logits
-from ...kernels.launch import chained
+from ...kernels.launch import before_a_start, chained
 from ...kernels.nf4_matmul import MAX_ROWS
 from ...kernels.rms_norm import add_norm_forward, norm_forward
 from ...lora.held import HeldWeights
@@ -25,7 +26,7 @@ from ...models.forward import Head, head
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
 from .dense import TrainerProduct
-from .products import HeldProduct, Product, Tables, product_of
+from .products import HeldProduct, NF4Product, Product, Tables, product_of
 
 
 class _Layer(NamedTuple):
@@ -85,14 +86,18 @@ class _Walk:
             place = o.place(T) if asked is None else None
             out = None if place is None else place.unflatten(1, (H, parts.head_dim))
             rotated = (self.cos_PE, self.sin_PE, parts.scale)
-            attended_TD = attention.rotate_and_attend(parts.layer_idx, q, k, v, *rotated, out).flatten(1)
+            with _before(o, T):
+                attended_TD = attention.rotate_and_attend(parts.layer_idx, q, k, v, *rotated, out).flatten(1)
             if asked is not None:
                 attended_TD, hidden_TD = attended_TD.index_select(0, asked), hidden_TD.index_select(0, asked)
                 if not len(hidden_TD):
                     return hidden_TD
             normed_TD, hidden_TD = _norm(o(attended_TD), hidden_TD, parts.norm2_D, parts.eps, gate_up)
             gate_TI, up_TI = gate_up(normed_TD).chunk(2, dim=1)
-            added_TD = down(glu_forward(gate_TI, up_TI, parts.activation, down.place(gate_TI.shape[0])))
+            rows = gate_TI.shape[0]
+            with _before(down, rows):
+                h_TI = glu_forward(gate_TI, up_TI, parts.activation, down.place(rows))
+            added_TD = down(h_TI)
         norm = stack.norm
         return _norm(added_TD, hidden_TD, norm.weight, float(norm.variance_epsilon))[0]
 
@@ -195,7 +200,13 @@ def _norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm of ``added + hidden``, written where ``reader`` reads it, and that sum."""
     place = None if reader is None else reader.place(hidden_BD.shape[0])
-    if added_BD is None:
-        return norm_forward(hidden_BD, weight_D, eps, place)[0], hidden_BD
-    normed_BD, summed_BD, _ = add_norm_forward(added_BD, hidden_BD, weight_D, eps, place)
+    with _before(reader, hidden_BD.shape[0]):
+        if added_BD is None:
+            return norm_forward(hidden_BD, weight_D, eps, place)[0], hidden_BD
+        normed_BD, summed_BD, _ = add_norm_forward(added_BD, hidden_BD, weight_D, eps, place)
     return normed_BD, summed_BD
+
+
+def _before(reader: Product | None, rows: int) -> AbstractContextManager[None]:
+    """Around the launch whose outputs ``reader`` reads next."""
+    return before_a_start(isinstance(reader, NF4Product) and reader.makes_a_start(rows))

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from ...kernels import ordered_matmul as ordered
-from ...kernels.low_rank import flag_for, low_rank
-from ...kernels.nf4_matmul import Member, nf4_matmul, why_not
+from ...kernels.low_rank import low_rank
+from ...kernels.nf4_matmul import LOW_ROWS, Member, nf4_matmul, why_not
 from ...kernels.ordered_matmul import DenseMember, ordered_matmul
 from ...lora.fused import ORDERED_ROWS
 from ...lora.held import HeldWeights
@@ -65,7 +65,6 @@ class NF4Product:
                 self._scaled.append((table[:, span.start - first : span.stop - first], b_Or, p.scaling))
             self.members.append(Member(p.nf4, table, first, bias_O))
         self.columns = -(-group.rank // _STEP) * _STEP
-        self._flag = torch.zeros(1, dtype=torch.int32, device=self.members[0].weight.codes.device)
         self.refresh()
 
     def place(self, rows: int) -> torch.Tensor | None:
@@ -80,18 +79,16 @@ class NF4Product:
         if self.group.a_RI is None:
             return nf4_matmul(x_MI, self.members)
         M, R = x_MI.shape[0], self.group.rank
+        if M <= LOW_ROWS:
+            return nf4_matmul(x_MI, self.members, x_MI.new_empty(M, self.columns), a_RI=self.group.a_RI)
         # Columns beyond R meet zeros of B, and must be numbers.
         low_MR = (x_MI.new_zeros if self.columns > R else x_MI.new_empty)(M, self.columns)
-        flag = flag_for(x_MI, self._flag)
-        try:
-            low_rank(x_MI, self.group.a_RI, low_MR[:, :R], flag=flag)
-            # Without a flag x was whole before x A^T let this begin.
-            return nf4_matmul(x_MI, self.members, low_MR, overlap=True, flag=flag)
-        except BaseException:
-            captured = flag is not None and flag.is_cuda and torch.cuda.is_current_stream_capturing()
-            if flag is not None and not captured:  # where it is captured, nothing ran
-                flag.zero_()  # set by the first, and cleared by nobody, it would tell the next product too early
-            raise
+        low_rank(x_MI, self.group.a_RI, low_MR[:, :R])
+        return nf4_matmul(x_MI, self.members, low_MR, overlap=True)  # x was whole before x A^T began
+
+    def makes_a_start(self, rows: int) -> bool:
+        """Whether its first launch can begin before what makes x has waited; see ``launch.before_a_start``."""
+        return self.group.a_RI is not None and rows <= LOW_ROWS
 
 
 class Tables:
