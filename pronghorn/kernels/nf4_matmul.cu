@@ -7,7 +7,7 @@
 //   NESTED  scales are 8-bit codes (else float32)                  RANK16  16-column pieces of an adapter
 //   F16     float16 in place of bfloat16
 //   CHAIN   begins while the kernel before runs, which makes x, or with LOW 0 may make low alone (x is then whole)
-//   LOW     blocks that make low, where nobody else has (with ROWS 8); 0: it is given
+//   LOW     blocks that make low, where nobody else has (with ROWS 8), LOW_COLUMNS of x at a time; 0: it is given
 //   PERMUTED  a bit for each of a chunk's tiles, inputs before outputs: whether its weights are looked up without memory
 
 struct Member {
@@ -122,52 +122,66 @@ __device__ __forceinline__ void read_x(u32 (*x)[SIXTEENS][4], u32 from) {
 }
 
 // x A^T, by the first LOW blocks: 16 ranks are the rows of the instruction's left operand, the rows of x the columns of
-// the right one. A warp takes a run of the inputs (an eighth, in whole 64), and the runs' sums are added from the first:
-// low_rank.py, whose bits these are. The last of these blocks says so to all others.
+// the right one. A warp takes a run of the inputs (an eighth, in whole 64), LOW_COLUMNS of it at a time through its own
+// part of shared memory, and the runs' sums are added from the first: low_rank.py, whose bits these are. The last of these
+// blocks says so to all others.
 #if LOW
 #define RUNS 8
+#define LOW_ROW (LOW_COLUMNS * 2 + 16)
 __device__ __forceinline__ void make_low(const Args& args, int warp, int lane) {
     const int g = lane / 4, t = lane % 4, K = args.K, length = (K + 64 * RUNS - 1) / (64 * RUNS) * 64;
-    const int tiles = (args.ranks + 15) / 16;
     float* const parts = (float*)shared;  // [run][rank][row]
-    for (int tile = blockIdx.x; tile < tiles; tile += LOW)  // on its way while the kernel before still runs
-        for (int i = threadIdx.x; i < min(16, args.ranks - tile * 16) * (K / 64); i += WARPS * 32)
-            FETCH_TO_L2(args.a + (u64)tile * 16 * K + i * 64);
+    const u32 a_own = shared_address(shared) + RUNS * 512 + warp * 24 * LOW_ROW, x_own = a_own + 16 * LOW_ROW;
+    auto copy_rows = [&](u32 to, const u16* from, int stride, int rows, int there, int columns) {
+#pragma unroll 1
+        for (int row = 0; row < rows; ++row)
+            for (int column = lane * 8; column < columns; column += 256)
+                copy16(to + row * LOW_ROW + column * 2, from + (u64)min(row, there - 1) * stride + column);
+    };
+    // Ranks beyond the last are the last again: they are multiplied by zeros of B.
+    auto copy_a = [&](int tile, int first, int columns) {
+        copy_rows(a_own, args.a + (u64)tile * 16 * K + first, K, 16, args.ranks - tile * 16, columns);
+    };
+    if (warp < RUNS)  // while the kernel before still runs
+        copy_a(blockIdx.x, warp * length, min(min(length, LOW_COLUMNS), K - warp * length));
 #if CHAIN
     BEFORE_HAS_ENDED;
     NEXT_MAY_BEGIN;
 #endif
-    const u16* const x = args.x + (u64)min(g, args.rows - 1) * args.x_stride + t * 2;
-    for (int tile = blockIdx.x; tile < tiles; tile += LOW) {
-        const int rank = tile * 16 + g, last = args.ranks - 1;
-        const u16* const upper = args.a + (u64)min(rank, last) * K + t * 2;  // beyond the last: multiplied by zeros of B
-        const u16* const lower = args.a + (u64)min(rank + 8, last) * K + t * 2;
+    bool copied = true;
+    for (int tile = blockIdx.x; tile * 16 < args.ranks; tile += LOW) {
         for (int run = warp; run < RUNS; run += WARPS) {
             float c[4] = {};
             const int end = min((run + 1) * length, K);
-#pragma unroll 2
-            for (int k = run * length; k < end; k += 64) {
-                u32 a[4][4], b[4][2];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const int at = k + j * 16;
-                    a[j][0] = __ldg((const u32*)(upper + at)), a[j][1] = __ldg((const u32*)(lower + at));
-                    a[j][2] = __ldg((const u32*)(upper + at + 8)), a[j][3] = __ldg((const u32*)(lower + at + 8));
-                    b[j][0] = low_pair(x + at), b[j][1] = low_pair(x + at + 8);
+#pragma unroll 1
+            for (int first = run * length; first < end; first += LOW_COLUMNS) {
+                const int columns = min(LOW_COLUMNS, end - first);
+                if (!copied) copy_a(tile, first, columns);
+                copied = false;
+                copy_rows(x_own, args.x + first, args.x_stride, args.rows, args.rows, columns);
+                ALL_COPIES_WAIT;
+                __syncwarp();
+#pragma unroll 4
+                for (int k = 0; k < columns; k += 32) {
+                    u32 upper[4], lower[4], x[4];  // of two steps
+                    read_pieces(upper, a_own + lane % 16 * LOW_ROW + lane / 16 * 16 + k * 2);
+                    read_pieces(lower, a_own + lane % 16 * LOW_ROW + lane / 16 * 16 + k * 2 + 32);
+                    read_pieces(x, x_own + lane % 8 * LOW_ROW + lane / 8 * 16 + k * 2);
+                    multiply(c, upper[0], upper[1], upper[2], upper[3], x[0], x[1]);
+                    multiply(c, lower[0], lower[1], lower[2], lower[3], x[2], x[3]);
                 }
-#pragma unroll
-                for (int j = 0; j < 4; ++j) multiply(c, a[j][0], a[j][1], a[j][2], a[j][3], b[j][0], b[j][1]);
+                __syncwarp();
             }
 #pragma unroll
             for (int i = 0; i < 4; ++i) parts[(run * 16 + g + i / 2 * 8) * 8 + t * 2 + i % 2] = c[i];
         }
         __syncthreads();
         for (int i = threadIdx.x; i < 128; i += WARPS * 32) {
-            const int r = i / 8, row = i % 8;
+            const int rank = tile * 16 + i / 8, row = i % 8;
             float sum = parts[i];
 #pragma unroll
             for (int run = 1; run < RUNS; ++run) sum = __fadd_rn(sum, parts[run * 128 + i]);
-            if (row < args.rows) args.low[(u64)row * args.low_stride + tile * 16 + r] = (u16)pair(sum, 0.0f);
+            if (row < args.rows) args.low[(u64)row * args.low_stride + rank] = (u16)pair(sum, 0.0f);
         }
         __syncthreads();
     }

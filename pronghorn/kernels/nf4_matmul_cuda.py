@@ -13,6 +13,7 @@ from pronghorn.kernels.cuda_source import SHARED, CudaKernel, pointer, shared_me
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.launch import begins_early, current_recording
 from pronghorn.kernels.nf4_code import NF4_LEVELS, dynamic_code
+from pronghorn.kernels.reference.low_rank import SPLITS, run_length
 from pronghorn.kernels.reference.nf4_matmul import Member
 
 _P, _I = ctypes.c_void_p, ctypes.c_int
@@ -39,12 +40,12 @@ HOPPER_SHARED = SHARED[9, 0] * 1024
 _TABLE = 65536 + 1024  # bytes: the levels of each byte of codes, and those of the scales' codes
 _COUNTERS = 128
 _MOST_GROUPS = 14
-LOW_BLOCKS = 4
+_LOW_BLOCKS = 4
 """Most blocks that make ``x A^T``: with 128 for the outputs of an 8B Llama's projections all have a multiprocessor."""
 _RING = {1: 8, 2: 4, 3: 4, 4: 3}
 """Warps that take turns, by the groups of a block; 2 up to 7 groups, then 1. With 2 groups and over 16 rows, 6."""
 
-_PERMUTED = 0x11
+_PERMUTED = 0x22
 """Two of the eight tiles of a warp's chunk: what looks the others' levels up in shared memory is then about as full as
 the arithmetic. (More, or where warps take turns, or with more rows: slower.)"""
 
@@ -152,18 +153,41 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _defines(tile: Tile, nested: bool, rank16: int, half: bool, chain: bool, low: int = 0) -> dict[str, int]:
+class Low(NamedTuple):
+    """How ``x A^T`` is made: by how many blocks, from how many columns at a time."""
+
+    blocks: int = 0
+    columns: int = 0
+
+    def shared_bytes(self, warps: int) -> int:
+        """Shared memory of a block: sums of runs, and 16 ranks and 8 rows for each run's warp."""
+        return 4096 + min(warps, SPLITS) * 24 * (self.columns * 2 + 16) if self.blocks else 0
+
+
+def low_for(ranks: int, K: int, warps: int, shared: int = HOPPER_SHARED) -> Low:
+    """As many columns at a time as a run has, or as fit into ``shared`` bytes."""
+    blocks = min(_LOW_BLOCKS, -(-ranks // 16))
+    for columns in (512, 256, 128, 64):
+        low = Low(blocks, columns)
+        if columns <= run_length(K) and low.shared_bytes(warps) <= shared:
+            break
+    return low
+
+
+def _defines(tile: Tile, nested: bool, rank16: int, half: bool, chain: bool, low: Low) -> dict[str, int]:
     macros = {name.upper(): value for name, value in tile._asdict().items()}
-    given = {"NESTED": nested, "RANK16": rank16, "F16": half, "CHAIN": chain, "LOW": low}
+    given = {"NESTED": nested, "RANK16": rank16, "F16": half, "CHAIN": chain}
+    given |= {"LOW": low.blocks, "LOW_COLUMNS": low.columns}
     return macros | {name: int(value) for name, value in given.items()}
 
 
 @lru_cache(maxsize=256)
 def _kernel(
-    tile: Tile, K: int, nested: bool, rank16: int, half: bool, chain: bool, low: int, device: torch.device
+    tile: Tile, K: int, nested: bool, rank16: int, half: bool, chain: bool, low: Low, device: torch.device
 ) -> CudaKernel:
     defines = _defines(tile, nested, rank16, half, chain, low)
-    return CudaKernel(_source(), "nf4_matmul", defines, device, tile.shared_bytes(K, nested))
+    shared_bytes = max(tile.shared_bytes(K, nested), low.shared_bytes(tile.warps))
+    return CudaKernel(_source(), "nf4_matmul", defines, device, shared_bytes)
 
 
 def arguments(
@@ -225,7 +249,7 @@ def nf4_matmul(
         overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: run beside it
             (on Hopper; elsewhere after it, as usual). It was launched as usual, or lets others begin only behind its
             own wait (:func:`pronghorn.kernels.launch.chained`): x is read before this one waits.
-        a_RI: A, for up to :data:`LOW_ROWS` rows: blocks of this launch write ``x A^T`` to ``low_MR``, in whole tiles of
+        a_RI: A, for up to 8 rows: blocks of this launch write ``x A^T`` to ``low_MR``, in whole tiles of
             16 ranks, and the others wait for it. In a chain x is read once the kernel before has ended, so that one may
             let this begin before it waits itself; nothing that a kernel of the chain writes is read before.
     """
@@ -238,12 +262,12 @@ def nf4_matmul(
         raise ValueError(f"no tile for {K} inputs fits into {shared_memory(device)} bytes of shared memory")
     if tile.stages == 1 and tile.panel < K:
         raise ValueError(f"{tile}: one stage holds all of x or none; {K} inputs need two stages, or a panel of {K}")
-    low = 0 if a_RI is None else min(LOW_BLOCKS, -(-a_RI.shape[0] // 16))
-    counts = _counts(device, torch.cuda.current_stream(device).cuda_stream) if low else None
+    low = Low() if a_RI is None else low_for(a_RI.shape[0], K, tile.warps, shared_memory(device))
+    counts = None if a_RI is None else _counts(device, torch.cuda.current_stream(device).cuda_stream)
     args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, dynamic_code(device), a_RI, counts)
     rank16 = max(member.rank // 16 for member in args.member)
     half = x_MI.dtype == torch.float16
-    if low:
+    if a_RI is not None:
         chain = begins_early(x_MI)
     else:
         chain = overlap and rank16 > 0 and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -253,4 +277,4 @@ def nf4_matmul(
         recorded.source(_source(), defines, torch.cuda.get_device_capability(device))
         return
     kernel = _kernel(tile, K, nested, rank16, half, chain, low, device)
-    kernel((low + blocks, -(-M // tile.rows), 1), tile.warps * 32, args, chain)
+    kernel((low.blocks + blocks, -(-M // tile.rows), 1), tile.warps * 32, args, chain)

@@ -20,13 +20,14 @@ from pronghorn.kernels.cuda_source import pointer
 from pronghorn.kernels.nf4 import quantize_nf4
 from pronghorn.kernels.nf4_code import dynamic_code
 from pronghorn.kernels.nf4_matmul import Member
-from pronghorn.kernels.nf4_matmul_cuda import Tile
+from pronghorn.kernels.nf4_matmul_cuda import Low, Tile
 from pronghorn.kernels.reference import nf4_matmul as reference
 from pronghorn.kernels.reference.low_rank import low_rank
 from pronghorn.quant.nf4 import NF4Tensor
 from tests.kernels import on_cpu
 
 BF16, F16 = torch.bfloat16, torch.float16
+GIVEN = Low()
 
 pytestmark = on_cpu.needs_compiler
 
@@ -38,7 +39,7 @@ def compiled(
     dtype: torch.dtype,
     folder: Path,
     chain: bool = False,
-    low: int = 0,
+    low: Low = GIVEN,
     changed: tuple[str, str] = ("", ""),
 ) -> ctypes.CDLL:
     defines = nf4_matmul_cuda._defines(tile, nested, rank // 16, dtype == F16, chain, low)
@@ -143,10 +144,10 @@ def unwritten(like: torch.Tensor) -> torch.Tensor:
     return torch.full_like(like, -1, dtype=torch.int16).view(like.dtype)
 
 
-def begun_early(case: str, folder: Path, low: int, changed: tuple[str, str] = ("", "")) -> tuple[int, list[int]]:
+def begun_early(case: str, folder: Path, blocks: int, changed: tuple[str, str] = ("", "")) -> tuple[int, list[int]]:
     """How much a launch that begins while the kernel before runs did too early, and the counts after two in a row.
 
-    That kernel makes x, of which ``low`` blocks make ``x A^T``, or, with none, it makes that. Results are checked where
+    That kernel makes x, of which so many blocks make ``x A^T``, or, with none, it makes that. Results are checked where
     nothing was too early.
     """
     tile, M, _, K, rank, bias, nested, dtype = CASES[case]
@@ -154,7 +155,8 @@ def begun_early(case: str, folder: Path, low: int, changed: tuple[str, str] = ("
     assert operands.low is not None
     ranks = operands.low.shape[1] - 5  # of the last tile some are no rank
     a, counts = (torch.randn(ranks, K) * K**-0.5).to(dtype), torch.zeros(2, dtype=torch.int32)
-    if low:
+    low = Low(blocks, 64 if blocks == 1 else 128) if blocks else GIVEN
+    if blocks:
         whole = torch.zeros_like(operands.low)
         low_rank(operands.x, a, whole[:, :ranks])
         for m in operands.members:
@@ -165,16 +167,16 @@ def begun_early(case: str, folder: Path, low: int, changed: tuple[str, str] = ("
     for _ in range(2):
         x, lows, y = operands.x, unwritten(operands.low), unwritten(operands.expected)
         late, comes = lows, operands.low
-        if low:
+        if blocks:
             x = late = unwritten(operands.x)
             comes = operands.x
-        given = (a, counts) if low else (None, None)
-        args, blocks = nf4_matmul_cuda.arguments(x, operands.members, lows, y, tile, dynamic_code(x.device), *given)
+        given = (a, counts) if blocks else (None, None)
+        args, rest = nf4_matmul_cuda.arguments(x, operands.members, lows, y, tile, dynamic_code(x.device), *given)
         before = Before(
-            pointer(late), pointer(comes), pointer(lows) if low else 0, pointer(y),
-            late.nbytes, lows.nbytes if low else 0, y.numel(), 0,
+            pointer(late), pointer(comes), pointer(lows) if blocks else 0, pointer(y),
+            late.nbytes, lows.nbytes if blocks else 0, y.numel(), 0,
         )  # fmt: skip
-        run(ctypes.byref(args), low + blocks, -(-M // tile.rows), ctypes.byref(before))
+        run(ctypes.byref(args), blocks + rest, -(-M // tile.rows), ctypes.byref(before))
         early += before.early
         if not early:
             operands.check(y)
@@ -191,10 +193,10 @@ EARLY = [
 ]
 
 
-@pytest.mark.parametrize("low", [1, 3])
+@pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("case", EARLY)
-def test_begun_before_x_is_whole_it_waits_and_makes_what_it_needs(case: str, low: int, tmp_path: Path) -> None:
-    assert begun_early(case, tmp_path, low) == (0, [0, 0])
+def test_begun_before_x_is_whole_it_waits_and_makes_what_it_needs(case: str, blocks: int, tmp_path: Path) -> None:
+    assert begun_early(case, tmp_path, blocks) == (0, [0, 0])
 
 
 @pytest.mark.parametrize("case", ["x whole", "blocks of rows", "turns, two stages", "turns of 64 rows"])
