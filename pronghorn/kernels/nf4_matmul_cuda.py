@@ -32,7 +32,7 @@ class _Args(ctypes.Structure):
         *((name, _P) for name in ("x", "low", "y")),
         ("nf4", ctypes.c_float * 16),
         *((name, _I) for name in ("members", "rows", "K", "x_stride", "low_stride", "y_stride")),
-        *(("a", _P), ("ranks", _I), ("counts", _P)),
+        *(("a", _P), ("ranks", _I), ("counts", _P), ("parts", _P)),
     )
 
 
@@ -41,7 +41,7 @@ _TABLE = 65536 + 1024  # bytes: the levels of each byte of codes, and those of t
 _COUNTERS = 128
 _MOST_GROUPS = 14
 _LOW_BLOCKS = 4
-"""Most blocks that make ``x A^T``: with 128 for the outputs of an 8B Llama's projections all have a multiprocessor."""
+"""Blocks that make ``x A^T``: with 128 for the outputs of an 8B Llama's projections all have a multiprocessor."""
 _RING = {1: 8, 2: 4, 3: 4, 4: 3}
 """Warps that take turns, by the groups of a block; 2 up to 7 groups, then 1. With 2 groups and over 16 rows, 6."""
 
@@ -159,17 +159,17 @@ class Low(NamedTuple):
     blocks: int = 0
     columns: int = 0
 
-    def shared_bytes(self, warps: int) -> int:
-        """Shared memory of a block: sums of runs, and 16 ranks and 8 rows for each run's warp."""
-        return 4096 + min(warps, SPLITS) * 24 * (self.columns * 2 + 16) if self.blocks else 0
+    def shared_bytes(self, ranks: int, warps: int) -> int:
+        """Shared memory of a block: 8 rows for each of its runs, and 16 ranks for each warp that has a task."""
+        runs = SPLITS // self.blocks
+        return 8 * (runs + 2 * min(warps, runs * -(-ranks // 16))) * (self.columns * 2 + 16)
 
 
 def low_for(ranks: int, K: int, warps: int, shared: int = HOPPER_SHARED) -> Low:
     """As many columns at a time as a run has, or as fit into ``shared`` bytes."""
-    blocks = min(_LOW_BLOCKS, -(-ranks // 16))
     for columns in (512, 256, 128, 64):
-        low = Low(blocks, columns)
-        if columns <= run_length(K) and low.shared_bytes(warps) <= shared:
+        low = Low(_LOW_BLOCKS, columns)
+        if columns <= run_length(K) and low.shared_bytes(ranks, warps) <= shared:
             break
     return low
 
@@ -183,10 +183,10 @@ def _defines(tile: Tile, nested: bool, rank16: int, half: bool, chain: bool, low
 
 @lru_cache(maxsize=256)
 def _kernel(
-    tile: Tile, K: int, nested: bool, rank16: int, half: bool, chain: bool, low: Low, device: torch.device
+    tile: Tile, K: int, nested: bool, rank16: int, half: bool, chain: bool, low: Low, ranks: int, device: torch.device
 ) -> CudaKernel:
     defines = _defines(tile, nested, rank16, half, chain, low)
-    shared_bytes = max(tile.shared_bytes(K, nested), low.shared_bytes(tile.warps))
+    shared_bytes = max(tile.shared_bytes(K, nested), low.shared_bytes(ranks, tile.warps) if ranks else 0)
     return CudaKernel(_source(), "nf4_matmul", defines, device, shared_bytes)
 
 
@@ -199,17 +199,19 @@ def arguments(
     levels: torch.Tensor,
     a_RI: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
+    parts: torch.Tensor | None = None,
 ) -> tuple[_Args, int]:
-    """What the kernel is given, and its blocks of outputs. It holds addresses: the tensors have to live on.
+    """What the kernel is given, and its blocks of outputs. It holds addresses: the tensors have to live.
 
-    ``levels``: the 256 of a scale, where a weight has none of its own. ``a_RI``, ``counts``: to make ``low_MR`` of.
+    ``levels``: the 256 of a scale, where a weight has none of its own. ``a_RI``, ``counts`` and room for ``parts``: to
+    make ``low_MR`` of.
     """
     M, K = x_MI.shape
     args = _Args(
         x=pointer(x_MI), low=pointer(low_MR), y=pointer(out_MO), nf4=(ctypes.c_float * 16)(*NF4_LEVELS),
         members=len(members), rows=M, K=K,
         x_stride=x_MI.stride(0), low_stride=0 if low_MR is None else low_MR.stride(0), y_stride=out_MO.stride(0),
-        a=pointer(a_RI), ranks=0 if a_RI is None else a_RI.shape[0], counts=pointer(counts),
+        a=pointer(a_RI), ranks=0 if a_RI is None else a_RI.shape[0], counts=pointer(counts), parts=pointer(parts),
     )  # fmt: skip
     column = blocks = 0
     for i, m in enumerate(members):
@@ -226,11 +228,13 @@ def arguments(
 
 
 @cache
-def _counts(device: torch.device, stream: int) -> torch.Tensor:
-    """Counts of blocks that have made their part of ``x A^T``, and of who knows it; 0 again behind each launch. Made
-    once, so that a CUDA graph may hold them, for each stream, as another rollout may be drawn on another.
+def _workspace(device: torch.device, stream: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For ``x A^T``: counts of blocks that have made their part, and of who knows it, 0 again behind each launch; and
+    sums of the runs. Made once, so that a CUDA graph may hold them, for each stream, as another rollout may be drawn on
+    another. ``tiles`` of 16 ranks is a power of two, so that few are made.
     """
-    return torch.zeros(2, dtype=torch.int32, device=device)
+    counts = torch.zeros(2, dtype=torch.int32, device=device)
+    return counts, torch.empty(SPLITS * tiles * 128, dtype=torch.float32, device=device)
 
 
 def nf4_matmul(
@@ -262,9 +266,14 @@ def nf4_matmul(
         raise ValueError(f"no tile for {K} inputs fits into {shared_memory(device)} bytes of shared memory")
     if tile.stages == 1 and tile.panel < K:
         raise ValueError(f"{tile}: one stage holds all of x or none; {K} inputs need two stages, or a panel of {K}")
-    low = Low() if a_RI is None else low_for(a_RI.shape[0], K, tile.warps, shared_memory(device))
-    counts = None if a_RI is None else _counts(device, torch.cuda.current_stream(device).cuda_stream)
-    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, dynamic_code(device), a_RI, counts)
+    low, ranks = Low(), 0
+    room: tuple[torch.Tensor, ...] = ()
+    if a_RI is not None:
+        ranks = a_RI.shape[0]
+        low = low_for(ranks, K, tile.warps, shared_memory(device))
+        stream = torch.cuda.current_stream(device).cuda_stream
+        room = _workspace(device, stream, 1 << (-(-ranks // 16) - 1).bit_length())
+    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, dynamic_code(device), a_RI, *room)
     rank16 = max(member.rank // 16 for member in args.member)
     half = x_MI.dtype == torch.float16
     if a_RI is not None:
@@ -276,5 +285,5 @@ def nf4_matmul(
         defines = _defines(tile, nested, rank16, half, chain, low)
         recorded.source(_source(), defines, torch.cuda.get_device_capability(device))
         return
-    kernel = _kernel(tile, K, nested, rank16, half, chain, low, device)
+    kernel = _kernel(tile, K, nested, rank16, half, chain, low, ranks, device)
     kernel((low.blocks + blocks, -(-M // tile.rows), 1), tile.warps * 32, args, chain)
