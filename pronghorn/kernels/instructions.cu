@@ -148,6 +148,7 @@ __device__ __forceinline__ u32 flag_count(u32* flag, u32 last) {  // one more, a
 }
 #define NEXT_MAY_BEGIN asm volatile("griddepcontrol.launch_dependents;")
 #define BEFORE_HAS_ENDED asm volatile("griddepcontrol.wait;" ::: "memory")
+#define PAUSE asm volatile("nanosleep.u32 32;")
 #define FETCH_TO_L2(p) asm volatile("prefetch.global.L2 [%0];" ::"l"(p))
 #define KEEP(value) asm volatile("" : "+r"(value))
 #endif

@@ -31,7 +31,7 @@ struct Args {
     int members, rows, K, x_stride, low_stride, y_stride;
     const u16* a;           // if LOW: A of all adapters, [ranks, K]
     int ranks;
-    int* counts;            // if LOW: two, 0 between launches: blocks that have made their part of low; see `told`
+    int* counts;            // if LOW: 0 between launches: blocks that have made their part of low; see LOW_FLAG
     float* parts;           // if LOW: [8, ranks in whole 16, 8]
 };
 
@@ -45,7 +45,7 @@ struct Args {
 #define PANEL_CHUNKS (PANEL / CHUNK)
 #define X_ROW (PANEL * 2 + 16)           // bytes: eight rows' 16 bytes lie in different banks
 #define X_STAGE (ROWS * X_ROW)
-#define COUNTERS 128                     // bytes: of arrivals, two for each stage
+#define COUNTERS 256                     // bytes: of arrivals, two for each stage, and one
 #define TABLE 65536
 #define LEVELS 1024
 
@@ -129,6 +129,7 @@ __device__ __forceinline__ void read_x(u32 (*x)[SIXTEENS][4], u32 from) {
 #if LOW
 #define RUNS 8
 #define OWN_RUNS (RUNS / LOW)
+#define LOW_FLAG(args) ((u32*)args.counts + 32)  // in a line of its own
 #define LOW_ROW (LOW_COLUMNS * 2 + 16)
 __device__ __forceinline__ void make_low(const Args& args, int warp, int lane) {
     const int g = lane / 4, t = lane % 4, K = args.K, length = (K + 64 * RUNS - 1) / (64 * RUNS) * 64;
@@ -205,24 +206,26 @@ __device__ __forceinline__ void make_low(const Args& args, int warp, int lane) {
     __syncthreads();
     if (threadIdx.x == 0) {
         args.counts[0] = 0;
-        flag_set((u32*)args.counts + 1);
+        flag_set(LOW_FLAG(args));
     }
 }
 #endif
-// Told that low is whole, all that are told (`hearers` of the grid) count themselves, and the last one's count makes the
-// flag 0 again: before this kernel ends, with no one else's help, so that a graph may be replayed. The blocks that make
-// low are the first of the grid: when another waits for them, they have begun.
+// One thread of a block listens, and then tells its block by a counter in shared memory: many that ask at once hold up
+// the blocks that they wait for. Told, each listener counts itself, and the last one's count makes the flag 0 again:
+// before this kernel ends, with no one else's help, so that a graph may be replayed. The blocks that make low are the
+// first of the grid: when another waits for them, they have begun.
 #if LOW
-__device__ __forceinline__ void told(const Args& args, int hearers) {
-    while (!flag_read((u32*)args.counts + 1)) {}
-    flag_count((u32*)args.counts + 1, hearers);
+__device__ __forceinline__ void listen(const Args& args, u32 low_is_there) {
+    while (!flag_read(LOW_FLAG(args))) PAUSE;
+    flag_count(LOW_FLAG(args), gridDim.x - LOW);
+    counter_arrive(low_is_there);
 }
 #endif
 #if CHAIN && ROWS == 8
-// Room for the kernel before, which a norm's 8 warps of 40 registers are where outputs are many, and else 4 of at most 48:
+// Room for the kernel before, 8 warps of up to 48 registers (a norm) where outputs are many, and else 4:
 // on the multiprocessors where its blocks are, a block of this one would otherwise begin only when they have ended. A
 // quarter of 65536 is each fourth warp's. (With more rows there is no room in shared memory.)
-#define MOST ((16384 - (WARPS > 8 ? 2 * 40 : 48) * 32) / ((WARPS + 3) / 4 * 32) / 8 * 8)
+#define MOST ((16384 - (WARPS > 8 ? 2 * 48 : 48) * 32) / ((WARPS + 3) / 4 * 32) / 8 * 8)
 #define BOUNDS __maxnreg__(MOST < 248 ? MOST : 248)
 #else
 #define BOUNDS __launch_bounds__(WARPS * 32, 1)
@@ -304,6 +307,9 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
             for (int column = lane * 8; column < columns; column += 256)
                 copy16(to + row * X_ROW + column * 2, x_rows + (u64)row * args.x_stride + panel * PANEL + column);
     };
+#if LOW
+    const u32 low_is_there = shared_address(rest) + 128;
+#endif
 #if RING == 1
     auto load_x = [&](int panel) {
         if (panel < panels) copy_panel(panel);
@@ -322,6 +328,9 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
         counter_begin(filled + threadIdx.x * 8, WARPS * 32);
         counter_begin(emptied + threadIdx.x * 8, WARPS);
     }
+#if LOW
+    if (threadIdx.x == 0) counter_begin(low_is_there, 1);
+#endif
     __syncthreads();
     // One stage less is filled ahead where they are filled again: who asks for that then has others to wait for that
     // are a panel behind, not a chunk.
@@ -357,7 +366,6 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
         *(float4*)(shared + i / 8 * 256 + i % 8 * 16) = make_float4(first, second, first, second);
     }
 #if LOW && RING == 1
-    const u32 low_is_there = shared_address(rest);
     if (threadIdx.x == 0) counter_begin(low_is_there, 1);
 #endif
 #if CHAIN && LOW
@@ -479,6 +487,9 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     }
     if ((chunks - 1) % RING != place) {  // the sums are whole with who had the last turn
         ALL_COPIES_WAIT;
+#if LOW
+        if (warp == chunks % RING && lane == 0) listen(args, low_is_there);  // of the first group, who is not the last
+#endif
         return;
     }
 #else
@@ -521,15 +532,14 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
         sum_up(Tiles<PAIR>());
 #endif
 
-#if LOW && RING == 1  // one thread of a block asks, of a warp that ends early where some do, and the others ask it
-    if (warp == WARPS - 1) {
-        if (lane == 0) told(args, gridDim.x - LOW), counter_arrive(low_is_there);
+#if LOW
+#if RING == 1
+    if (warp == WARPS - 1) {  // which ends early where some do
+        if (lane == 0) listen(args, low_is_there);
         __syncwarp();
     }
+#endif
     counter_wait(low_is_there, 0);
-#elif LOW
-    if (lane == 0) told(args, (gridDim.x - LOW) * GROUPS);
-    __syncwarp();
 #elif CHAIN
     BEFORE_HAS_ENDED;  // it makes low
 #endif

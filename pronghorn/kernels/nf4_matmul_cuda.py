@@ -38,7 +38,7 @@ class _Args(ctypes.Structure):
 
 HOPPER_SHARED = SHARED[9, 0] * 1024
 _TABLE = 65536 + 1024  # bytes: the levels of each byte of codes, and those of the scales' codes
-_COUNTERS = 128
+_COUNTERS = 256
 _MOST_GROUPS = 14
 _LOW_BLOCKS = 4
 """Blocks that make ``x A^T``: with 128 for the outputs of an 8B Llama's projections all have a multiprocessor."""
@@ -233,7 +233,7 @@ def _workspace(device: torch.device, stream: int, tiles: int) -> tuple[torch.Ten
     sums of the runs. Made once, so that a CUDA graph may hold them, for each stream, as another rollout may be drawn on
     another. ``tiles`` of 16 ranks is a power of two, so that few are made.
     """
-    counts = torch.zeros(2, dtype=torch.int32, device=device)
+    counts = torch.zeros(64, dtype=torch.int32, device=device)
     return counts, torch.empty(SPLITS * tiles * 128, dtype=torch.float32, device=device)
 
 

@@ -286,6 +286,7 @@ inline unsigned low_pair(const unsigned short* from) {
 }
 #define NEXT_MAY_BEGIN next_may_begin()
 #define BEFORE_HAS_ENDED before_has_ended()
+#define PAUSE
 #define FETCH_TO_L2(p) (void)(p)
 #define KEEP(value)
 
