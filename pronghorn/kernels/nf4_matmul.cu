@@ -155,7 +155,14 @@ __device__ __forceinline__ void make_low(const Args& args, int warp, int lane) {
             for (int column = lane * 8; column < columns; column += 256) copy16(to + column * 2, from + column);
         }
     };
-    if (warp < tasks) copy_a(warp, 0);  // while the kernel before still runs
+    if (warp < tasks) {  // while the kernel before still runs
+        copy_a(warp, 0);
+        const int run = own_first + warp % OWN_RUNS, rest = min(length, K - run * length), tile = warp / OWN_RUNS;
+        for (int i = lane; i < 16 * RUNS * 4; i += 32) {  // a line of 64 columns each, behind the first stage
+            const int row = min(tile * 16 + i % 16, args.ranks - 1), column = LOW_COLUMNS + i / 16 * 64;
+            if (column < rest) FETCH_TO_L2(args.a + (u64)row * K + run * length + column);
+        }
+    }
 #if CHAIN
     BEFORE_HAS_ENDED;
     NEXT_MAY_BEGIN;
