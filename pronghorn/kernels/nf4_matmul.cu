@@ -155,14 +155,7 @@ __device__ __forceinline__ void make_low(const Args& args, int warp, int lane) {
             for (int column = lane * 8; column < columns; column += 256) copy16(to + column * 2, from + column);
         }
     };
-    if (warp < tasks) {  // while the kernel before still runs
-        copy_a(warp, 0);
-        const int run = own_first + warp % OWN_RUNS, rest = min(length, K - run * length), tile = warp / OWN_RUNS;
-        for (int i = lane; i < 16 * RUNS * 4; i += 32) {  // a line of 64 columns each, behind the first stage
-            const int row = min(tile * 16 + i % 16, args.ranks - 1), column = LOW_COLUMNS + i / 16 * 64;
-            if (column < rest) FETCH_TO_L2(args.a + (u64)row * K + run * length + column);
-        }
-    }
+    if (warp < tasks) copy_a(warp, 0);  // while the kernel before still runs
 #if CHAIN
     BEFORE_HAS_ENDED;
     NEXT_MAY_BEGIN;
@@ -243,6 +236,9 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     const int group = warp / RING, place = warp % RING;
 
 #if LOW
+    // A on its way into L2, a few lines for each block: the blocks that copy it then wait for less at a time.
+    for (int line = threadIdx.x * gridDim.x + blockIdx.x; line < args.ranks * (args.K / 64); line += WARPS * 32 * gridDim.x)
+        FETCH_TO_L2(args.a + (u64)line * 64);
     if (blockIdx.x < LOW) {
         make_low(args, warp, lane);
         return;

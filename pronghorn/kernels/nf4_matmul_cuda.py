@@ -165,15 +165,11 @@ class Low(NamedTuple):
         return 8 * (runs + 2 * min(warps, runs * -(-ranks // 16))) * (self.columns * 2 + 16)
 
 
-def low_for(ranks: int, K: int, tile: Tile, nested: bool) -> Low:
-    """As many columns at a time as a run has, or as fit into what the product's blocks take anyway.
-
-    With more, a multiprocessor would have to be divided anew into shared memory and cache, for which it has to be
-    empty: the product could not begin while the kernel before runs.
-    """
+def low_for(ranks: int, K: int, warps: int, shared: int = HOPPER_SHARED) -> Low:
+    """As many columns at a time as a run has, or as fit into ``shared`` bytes: A is there before x is, then."""
     for columns in (512, 256, 128, 64):
         low = Low(_LOW_BLOCKS, columns)
-        if columns <= run_length(K) and low.shared_bytes(ranks, tile.warps) <= tile.shared_bytes(K, nested):
+        if columns <= run_length(K) and low.shared_bytes(ranks, warps) <= shared:
             break
     return low
 
@@ -187,10 +183,11 @@ def _defines(tile: Tile, nested: bool, rank16: int, half: bool, chain: bool, low
 
 @lru_cache(maxsize=256)
 def _kernel(
-    tile: Tile, K: int, nested: bool, rank16: int, half: bool, chain: bool, low: Low, device: torch.device
+    tile: Tile, K: int, nested: bool, rank16: int, half: bool, chain: bool, low: Low, ranks: int, device: torch.device
 ) -> CudaKernel:
     defines = _defines(tile, nested, rank16, half, chain, low)
-    return CudaKernel(_source(), "nf4_matmul", defines, device, tile.shared_bytes(K, nested))
+    shared_bytes = max(tile.shared_bytes(K, nested), low.shared_bytes(ranks, tile.warps) if ranks else 0)
+    return CudaKernel(_source(), "nf4_matmul", defines, device, shared_bytes)
 
 
 def arguments(
@@ -269,11 +266,11 @@ def nf4_matmul(
         raise ValueError(f"no tile for {K} inputs fits into {shared_memory(device)} bytes of shared memory")
     if tile.stages == 1 and tile.panel < K:
         raise ValueError(f"{tile}: one stage holds all of x or none; {K} inputs need two stages, or a panel of {K}")
-    low = Low()
+    low, ranks = Low(), 0
     room: tuple[torch.Tensor, ...] = ()
     if a_RI is not None:
         ranks = a_RI.shape[0]
-        low = low_for(ranks, K, tile, nested)
+        low = low_for(ranks, K, tile.warps, shared_memory(device))
         stream = torch.cuda.current_stream(device).cuda_stream
         room = _workspace(device, stream, 1 << (-(-ranks // 16) - 1).bit_length())
     args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, dynamic_code(device), a_RI, *room)
@@ -288,5 +285,5 @@ def nf4_matmul(
         defines = _defines(tile, nested, rank16, half, chain, low)
         recorded.source(_source(), defines, torch.cuda.get_device_capability(device))
         return
-    kernel = _kernel(tile, K, nested, rank16, half, chain, low, device)
+    kernel = _kernel(tile, K, nested, rank16, half, chain, low, ranks, device)
     kernel((low.blocks + blocks, -(-M // tile.rows), 1), tile.warps * 32, args, chain)
