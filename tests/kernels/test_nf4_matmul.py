@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pronghorn.kernels.nf4_matmul import Member, nf4_matmul, why_not
-from pronghorn.kernels.nf4_matmul_cuda import tile_for
+from pronghorn.kernels.nf4_matmul_cuda import low_for, tile_for
+from pronghorn.kernels.reference.low_rank import run_length
 from pronghorn.quant.nf4 import NF4Tensor
 
 CPU = torch.device("cpu")
@@ -80,6 +81,40 @@ def test_every_tile_fits_into_shared_memory(M: int, outputs: int, K: int, nested
     assert tile.panel % 256 == 0 and tile.panel % tile.chunk == 0 and K % tile.chunk == 0
     assert 2 <= tile.stages <= 8 or tile.panel >= K
     assert tile.pair == 2 if tile.ring > 1 else tile.chunk == 256
+
+
+@pytest.mark.parametrize("limit", [99, 163, 227])
+@pytest.mark.parametrize(("ranks", "K"), [(8, 256), (48, 768), (96, 4096), (32, 14336), (480, 4096)])
+@pytest.mark.parametrize("warps", [1, 8, 12, 16])
+def test_a_low_rank_product_within_fits_into_shared_memory(warps: int, ranks: int, K: int, limit: int) -> None:
+    low = low_for(ranks, K, warps, limit * 1024)
+    assert low.shared_bytes(ranks, warps) <= limit * 1024
+    assert low.blocks in (1, 2, 4) and low.columns % 64 == 0 and low.columns <= run_length(K)
+
+
+@pytest.mark.parametrize(("outputs", "ranks", "K"), [(6144, 96, 4096), (28672, 64, 4096), (4096, 32, 14336)])
+def test_an_8b_models_adapters_are_fetched_before_their_input_is_there(outputs: int, ranks: int, K: int) -> None:
+    tile = tile_for(6, outputs, K)
+    assert tile is not None and low_for(ranks, K, tile.warps).columns == 512
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+def test_makes_the_low_rank_product_of_few_rows(rank: int) -> None:
+    columns = 16
+    members = [make(40, 256, columns, 0, True, torch.float32)]
+    x, a, low = torch.randn(5, 256), torch.randn(rank, 256), torch.zeros(5, columns)
+    expected = nf4_matmul(x, members, torch.nn.functional.pad(x @ a.T, (0, columns - rank)))
+    torch.testing.assert_close(nf4_matmul(x, members, low, a_RI=a), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(low[:, :rank], x @ a.T, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="x A\\^T of 9 rows; give a_RI for up to 8"):
+        nf4_matmul(torch.randn(9, 256), members, torch.zeros(9, columns), a_RI=a)
+    with pytest.raises(ValueError, match=r"a is \(16, 128\), torch.float32; give \[R, 256\]"):
+        nf4_matmul(x, members, low, a_RI=torch.randn(16, 128))
+    with pytest.raises(ValueError, match=r"low is \(5, 32\); give \(5, 16\) to write to"):
+        nf4_matmul(x, members, torch.zeros(5, 32), a_RI=a)
+    for wrong in (None, torch.zeros(4, columns)):
+        with pytest.raises(ValueError, match="low"):
+            nf4_matmul(x, members, wrong, a_RI=a)
 
 
 @pytest.mark.parametrize(("outputs", "blocks"), [(6144, 128), (4096, 128), (28672, 128)])

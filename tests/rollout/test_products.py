@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from pronghorn.kernels.launch import chain_of, chained
 from pronghorn.quant.nf4 import NF4Tensor
-from pronghorn.rollout.native import products
+from pronghorn.rollout.native import decode_walk, products
 
 
 def product(rank: int) -> products.NF4Product:
@@ -40,3 +41,13 @@ def test_few_rows_are_one_launch_which_makes_its_start_early(monkeypatch: pytest
         made(torch.randn(rows, 256))
     assert seen == ["a: True", "low_rank", "a: False"]
     assert made.makes_a_start(8) and not made.makes_a_start(9) and not product(0).makes_a_start(1)
+
+
+def test_what_makes_the_input_of_such_a_product_lets_it_begin_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pronghorn.kernels.launch._can_chain", lambda index: True)
+    made, x, found = product(16), torch.empty(1), dict[tuple[str, int], int]()
+    for name, reader in {"4 bits": made, "no adapter": product(0), "none": None, "16 bits": object()}.items():
+        for rows in (8, 9):
+            with chained(), decode_walk._before(reader, rows):  # type: ignore[arg-type]
+                found[name, rows] = chain_of(x)
+    assert found.pop(("4 bits", 8)) == 2 and set(found.values()) == {1} and chain_of(x) == 0
