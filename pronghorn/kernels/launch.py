@@ -7,7 +7,7 @@ Triton specializes on (https://triton-lang.org: dtype, divisibility by 16, the v
 
 Inside :func:`chained`, kernels that can do so begin while the one before them ends: their blocks are put in place
 meanwhile and wait there (programmatic dependent launch, on Hopper and later), where otherwise each of a decode step's
-four hundred and fifty launches costs a microsecond of an idle GPU.
+hundreds of launches costs a microsecond of an idle GPU.
 
 While :func:`recording` holds, launches are noted down and nothing runs: a walk through a model then says which kernels
 a step of it needs, and ``warm.py`` compiles them side by side, where a first step would compile them one by one.

@@ -41,7 +41,7 @@ from pronghorn.kernels.few_rows import MEMBERS, check_aligned, check_member, out
 from pronghorn.kernels.reference import nf4_matmul as reference
 from pronghorn.kernels.reference.nf4_matmul import Member, NF4Weight
 
-__all__ = ["LOW_ROWS", "MAX_ROWS", "Member", "NF4Weight", "nf4_matmul", "why_not"]
+__all__ = ["LOW_ROWS", "MAX_ROWS", "Member", "NF4Weight", "low_rank_aligned", "nf4_matmul", "why_not"]
 
 MAX_ROWS = 64
 """Rows of x up to which this is the faster way; above, make the weight and call cuBLAS."""
@@ -128,15 +128,25 @@ def nf4_matmul(
     return out_MO
 
 
+def low_rank_aligned(a_RI: torch.Tensor) -> bool:
+    """Whether the kernel can read ``a_RI``, 16 bytes at a time."""
+    return not a_RI.is_cuda or a_RI.data_ptr() % 16 == 0
+
+
 def _check_low(x_MI: torch.Tensor, a_RI: torch.Tensor, low_MR: torch.Tensor | None) -> None:
-    (M, I), R = x_MI.shape, a_RI.shape[0]  # noqa: E741 - shape letters
+    M, I = x_MI.shape  # noqa: E741 - shape letters
     if M > LOW_ROWS:
         raise ValueError(f"x A^T of {M} rows; give a_RI for up to {LOW_ROWS}, or low_MR alone")
-    if a_RI.shape[1] != I or a_RI.dtype != x_MI.dtype or not a_RI.is_contiguous():
+    if a_RI.dim() != 2 or a_RI.shape[1] != I or a_RI.dtype != x_MI.dtype or not a_RI.is_contiguous():
         raise ValueError(f"a is {tuple(a_RI.shape)}, {a_RI.dtype}; give [R, {I}], {x_MI.dtype}, contiguous")
-    columns = -(-R // 16) * 16
-    if low_MR is None or low_MR.shape != (M, columns) or low_MR.stride(1) != 1:
-        raise ValueError(f"low is {None if low_MR is None else tuple(low_MR.shape)}; give {(M, columns)} to write to")
+    if not low_rank_aligned(a_RI):
+        raise ValueError(f"a lies at {a_RI.data_ptr()}; align it to 16 bytes")
+    columns = -(-a_RI.shape[0] // 16) * 16
+    if low_MR is None or low_MR.shape != (M, columns) or low_MR.stride(1) != 1 or low_MR.dtype != x_MI.dtype:
+        found = None if low_MR is None else (tuple(low_MR.shape), low_MR.dtype)
+        raise ValueError(f"low is {found}; give {(M, columns)}, {x_MI.dtype}, to write to")
+    if not x_MI.device == a_RI.device == low_MR.device:
+        raise ValueError(f"x is on {x_MI.device}, a on {a_RI.device} and low on {low_MR.device}; give all on one")
 
 
 def _check(x_MI: torch.Tensor, members: Sequence[Member], low_MR: torch.Tensor | None) -> None:

@@ -166,7 +166,7 @@ class Low(NamedTuple):
 
 
 def low_for(ranks: int, K: int, warps: int, shared: int = HOPPER_SHARED) -> Low:
-    """As many columns at a time as a run has, or as fit into ``shared`` bytes: A is there before x is, then."""
+    """As many columns at a time as a run has, 512 at most, or as fit into ``shared`` bytes."""
     for columns in (512, 256, 128, 64):
         low = Low(_LOW_BLOCKS, columns)
         if columns <= run_length(K) and low.shared_bytes(ranks, warps) <= shared:
@@ -264,6 +264,8 @@ def nf4_matmul(
     tile = tile or tile_for(M, out_MO.shape[1], K, nested, shared_memory(device), _processors(device))
     if tile is None:
         raise ValueError(f"no tile for {K} inputs fits into {shared_memory(device)} bytes of shared memory")
+    if a_RI is not None and (M > 8 or tile.rows != 8):
+        raise ValueError(f"x A^T of {M} rows by {tile}: up to 8, by a tile of 8")
     if tile.stages == 1 and tile.panel < K:
         raise ValueError(f"{tile}: one stage holds all of x or none; {K} inputs need two stages, or a panel of {K}")
     low, ranks = Low(), 0
@@ -271,7 +273,7 @@ def nf4_matmul(
     if a_RI is not None:
         ranks = a_RI.shape[0]
         low = low_for(ranks, K, tile.warps, shared_memory(device))
-        stream = torch.cuda.current_stream(device).cuda_stream
+        stream = torch.cuda.current_stream(device).cuda_stream if x_MI.is_cuda else 0
         room = _workspace(device, stream, 1 << (-(-ranks // 16) - 1).bit_length())
     args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, dynamic_code(device), a_RI, *room)
     rank16 = max(member.rank // 16 for member in args.member)

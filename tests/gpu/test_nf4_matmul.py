@@ -135,7 +135,7 @@ def test_no_race_and_nan_shows() -> None:
     assert found[2].isnan().all() and torch.equal(found[[0, 1, 3, 4, 5]], first[[0, 1, 3, 4, 5]])
 
 
-@pytest.mark.parametrize("outputs", [[512, 256], [28672]], ids=["turns", "none"])
+@pytest.mark.parametrize("outputs", [[512, 256], [28672], [40960]], ids=["turns", "none", "more than one a processor"])
 def test_begun_beside_the_low_rank_product_it_has_the_same_bits(outputs: list[int]) -> None:
     members = group(outputs, 4096, 32, False, torch.bfloat16)
     a = torch.randn(32 * len(outputs), 4096, device="cuda").bfloat16()

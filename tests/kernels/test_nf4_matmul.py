@@ -102,7 +102,7 @@ def test_an_8b_models_adapters_are_fetched_before_their_input_is_there(outputs: 
 def test_makes_the_low_rank_product_of_few_rows(rank: int) -> None:
     columns = 16
     members = [make(40, 256, columns, 0, True, torch.float32)]
-    x, a, low = torch.randn(5, 256), torch.randn(rank, 256), torch.zeros(5, columns)
+    x, a, low = torch.randn(5, 256), torch.randn(rank, 256), torch.full((5, columns), float("nan"))
     expected = nf4_matmul(x, members, torch.nn.functional.pad(x @ a.T, (0, columns - rank)))
     torch.testing.assert_close(nf4_matmul(x, members, low, a_RI=a), expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(low[:, :rank], x @ a.T, rtol=1e-4, atol=1e-4)
@@ -110,8 +110,12 @@ def test_makes_the_low_rank_product_of_few_rows(rank: int) -> None:
         nf4_matmul(torch.randn(9, 256), members, torch.zeros(9, columns), a_RI=a)
     with pytest.raises(ValueError, match=r"a is \(16, 128\), torch.float32; give \[R, 256\]"):
         nf4_matmul(x, members, low, a_RI=torch.randn(16, 128))
-    with pytest.raises(ValueError, match=r"low is \(5, 32\); give \(5, 16\) to write to"):
+    with pytest.raises(ValueError, match=r"low is \(\(5, 32\), .* give \(5, 16\), torch.float32, to write to"):
         nf4_matmul(x, members, torch.zeros(5, 32), a_RI=a)
+    with pytest.raises(ValueError, match="a on meta"):
+        nf4_matmul(x, members, low, a_RI=a.to("meta"))
+    with pytest.raises(ValueError, match=r"a is \(256,\)"):
+        nf4_matmul(x, members, low, a_RI=a[0])
     for wrong in (None, torch.zeros(4, columns)):
         with pytest.raises(ValueError, match="low"):
             nf4_matmul(x, members, wrong, a_RI=a)

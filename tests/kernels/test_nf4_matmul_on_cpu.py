@@ -210,6 +210,7 @@ CHANGES = {
     "x is read at once": ("#if !(CHAIN && LOW)\n    begin_x();", "#if CHAIN && LOW\n    begin_x();"),
     "who makes x A^T does not wait for x": ("#if CHAIN\n    BEFORE_HAS_ENDED;", "#if CHAIN\n    waited = true;"),
     "low is not waited for": ("while (!flag_read(LOW_FLAG(args))) PAUSE;", ""),
+    "low is not heard of": ("    counter_wait(low_is_there, 0);", ""),
     "low is told before it is whole": ("*last != LOW - 1", "*last != 0"),
     "the count stays": ("args.counts[0] = 0;", ""),
     "not all are counted": ("gridDim.x - LOW);", "gridDim.x - LOW + 1);"),

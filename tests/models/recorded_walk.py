@@ -27,6 +27,7 @@ from pronghorn.kernels import (
     attention_merge,
     decode_attention,
     glu,
+    launch,
     logits,
     low_rank,
     nf4,
@@ -92,6 +93,7 @@ def as_on_a_gpu() -> None:
     nf4_matmul._path = lambda tensor: nf4_matmul_cuda
     step_attention._path = lambda tensor: step_attention_cuda
     nf4_triton._has_asm = lambda tensor: True
+    launch._can_chain = lambda index: True  # type: ignore[assignment]
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
     nf4_matmul_cuda._processors = lambda _: nf4_matmul_cuda.HOPPER_PROCESSORS  # type: ignore[assignment]
     products._on_gpu = lambda tensor: True

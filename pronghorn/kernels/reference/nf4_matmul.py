@@ -66,6 +66,7 @@ def nf4_matmul(
     """
     if a_RI is not None and low_MR is not None:
         low_rank(x_MI, a_RI, low_MR[:, : a_RI.shape[0]])
+        low_MR[:, a_RI.shape[0] :] = 0
     column = 0
     for member in members:
         w = member.weight

@@ -57,6 +57,8 @@ def rollout_steps(model: nn.Module) -> None:
             _prefill(model, found, cache, tokens)
         for rows in (1, 16, 24, 32, MAX_ROWS):  # a tile of the products, or a way of attention, each
             _decode(model, found, cache, rows, hold=False)
+        # Attention in one launch before other products than those of few rows, which many heads take for short rows.
+        _decode(model, found, cache, 16, hold=False, positions=_POSITIONS // 2)
         for rows in (32, MAX_ROWS):  # where there is memory for weights in 16 bits, many rows read those
             _decode(model, found, cache, rows, hold=True)
     for lengths in _SCORED:
@@ -76,12 +78,19 @@ def _cache(model: nn.Module) -> KVCache:
     return KVCache(dataclasses.replace(KVShape.of(unwrap(model)), layers=1), 2, _BLOCK)
 
 
-def _decode(model: nn.Module, found: list[tuple[Parts, Groups]], cache: KVCache, rows: int, hold: bool) -> None:
+def _decode(
+    model: nn.Module,
+    found: list[tuple[Parts, Groups]],
+    cache: KVCache,
+    rows: int,
+    hold: bool,
+    positions: int = _POSITIONS,
+) -> None:
     device = cache.shape.device
-    table_BN = torch.zeros(rows, _POSITIONS // _BLOCK, dtype=torch.int32, device=device)
+    table_BN = torch.zeros(rows, positions // _BLOCK, dtype=torch.int32, device=device)
     counts_B = torch.zeros(rows, dtype=torch.int32, device=device)
     heads = unwrap(model).config.num_attention_heads
-    walk = DecodeWalk(model, found[:1], rows, _POSITIONS, hold)
+    walk = DecodeWalk(model, found[:1], rows, positions, hold)
     walk.refresh()
     walk(torch.zeros(rows, dtype=torch.int64, device=device), PagedDecode(cache, table_BN, counts_B, counts_B, heads))
 

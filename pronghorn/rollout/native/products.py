@@ -14,7 +14,7 @@ import torch
 
 from ...kernels import ordered_matmul as ordered
 from ...kernels.low_rank import low_rank
-from ...kernels.nf4_matmul import LOW_ROWS, Member, nf4_matmul, why_not
+from ...kernels.nf4_matmul import LOW_ROWS, Member, low_rank_aligned, nf4_matmul, why_not
 from ...kernels.ordered_matmul import DenseMember, ordered_matmul
 from ...lora.fused import ORDERED_ROWS
 from ...lora.held import HeldWeights
@@ -79,7 +79,7 @@ class NF4Product:
         if self.group.a_RI is None:
             return nf4_matmul(x_MI, self.members)
         M, R = x_MI.shape[0], self.group.rank
-        if M <= LOW_ROWS:
+        if self.makes_a_start(M):
             return nf4_matmul(x_MI, self.members, x_MI.new_empty(M, self.columns), a_RI=self.group.a_RI)
         # Columns beyond R meet zeros of B, and must be numbers.
         low_MR = (x_MI.new_zeros if self.columns > R else x_MI.new_empty)(M, self.columns)
@@ -87,8 +87,8 @@ class NF4Product:
         return nf4_matmul(x_MI, self.members, low_MR, overlap=True)  # x was whole before x A^T began
 
     def makes_a_start(self, rows: int) -> bool:
-        """Whether its first launch can begin before what makes x has waited; see ``launch.before_a_start``."""
-        return self.group.a_RI is not None and rows <= LOW_ROWS
+        """Whether it is one launch, which can begin before what makes x has waited; see ``launch.before_a_start``."""
+        return rows <= LOW_ROWS and self.group.a_RI is not None and low_rank_aligned(self.group.a_RI)
 
 
 class Tables:
