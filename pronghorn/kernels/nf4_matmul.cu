@@ -210,10 +210,10 @@ __device__ __forceinline__ void make_low(const Args& args, int warp, int lane) {
     }
 }
 #endif
-// One thread of a block listens, and then tells its block by a counter in shared memory: many that ask at once hold up
-// the blocks that they wait for. Told, each listener counts itself, and the last one's count makes the flag 0 again:
-// before this kernel ends, with no one else's help, so that a graph may be replayed. The blocks that make low are the
-// first of the grid: when another waits for them, they have begun.
+// One thread of a block listens, and then tells its block by a counter in shared memory, so that few ask for the flag at
+// once. Told, each listener counts itself, and the last one's count makes the flag 0 again: before this kernel ends, with
+// no one else's help, so that a graph may be replayed. The blocks that make low are the first of the grid: when another
+// waits for them, they have begun.
 #if LOW
 __device__ __forceinline__ void listen(const Args& args, u32 low_is_there) {
     while (!flag_read(LOW_FLAG(args))) PAUSE;
@@ -222,9 +222,9 @@ __device__ __forceinline__ void listen(const Args& args, u32 low_is_there) {
 }
 #endif
 #if CHAIN && ROWS == 8
-// Room for the kernel before, 8 warps of up to 48 registers (a norm) where outputs are many, and else 4:
-// on the multiprocessors where its blocks are, a block of this one would otherwise begin only when they have ended. A
-// quarter of 65536 is each fourth warp's. (With more rows there is no room in shared memory.)
+// Room for the kernel before, 8 warps of up to 48 registers (a norm) where outputs are many, and else 4: on the
+// multiprocessors where its blocks are, a block of this one would otherwise begin only when they have ended. A quarter of
+// 65536 is each fourth warp's. (With more rows there is no room in shared memory.)
 #define MOST ((16384 - (WARPS > 8 ? 2 * 48 : 48) * 32) / ((WARPS + 3) / 4 * 32) / 8 * 8)
 #define BOUNDS __maxnreg__(MOST < 248 ? MOST : 248)
 #else
