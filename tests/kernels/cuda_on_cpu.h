@@ -194,6 +194,7 @@ inline void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a
     }
     __syncwarp();
 }
+std::atomic<bool> asked;  // for what one thread tells its block
 struct Counter {  // mbarrier
     std::mutex mutex;
     std::condition_variable changed;
@@ -221,6 +222,7 @@ inline void counter_arrive_with_copies(unsigned at) {
 inline void counter_wait(unsigned at, unsigned parity) {  // until the phase of this parity has ended
     Counter& c = counters[at / 8];
     std::unique_lock lock(c.mutex);
+    if (c.all == 1) asked = true;
     c.changed.wait(lock, [&] { return (c.phase & 1) != parity; });
 }
 #define COPIES_END copies_end()
@@ -248,11 +250,14 @@ inline bool within(const void* at, const void* from, long long bytes) {
 }
 inline void too_early_to_read(const void* from) {
     too_early(before && within(from, before->late, before->late_bytes) && !ended);
-    too_early(before && within(from, before->low, before->low_bytes) && !heard);
+    if (!within(from, before ? before->low : nullptr, before ? before->low_bytes : 0)) return;
+    asked = true;
+    too_early(!heard);
 }
 inline unsigned flag_read(const unsigned* flag) {
     thread_local int looks = 0;
-    if (!looks) std::this_thread::sleep_for(std::chrono::milliseconds(20));  // as if it came late
+    for (int i = 0; !looks && !asked && i < 20000; ++i)  // late: not before someone of the block waits for it, or does not
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
     const unsigned r = std::atomic_ref(*const_cast<unsigned*>(flag)).load();
     if (r) heard = true;
     else std::this_thread::sleep_for(std::chrono::microseconds(100));

@@ -3,7 +3,7 @@ extern "C" void run(const Args* args, int grid_x, int grid_y, int grid_z) {
     gridDim = {grid_x, grid_y, grid_z};
     for (int i = 0; i < grid_x * grid_y * grid_z; ++i) {
         std::memset(shared, 0xff, sizeof shared);  // NaN, so that what is read before it is written shows
-        ended = heard = false;
+        ended = heard = asked = false;
         warps.clear();
         for (int j = 0; j < WARPS; ++j) warps.push_back(std::make_unique<Warp>());
         block = std::make_unique<std::barrier<>>(WARPS * 32);
