@@ -6,11 +6,11 @@ Cases ``kernel/nf4_matmul/<projections>/<rows>`` have ``ms`` of one call and ``f
 scales take at this GPU's measured copy bandwidth; ``pronghorn+low_rank`` has ``x A^T`` beside the product, as a decode
 step has it with more than 8 rows; ``pronghorn-chain`` has the norm of x before them, all three launched in a chain, and
 ``pronghorn-step``, up to 8 rows, is what a decode step has: the norm, and the product that makes its start meanwhile
-and ``x A^T`` itself. Peers in the same run, without an
-adapter: bitsandbytes' own product of its 4-bit weights, each projection by itself, and torch's with the weights in
-bf16. Calls on weights of their own, 512 MiB at least, are captured in one CUDA graph, so that none is found in the L2
-cache. ``kernel/nf4_matmul/layers/<rows>`` is the sum over the 32 layers of an 8B model. With ``--configs`` other launch
-configurations are timed as well: ``tile <groups>/<ring>/...``, and the same beside ``x A^T``.
+and ``x A^T`` itself. Peers in the same run, without an adapter: bitsandbytes' own product of its 4-bit weights, each
+projection by itself, and torch's with the weights in bf16. Calls on weights of their own, 512 MiB at least, are
+captured in one CUDA graph, so that none is found in the L2 cache. ``kernel/nf4_matmul/layers/<rows>`` is the sum over
+the 32 layers of an 8B model. With ``--configs`` other launch configurations are timed as well:
+``tile <groups>/<ring>/...``, and the same beside ``x A^T``.
 """
 
 from __future__ import annotations

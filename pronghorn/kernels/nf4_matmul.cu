@@ -151,7 +151,8 @@ __device__ __forceinline__ void make_low(const Args& args, int warp, int lane) {
         for (int row = warp; row < OWN_RUNS * args.rows; row += WARPS) {
             const int run = row % OWN_RUNS, columns = columns_of(own_first + run, stage);
             const u32 to = x_all + (run * 8 + row / OWN_RUNS) * LOW_ROW;
-            const u16* const from = args.x + (u64)(row / OWN_RUNS) * args.x_stride + (own_first + run) * length + stage * LOW_COLUMNS;
+            const u16* const from =
+                args.x + (u64)(row / OWN_RUNS) * args.x_stride + (own_first + run) * length + stage * LOW_COLUMNS;
             for (int column = lane * 8; column < columns; column += 256) copy16(to + column * 2, from + column);
         }
     };

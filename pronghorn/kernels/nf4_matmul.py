@@ -47,7 +47,7 @@ MAX_ROWS = 64
 """Rows of x up to which this is the faster way; above, make the weight and call cuBLAS."""
 
 LOW_ROWS = 8
-"""Up to so many rows ``x A^T`` can be made in the same launch."""
+"""Up to so many rows, those of the least tile, ``x A^T`` can be made in the same launch."""
 
 _COLUMNS = 256  # inputs that are made into operands at a time, at most
 

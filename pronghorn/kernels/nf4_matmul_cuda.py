@@ -13,6 +13,7 @@ from pronghorn.kernels.cuda_source import SHARED, CudaKernel, pointer, shared_me
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.launch import begins_early, current_recording
 from pronghorn.kernels.nf4_code import NF4_LEVELS, dynamic_code
+from pronghorn.kernels.nf4_matmul import LOW_ROWS
 from pronghorn.kernels.reference.low_rank import SPLITS, run_length
 from pronghorn.kernels.reference.nf4_matmul import Member
 
@@ -253,8 +254,8 @@ def nf4_matmul(
         overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: run beside it
             (on Hopper; elsewhere after it, as usual). It was launched as usual, or lets others begin only behind its
             own wait (:func:`pronghorn.kernels.launch.chained`): x is read before this one waits.
-        a_RI: A, for up to 8 rows: blocks of this launch write ``x A^T`` to ``low_MR``, in whole tiles of
-            16 ranks, and the others wait for it. In a chain x is read once the kernel before has ended, so that one may
+        a_RI: A, for up to ``LOW_ROWS`` rows: blocks of this launch write ``x A^T`` to ``low_MR``, in whole tiles of 16
+            ranks, and the others wait for it. In a chain x is read once the kernel before has ended, so that one may
             let this begin before it waits itself; nothing that a kernel of the chain writes is read before.
     """
     (M, K), device = x_MI.shape, x_MI.device
@@ -264,8 +265,8 @@ def nf4_matmul(
     tile = tile or tile_for(M, out_MO.shape[1], K, nested, shared_memory(device), _processors(device))
     if tile is None:
         raise ValueError(f"no tile for {K} inputs fits into {shared_memory(device)} bytes of shared memory")
-    if a_RI is not None and (M > 8 or tile.rows != 8):
-        raise ValueError(f"x A^T of {M} rows by {tile}: up to 8, by a tile of 8")
+    if a_RI is not None and (M > LOW_ROWS or tile.rows != LOW_ROWS):
+        raise ValueError(f"x A^T of {M} rows by {tile}: up to {LOW_ROWS}, by a tile of as many")
     if tile.stages == 1 and tile.panel < K:
         raise ValueError(f"{tile}: one stage holds all of x or none; {K} inputs need two stages, or a panel of {K}")
     low, ranks = Low(), 0
