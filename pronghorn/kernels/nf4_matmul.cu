@@ -33,6 +33,7 @@ struct Args {
     int ranks;
     int* counts;            // if LOW: 0 between launches: blocks that have made their part of low; see LOW_FLAG
     float* parts;           // if LOW: [8, ranks in whole 16, 8]
+    int joined;             // a block may have outputs of several members (each group of warps of one): levels are the same
 };
 
 #define WARPS (GROUPS * RING)
@@ -237,30 +238,26 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     const int group = warp / RING, place = warp % RING;
 
 #if LOW
-    // A on its way into L2, a few lines for each block: the blocks that copy it then wait for less at a time.
-    for (int line = threadIdx.x * gridDim.x + blockIdx.x; line < args.ranks * (args.K / 64); line += WARPS * 32 * gridDim.x)
-        FETCH_TO_L2(args.a + (u64)line * 64);
     if (blockIdx.x < LOW) {
         make_low(args, warp, lane);
         return;
     }
 #endif
-    int tile = blockIdx.x - LOW, which = 0;
-    while (which + 1 < args.members) {
-        const int tiles = (args.member[which].outputs + OUTPUTS - 1) / OUTPUTS;
-        if (tile < tiles) break;
-        tile -= tiles;
-        ++which;
+    const bool shorter = SHORT && group >= GROUPS - SHORT;
+    const int base = (group * PAIR - (shorter ? group - (GROUPS - SHORT) : 0)) * 8;  // where the group's outputs begin: here,
+    int o0 = (blockIdx.x - LOW) * OUTPUTS + base, which = 0;                         // and in its member
+    for (; which + 1 < args.members; ++which) {
+        const int before = args.member[which].outputs;
+        const int taken = args.joined ? before : (before + OUTPUTS - 1) / OUTPUTS * OUTPUTS;
+        if (o0 - (args.joined ? 0 : base) < taken) break;
+        o0 -= taken;
     }
 #if CHAIN && !LOW
     NEXT_MAY_BEGIN;  // who begins early reads nothing of this, or of low, before this has ended
 #endif
     const Member& own = args.member[which];
     const int K = args.K, chunks = K / CHUNK, blocks = K / 64, last = own.outputs - 8;
-    const int first_row = blockIdx.y * ROWS, rows = min(args.rows - first_row, ROWS), first_output = tile * OUTPUTS;
-    const bool shorter = SHORT && group >= GROUPS - SHORT;
-    // The group's first output: in the block, and of all.
-    const int base = (group * PAIR - (shorter ? group - (GROUPS - SHORT) : 0)) * 8, o0 = first_output + base;
+    const int first_row = blockIdx.y * ROWS, rows = min(args.rows - first_row, ROWS);
     const u16* const x_rows = args.x + (u64)first_row * args.x_stride;
 
     // A warp reads its tiles' codes straight into registers, 256 bytes at once, a chunk ahead. Past the last tile it
@@ -294,10 +291,10 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
     u8* const scales = shared + TABLE + LEVELS;           // [OUTPUTS, blocks]
     const int scale_row = blocks * (NESTED ? 1 : 4);      // bytes, a multiple of 4
     u8* const rest = scales + (OUTPUTS * scale_row + 127) / 128 * 128;
-    // All scales of the block's outputs at once (a 32nd of its codes), on their way while the rest of the start is made.
-    const int scale_bytes = min(OUTPUTS, own.outputs - first_output) * scale_row;
-    for (int i = threadIdx.x * 16; i < scale_bytes; i += WARPS * 512)
-        copy16(shared_address(scales) + i, (const u8*)own.scales + (u64)first_output * scale_row + i);
+    // All scales of the group's outputs at once (a 32nd of its codes), on their way while the rest of the start is made.
+    const int scale_bytes = min((PAIR - shorter) * 8, own.outputs - o0) * scale_row;
+    for (int i = (place * 32 + lane) * 16; i < scale_bytes; i += RING * 512)
+        copy16(shared_address(scales) + base * scale_row + i, (const u8*)own.scales + (u64)o0 * scale_row + i);
     COPIES_END;
     const int panels = (K + PANEL - 1) / PANEL;
     const u32 x_stages = shared_address(rest) + COUNTERS;

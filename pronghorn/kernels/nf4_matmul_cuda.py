@@ -33,7 +33,7 @@ class _Args(ctypes.Structure):
         *((name, _P) for name in ("x", "low", "y")),
         ("nf4", ctypes.c_float * 16),
         *((name, _I) for name in ("members", "rows", "K", "x_stride", "low_stride", "y_stride")),
-        *(("a", _P), ("ranks", _I), ("counts", _P), ("parts", _P)),
+        *(("a", _P), ("ranks", _I), ("counts", _P), ("parts", _P), ("joined", _I)),
     )
 
 
@@ -191,6 +191,16 @@ def _kernel(
     return CudaKernel(_source(), "nf4_matmul", defines, device, shared_bytes)
 
 
+def joins(members: Sequence[Member], tile: Tile) -> bool:
+    """Whether blocks take outputs one after another, whosever they are: no group of warps would have those of two
+    members, and all scales have the same levels. A block for each member's rest could be one more than there is room
+    for at once.
+    """
+    levels = {pointer(m.weight.nested_code) for m in members}
+    whole = all(m.weight.shape[0] % (tile.pair * 8) == 0 for m in members[:-1])
+    return len(members) > 1 and whole and not tile.short and len(levels) == 1
+
+
 def arguments(
     x_MI: torch.Tensor,
     members: Sequence[Member],
@@ -213,6 +223,7 @@ def arguments(
         members=len(members), rows=M, K=K,
         x_stride=x_MI.stride(0), low_stride=0 if low_MR is None else low_MR.stride(0), y_stride=out_MO.stride(0),
         a=pointer(a_RI), ranks=0 if a_RI is None else a_RI.shape[0], counts=pointer(counts), parts=pointer(parts),
+        joined=joins(members, tile),
     )  # fmt: skip
     column = blocks = 0
     for i, m in enumerate(members):
@@ -225,7 +236,7 @@ def arguments(
         )  # fmt: skip
         column += w.shape[0]
         blocks += -(-w.shape[0] // tile.outputs)
-    return args, blocks
+    return args, -(-column // tile.outputs) if args.joined else blocks
 
 
 @cache

@@ -5,11 +5,14 @@ The GPU's kernel is CUDA C++, which no interpreter runs: ``tests/gpu/test_nf4_ma
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from pronghorn.kernels.nf4_code import dynamic_code
 from pronghorn.kernels.nf4_matmul import Member, nf4_matmul, why_not
-from pronghorn.kernels.nf4_matmul_cuda import low_for, tile_for
+from pronghorn.kernels.nf4_matmul_cuda import Tile, arguments, joins, low_for, tile_for
 from pronghorn.kernels.reference.low_rank import run_length
 from pronghorn.quant.nf4 import NF4Tensor
 
@@ -121,7 +124,22 @@ def test_makes_the_low_rank_product_of_few_rows(rank: int) -> None:
             nf4_matmul(x, members, wrong, a_RI=a)
 
 
-@pytest.mark.parametrize(("outputs", "blocks"), [(6144, 128), (4096, 128), (28672, 128)])
-def test_an_8b_models_groups_fill_an_h200_once(outputs: int, blocks: int) -> None:
-    tile = tile_for(6, outputs, 4096)
-    assert tile is not None and -(-outputs // tile.outputs) == blocks
+@pytest.mark.parametrize("outputs", [(4096, 1024, 1024), (4096,), (14336, 14336)], ids=["qkv", "o", "gate_up"])
+def test_an_8b_models_groups_fill_an_h200_once(outputs: tuple[int, ...]) -> None:
+    """Blocks of outputs and those that make x A^T, of all members: one more, and it would run behind the others."""
+    x, low = torch.zeros(6, 256), torch.zeros(6, 16)
+    members = [make(O, 256, 16, 0, False, torch.float32) for O in outputs]  # noqa: E741
+    tile = tile_for(6, sum(outputs), 4096)
+    assert tile is not None
+    _, blocks = arguments(x, members, low, torch.zeros(6, sum(outputs)), tile, dynamic_code(CPU))
+    assert (blocks, low_for(16, 4096, tile.warps).blocks) == (128, 4)
+
+
+def test_a_block_has_outputs_of_several_members_only_where_warps_and_levels_allow_it() -> None:
+    both = [make(O, 256, 0, 0, False, torch.float32) for O in (48, 40)]  # noqa: E741
+    tile = Tile(3, 1, 2, 8, 256, 1, 256)
+    assert joins(both, tile) and not joins(both[::-1], tile)  # 40 outputs end amid a warp's 16
+    assert joins(both[::-1], tile._replace(pair=1))
+    assert not joins(both, tile._replace(short=1)) and not joins(both[:1], tile)
+    own = dataclasses.replace(both[1].weight, nested_code=dynamic_code(CPU).clone())
+    assert not joins([both[0], dataclasses.replace(both[1], weight=own)], tile)

@@ -66,6 +66,11 @@ CASES = {
     "blocks of rows": (Tile(2, 1, 2, 16, 512, 1, 256), 37, [40], 512, 16, False, True, BF16),
     "short groups": (Tile(4, 1, 2, 8, 512, 1, 256, 2), 6, [80, 40], 512, 32, False, True, BF16),
     "short groups, 16 rows, a bias": (Tile(2, 1, 4, 16, 256, 2, 256, 1), 13, [72, 40], 768, 16, True, True, F16),
+    # blocks with outputs of two members, or three; the last one not whole
+    "members side by side": (Tile(3, 1, 2, 8, 512, 1, 256), 6, [32, 16, 64], 512, 32, False, True, BF16),
+    "members side by side, a bias": (Tile(4, 1, 1, 8, 256, 2, 256), 5, [16, 8, 32], 512, 16, True, True, F16),
+    "turns, members side by side": (Tile(3, 2, 2, 8, 256, 3, 128), 6, [32, 16, 64], 1024, 32, False, True, BF16),
+    "16 rows, members side by side": (Tile(3, 2, 2, 16, 256, 3, 128), 13, [64, 32], 768, 32, False, True, BF16),
     # a part of the weights looked up without the table, or all of them
     "some permuted": (Tile(4, 1, 2, 8, 512, 1, 256, 2, 0x49), 6, [80, 40], 512, 32, False, True, BF16),
     "all permuted": (Tile(2, 3, 2, 8, 512, 3, 256, 0, 0xFF), 6, [40, 24], 1280, 32, False, True, BF16),
@@ -191,6 +196,7 @@ EARLY = [
     "turns, x whole",
     "turns, two stages",
     "warps that miss panels",
+    "turns, members side by side",
 ]
 
 
