@@ -36,6 +36,18 @@ class TensorLike:
         return self.address
 
 
+def _stand_in(value: Any) -> Any:
+    """The same, where it is a tensor or a descriptor of one, without memory."""
+    if isinstance(value, torch.Tensor):
+        return TensorLike(value.dtype, value.data_ptr())
+    return dataclasses.replace(value, base=_stand_in(value.base)) if _is_descriptor(value) else value
+
+
+def _is_descriptor(value: Any) -> bool:
+    """Whether it is Triton's ``TensorDescriptor``, by which a kernel asks the copy engine for blocks of a tensor."""
+    return hasattr(value, "block_shape")
+
+
 class Launch(NamedTuple):
     """A launch that was not made: the ``@triton.jit`` function, its arguments (tensors as stand-ins) and options."""
 
@@ -64,8 +76,7 @@ class Recorded:
         """Note a launch, unless one of the same kernel and key was."""
         if (kernel, key) not in self._keys:
             self._keys.add((kernel, key))
-            stand_ins = tuple(TensorLike(a.dtype, a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in args)
-            self.launches.append(Launch(kernel, stand_ins, options))
+            self.launches.append(Launch(kernel, tuple(map(_stand_in, args)), options))
 
     def source(self, text: str, defines: Mapping[str, int], capability: tuple[int, int]) -> None:
         """Note a source, unless the same was."""
@@ -215,6 +226,8 @@ class Launcher:
             if isinstance(value, torch.Tensor):
                 # On the CPU or not, too: Triton refuses what a GPU cannot read, and sees it where a key is new.
                 key.append((value.dtype, value.data_ptr() % 16 == 0, value.is_cuda))
+            elif _is_descriptor(value):
+                key.append((value.base.dtype, *value.block_shape))
             elif constant or not isinstance(value, int) or isinstance(value, bool):
                 key.append(value if constant else type(value))
             else:

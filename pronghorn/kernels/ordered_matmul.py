@@ -16,7 +16,9 @@ adds what lies in the output (measured on an H200). ``tests/gpu/test_ordered_mat
 **How** (``ordered_matmul_triton.py``). A program owns some outputs for all rows and walks over the inputs; as no two
 share a sum, only outputs spread over the GPU: 32 of them a program, so that 4,096 are 128 programs, several stages of
 weights on their way in each. Every program reads all of x, which costs no memory traffic but L2's, and is why many rows
-are better left to cuBLAS.
+are better left to cuBLAS. But long sums (the down projection) cuBLAS splits up to 256 rows: there a program has 128
+rows, and Hopper's copy engine brings its inputs (43 microseconds at 128 rows of an 8B Llama and 56 at 256, where as
+many rows as are summed in order take 76 and 68; ``docs/log.md``).
 """
 
 from __future__ import annotations
@@ -30,10 +32,17 @@ from pronghorn.kernels.few_rows import MEMBERS, check_aligned, check_member, out
 from pronghorn.kernels.reference import ordered_matmul as reference
 from pronghorn.kernels.reference.ordered_matmul import DenseMember
 
-__all__ = ["MAX_ROWS", "DenseMember", "ordered_matmul", "why_not"]
+__all__ = ["LONG_SUM", "MAX_ROWS", "MOST_ROWS", "DenseMember", "most_rows", "ordered_matmul", "why_not"]
 
 MAX_ROWS = 64
 """Rows up to which this is meant to be the faster way; above, let cuBLAS multiply as many rows as it sums in order."""
+
+LONG_SUM = 8192
+"""Inputs from which on a matrix library splits the sum of up to 256 rows."""
+
+MOST_ROWS = 256
+"""Rows up to which a single product of so long a sum is meant to be faster than as many as the library sums in order,
+on Hopper, whose copy engine brings the inputs."""
 
 MAX_RANK = 128
 """An adapter's largest rank."""
@@ -65,6 +74,18 @@ def why_not(members: Sequence[DenseMember], dtype: torch.dtype) -> str:
         if m.rank > MAX_RANK:
             return f"an adapter of rank {m.rank}, above {MAX_RANK}"
     return ""
+
+
+def most_rows(members: Sequence[DenseMember]) -> int:
+    """Rows up to which this is meant to be the faster way for a group on its GPU."""
+    weight = members[0].weight_OI
+    if len(members) > 1 or weight.shape[1] < LONG_SUM or not _has_copy_engine(weight):
+        return MAX_ROWS
+    return MOST_ROWS
+
+
+def _has_copy_engine(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(tensor.device) == (9, 0)
 
 
 def ordered_matmul(

@@ -7,29 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.launch import Launcher
+from pronghorn.kernels.ordered_matmul import MAX_ROWS, most_rows
 from pronghorn.kernels.reference.ordered_matmul import DenseMember
 
 
 class Tile(NamedTuple):
-    """Outputs, rows and inputs of a program's step, warps, and stages of inputs on their way or in use."""
+    """Outputs, rows and inputs of a program's step, warps, and stages of inputs on their way or in use.
+
+    ``mapped``: Hopper's copy engine brings the inputs, of a single member.
+    """
 
     outputs: int
     rows: int
     inputs: int
     num_warps: int
     num_stages: int
+    mapped: bool = False
 
 
-def tile_for(M: int, outputs: int, capability: tuple[int, int] = (9, 0)) -> Tile:
+def tile_for(M: int, outputs: int, capability: tuple[int, int] = (9, 0), most: int = MAX_ROWS) -> Tile:
     """The tile for M rows and so many outputs of a group.
 
     Few outputs are all in work at once, and each waits for its own chain of sums: long steps spend the least beside it,
@@ -42,7 +48,16 @@ def tile_for(M: int, outputs: int, capability: tuple[int, int] = (9, 0)) -> Tile
     all of it where there are fewer programs than multiprocessors (at 64 rows 36.6 microseconds in place of 56.7 for the
     down projection). Other GPUs have less. A stage is in use while the others are on their way, and except with the
     wider instruction Triton makes one less than it is told.
+
+    A product that is meant for more than 64 rows (``most``, from
+    :func:`pronghorn.kernels.ordered_matmul.most_rows`) takes the copy engine from 33 on: rows in blocks of up to 128,
+    and the outputs so that each multiprocessor has a program. That reads so much for each product that threads which
+    ask for it 16 bytes at a time would hold the products up.
     """
+    if most > MAX_ROWS and M > 32:
+        if M <= 64:
+            return Tile(32, 64, 128, 4, 8, True)
+        return Tile(32, 128, 128, 4, 5, True) if M <= 128 else Tile(64, 128, 64, 4, 8, True)
     block_t = max(8, min(64, int(triton.next_power_of_2(M))))
     many = outputs >= 16384 or (M > 16 and capability[0] == 9)
     block_o, block_k = (64, 128) if many else (32, 256 if block_t <= 16 else 128)
@@ -68,12 +83,14 @@ def _ordered_matmul(
     x_ptr, low_ptr, y_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, bias0_ptr, bias1_ptr, bias2_ptr,
     M, K8, x_stride8, low_stride, y_stride, w0_stride8, w1_stride8, w2_stride8, outputs0, outputs1, outputs2,
     biased0, biased1, biased2, at0, at1, at2, rank0, rank1, rank2, scaling0, scaling1, scaling2,
+    x_map, w0_map,
     MEMBERS: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr,
-    OVERLAP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr, MAPPED: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of a member's outputs for a tile of rows. Strides and K come in eights: rows are aligned.
 
     OVERLAP: it begins while the kernel before it runs, which makes low, and nothing else that is read here.
+    MAPPED: x and the one weight are read by descriptors, which give zeros beyond their ends.
     """
     tile, column = tl.program_id(0), 0
     w_ptr, stride8, outputs = w0_ptr, w0_stride8, outputs0
@@ -110,17 +127,25 @@ def _ordered_matmul(
     k = tl.arange(0, BLOCK_K)
     w_at = w_ptr + row[:, None] * (stride8 * 8) + k[None, :]
     x_at = x_ptr + t.to(tl.int64)[:, None] * (x_stride8 * 8) + k[None, :]
-    acc = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
     whole = K8 * 8 // BLOCK_K * BLOCK_K
-    for start in range(0, whole, BLOCK_K):
-        w = tl.load(w_at + start)
-        x = tl.load(x_at + start, mask=live[:, None], other=0.0)
-        acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-    if not EVEN:  # the rest, apart: masks on every step's loads would cost a quarter more
-        inside = (whole + k < K8 * 8)[None, :]
-        w = tl.load(w_at + whole, mask=inside, other=0.0)
-        x = tl.load(x_at + whole, mask=live[:, None] & inside, other=0.0)
-        acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    if MAPPED:  # rows on the left: the wider instruction has 64 there, and a program may have fewer outputs
+        turned = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+        for start in range(0, K8 * 8, BLOCK_K):
+            w = w0_map.load([tile * BLOCK_O, start])
+            x = x_map.load([tl.program_id(1) * BLOCK_T, start])
+            turned = tl.dot(x, tl.trans(w), turned, input_precision="ieee")
+        acc = tl.trans(turned)
+    else:
+        acc = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
+        for start in range(0, whole, BLOCK_K):
+            w = tl.load(w_at + start)
+            x = tl.load(x_at + start, mask=live[:, None], other=0.0)
+            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+        if not EVEN:  # the rest, apart: masks on every step's loads would cost a quarter more
+            inside = (whole + k < K8 * 8)[None, :]
+            w = tl.load(w_at + whole, mask=inside, other=0.0)
+            x = tl.load(x_at + whole, mask=live[:, None] & inside, other=0.0)
+            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
     y = acc.to(dtype)
     if OVERLAP:
         gdc_wait()
@@ -142,6 +167,13 @@ def _ordered_matmul(
 _launch = Launcher(_ordered_matmul)
 
 
+def _maps(x_MI: torch.Tensor, member: DenseMember, outputs: int, rows: int, inputs: int) -> tuple[Any, Any]:
+    """Descriptors of x and the weight, in blocks of a program's step."""
+    return TensorDescriptor.from_tensor(x_MI, [rows, inputs]), TensorDescriptor.from_tensor(
+        member.weight_OI, [outputs, inputs]
+    )
+
+
 def ordered_matmul(
     x_MI: torch.Tensor,
     members: Sequence[DenseMember],
@@ -153,7 +185,7 @@ def ordered_matmul(
     """As ``reference.ordered_matmul.ordered_matmul``; x's rows and the weights' are aligned to 16 bytes.
 
     Args:
-        tile: instead of :func:`tile_for`'s choice, for measurements.
+        tile: instead of :func:`tile_for`'s choice, for measurements; a mapped one for a single member.
         overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: run beside it
             (on Hopper; elsewhere after it, as usual). It was launched as usual, or lets others begin only behind its
             own wait (:func:`pronghorn.kernels.launch.chained`): x is read before this one waits.
@@ -162,7 +194,9 @@ def ordered_matmul(
     if M == 0:
         return
     capability = _capability(x_MI.get_device())
-    block_o, block_t, block_k, num_warps, num_stages = tile or tile_for(M, out_MO.shape[1], capability)
+    block_o, block_t, block_k, num_warps, num_stages, mapped = tile or tile_for(
+        M, out_MO.shape[1], capability, most_rows(members)
+    )
     three = [*members, *[members[0]] * (3 - count)]
     counts = [m.weight_OI.shape[0] for m in members] + [0] * (3 - count)
     ranks = [m.rank if low_MR is not None else 0 for m in three]
@@ -180,7 +214,8 @@ def ordered_matmul(
             *(m.weight_OI.stride(0) // 8 for m in three), *counts,
             *(0 if m.bias_O is None else n for m, n in zip(three, counts)),
             *(m.at for m in three), *ranks, *(m.scaling for m in three),
+            *(_maps(x_MI, members[0], block_o, block_t, block_k) if mapped else (x_MI, x_MI)),
             count, block_r, all(r == block_r for r in ranks),
-            any(m.bias_O is not None for m in members), K % block_k == 0, overlap, block_o, block_t, block_k,
+            any(m.bias_O is not None for m in members), K % block_k == 0, overlap, mapped, block_o, block_t, block_k,
             num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False, **options,
         )  # fmt: skip

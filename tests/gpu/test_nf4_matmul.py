@@ -68,6 +68,7 @@ def by_cublas(x: torch.Tensor, members: list[Member], low: torch.Tensor | None) 
         ([2048, 2048], 4096, 64, False),
         ([4096], 14336, 16, False),
         ([4096, 1024, 1024], 4096, 0, True),
+        ([14336, 14336], 4096, 32, False),
         ([1000, 72], 1024, 32, True),  # outputs that are no multiple of a tile
     ],
 )

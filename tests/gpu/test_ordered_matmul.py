@@ -15,7 +15,7 @@ from pronghorn.lora.projection import Group, Projection
 from pronghorn.rollout.native.dense import DenseProduct, TrainerProduct, agrees, dense_members
 from pronghorn.rollout.native.products import product_of
 
-ROWS = (1, 3, 8, 9, 16, 17, 31, 33, 64, 65, 128)
+ROWS = (1, 3, 8, 9, 16, 17, 31, 33, 64, 65, 128, 129, 200, 256)
 
 
 def make(outputs: list[int], I: int, rank: int, bias: bool, dtype: torch.dtype, scaling: float = 1.0) -> Group:  # noqa: E741

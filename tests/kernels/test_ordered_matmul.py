@@ -14,6 +14,7 @@ from pronghorn.kernels.reference import ordered_matmul as reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNIT = {torch.float32: 1e-6, torch.float16: 4e-4}  # a sum's error, or one rounding: 2**-11 at most, less on average
 TILES = [None, Tile(16, 8, 16, 1, 2), Tile(32, 16, 64, 2, 3), Tile(64, 16, 128, 4, 2)]
+MAPPED = [Tile(16, 16, 64, 4, 2, True), Tile(32, 8, 128, 4, 2, True)]
 
 
 def some(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -63,6 +64,40 @@ def test_both_paths_give_the_sum_of_base_adapter_and_bias(M, I, shapes, tile, dt
     ordered_matmul_triton.ordered_matmul(x, members, low, kernel, tile)
     for found in (plain, kernel):  # up to three roundings
         assert off(found, truth) <= 2 * UNIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tile", MAPPED)
+@pytest.mark.parametrize(
+    ("M", "I", "O", "r", "bias"), [(1, 64, 33, 0, False), (21, 200, 40, 16, True), (17, 136, 70, 33, False)]
+)
+def test_inputs_that_the_copy_engine_brings(M, I, O, r, bias, tile, dtype) -> None:  # noqa: E741
+    """Rows, outputs and inputs that end within a block: zeros stand there, and nothing beyond is written."""
+    member = make(O, I, r, 3, bias, dtype)
+    x, low = some(M, I + 16, dtype=dtype)[:, :I], some(M, 51, dtype=dtype) if r else None
+    truth = exact(x, [member], low)
+    around = torch.full((M + 2, O + 2), float("nan"), dtype=dtype, device=DEVICE)
+    found = around[1:-1, 1:-1]
+    ordered_matmul_triton.ordered_matmul(x, [member], low, found, tile)
+    assert off(found, truth) <= 2 * UNIT[dtype]
+    found.fill_(float("nan"))
+    assert around.isnan().all()
+
+
+def test_long_sums_of_many_rows_are_for_one_product_where_a_copy_engine_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def weight(K: int) -> DenseMember:
+        return DenseMember(torch.empty(1, K, device="meta"))
+
+    assert module.most_rows([weight(8192)]) == module.MAX_ROWS
+    monkeypatch.setattr(module, "_has_copy_engine", lambda tensor: True)
+    assert module.most_rows([weight(8192)]) == module.MOST_ROWS
+    assert module.most_rows([weight(8184)]) == module.most_rows([weight(8192)] * 2) == module.MAX_ROWS
+    for M in (33, 64, 65, 128, 129, 256):
+        tile = tile_for(M, 4096, most=module.MOST_ROWS)
+        programs = -(-4096 // tile.outputs) * -(-M // tile.rows)
+        assert tile.mapped and programs == 128
+        assert (tile.outputs + tile.rows) * tile.inputs * 2 * tile.num_stages <= 225 * 1024
+    assert not tile_for(32, 4096, most=module.MOST_ROWS).mapped and not tile_for(65, 4096).mapped
 
 
 @pytest.mark.parametrize("path", [reference, ordered_matmul_triton])

@@ -25,8 +25,8 @@ def test_what_was_compiled_is_found(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert found["before"] == 2 and found["after"] == [] and found["real"] == []
-    assert len(list(tmp_path.glob("*/*.cubin"))) == 2
+    assert found["before"] == 3 and found["after"] == [] and found["real"] == []
+    assert len(list(tmp_path.glob("*/*.cubin"))) == 3
     assert found["raised"] == "CompilationError"
     assert "a broken kernel ahead stopped" in found["said"] and "first launch" in found["said"]
 

@@ -13,8 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from pronghorn.kernels import glu_triton, rms_norm_triton
+from pronghorn.kernels import glu_triton, ordered_matmul_triton, rms_norm_triton
 from pronghorn.kernels.launch import Launcher, Recorded, recording
+from pronghorn.kernels.ordered_matmul import DenseMember
+from pronghorn.kernels.ordered_matmul_triton import Tile
 from pronghorn.kernels.warm import Warming
 from tests.models.recorded_walk import H200
 
@@ -28,6 +30,8 @@ def walk(tokens: int) -> None:
     x = torch.zeros(tokens, 512, dtype=torch.bfloat16)
     rms_norm_triton.rms_norm_forward(x, torch.ones(512, dtype=torch.bfloat16), 1e-5, x, 0.0, True)
     glu_triton.glu_forward(x, x, "silu", x)
+    weight = DenseMember(torch.zeros(64, 512, dtype=torch.bfloat16))
+    ordered_matmul_triton.ordered_matmul(x, [weight], None, x[:, :64], Tile(64, 128, 64, 4, 3, mapped=True))
 
 
 def missing(recorded: Recorded) -> list[str]:

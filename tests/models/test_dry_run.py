@@ -35,4 +35,5 @@ def test_every_kernel_of_real_steps_was_foreseen(tmp_path: Path, kind: str) -> N
     assert len(found["asked"]) > 20 and found["decoded"] == list(BUCKETS)
     for kernel in KERNELS[kind]:
         assert any(key.startswith(f"{kernel} ") for key in found["asked"]), kernel
+    assert any("tensordesc" in key for key in found["asked"])  # more rows of the down projection
     assert sorted(set(found["asked"]) - set(found["foreseen"])) == []

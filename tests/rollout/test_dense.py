@@ -44,7 +44,7 @@ def test_is_tried_once_and_leaves_random_numbers_alone(group: Group, monkeypatch
         assert self.group.a_RI is not None and not torch.equal(self.group.a_RI, group.a_RI)  # B may be 0 yet, A is not
         return TrainerProduct(self.group, x.dtype)(x)
 
-    monkeypatch.setattr(DenseProduct, "__call__", as_the_trainer)
+    monkeypatch.setattr(DenseProduct, "by_kernel", as_the_trainer)
     before = torch.get_rng_state()
     assert agrees(group, torch.float32) and agrees(group, torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
@@ -57,7 +57,7 @@ def test_one_bit_of_difference_is_seen_and_said(group: Group, monkeypatch: pytes
         y[3, 5] = torch.nextafter(y[3, 5], torch.tensor(torch.inf))
         return y
 
-    monkeypatch.setattr(DenseProduct, "__call__", nearly)
+    monkeypatch.setattr(DenseProduct, "by_kernel", nearly)
     assert not agrees(group, torch.float32) and not agrees(group, torch.float32)
     assert capsys.readouterr().out.count("24 x 48, 16 x 48") == 1
 
@@ -68,7 +68,7 @@ def test_a_cpu_multiplies_as_the_trainer(group: Group) -> None:
 
 def test_a_walk_for_the_compiler_decides_nothing(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where launches are recorded, nothing runs that could be compared."""
-    monkeypatch.setattr(DenseProduct, "__call__", lambda self, x_MI: x_MI.new_zeros(1))
+    monkeypatch.setattr(DenseProduct, "by_kernel", lambda self, x_MI: x_MI.new_zeros(1))
     with recording():
         assert agrees(group, torch.float32)
     assert dense._TRIED == {}

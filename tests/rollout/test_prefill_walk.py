@@ -101,10 +101,18 @@ def test_many_rows_of_a_16_bit_base_are_padded_only_where_bits_would_differ(
 
     product = DenseProduct(group, torch.float32)
     monkeypatch.setattr(TrainerProduct, "__call__", watched)
-    for agrees, rows in itertools.product((True, False), (65, 383, 384)):
+    own: list[int] = []
+    monkeypatch.setattr(DenseProduct, "by_kernel", lambda self, x: own.append(len(x)))
+    for agrees, most, rows in itertools.product((True, False), (64, 256), (65, 256, 257, 383, 384)):
         monkeypatch.setattr(dense, "agrees", lambda *of, agrees=agrees: agrees)
+        product.most = most  # rows that our own kernel is meant for
+        by_kernel = agrees and rows <= most
+        assert (product.place(rows) is None) == by_kernel
         product(torch.randn(rows, group.members[0].base.in_features))
-        assert pads.pop() == (rows < 384 and not agrees) and not pads
+        if by_kernel:
+            assert own.pop() == rows and not pads
+        else:
+            assert pads.pop() == (rows < 384 and not agrees) and not pads and not own
 
 
 def test_rows_of_long_sums_end_with_a_whole_step_of_zeros(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,3 +131,30 @@ def test_rows_of_long_sums_end_with_a_whole_step_of_zeros(made: Any, monkeypatch
     assert weight.shape[1] == inputs.shape[1] and weight.shape[1] % 128 == 0
     assert not weight[:, I + group.rank :].any() and not inputs[:, I + group.rank :].any()
     torch.testing.assert_close(inputs @ weight.T, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_many_outputs_of_some_rows_read_the_4_bit_weights(
+    made: Any, monkeypatch: pytest.MonkeyPatch, many: bool
+) -> None:
+    """Up to 32 rows; adapters that an optimizer has changed show either way."""
+    _, walk = made
+    group = walk.layers[0].gate_up.group
+    if group.members[0].nf4 is None:
+        pytest.skip("a 16-bit base")
+    monkeypatch.setattr(products, "_MANY_OUTPUTS", group.outputs if many else group.outputs + 1)
+    monkeypatch.setattr(products, "takes_nf4", lambda *_: True)
+    seen, call = [], products.NF4Product.__call__
+    monkeypatch.setattr(products.NF4Product, "__call__", lambda self, x: (seen.append(len(x)), call(self, x))[1])
+    product = HeldProduct(group, torch.float32, Tables(), 48)
+    for change in (0.1, -0.1):
+        for b_Or in group.bs_Or:
+            b_Or += change
+        product.refresh()
+        for rows in (17, 32, 33):
+            x = torch.randn(rows, group.members[0].base.in_features)
+            place = product.place(rows)
+            assert (place is None) == (many and rows <= 32)
+            expected = TrainerProduct(group, torch.float32)(x.clone())
+            torch.testing.assert_close(product(x), expected, rtol=1e-4, atol=1e-4)
+    assert seen == ([17, 32] * 2 if many else [])

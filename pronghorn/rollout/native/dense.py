@@ -8,7 +8,7 @@ import torch
 
 from ...kernels.launch import current_recording
 from ...kernels.low_rank import low_rank
-from ...kernels.ordered_matmul import MAX_ROWS, DenseMember, ordered_matmul
+from ...kernels.ordered_matmul import MAX_ROWS, DenseMember, most_rows, ordered_matmul
 from ...lora.fused import ORDERED_ROWS, Input, project
 from ...lora.held import HeldWeights
 from ...lora.projection import Group
@@ -55,17 +55,27 @@ class DenseProduct:
     def __init__(self, group: Group, dtype: torch.dtype) -> None:
         self.group, self.many = group, TrainerProduct(group, dtype)
         self.members = dense_members(group, dtype)
+        self.most = most_rows(self.members)
+
+    def _own(self, rows: int) -> bool:
+        """Whether our own kernel multiplies so many: up to :data:`MAX_ROWS` its bits are known to be the trainer's."""
+        return rows <= MAX_ROWS or (rows <= self.most and agrees(self.group, self.members[0].weight_OI.dtype, rows))
 
     def place(self, rows: int) -> torch.Tensor | None:
-        return self.many.place(rows) if rows > MAX_ROWS else None
+        return None if self._own(rows) else self.many.place(rows)
 
     def refresh(self) -> None:
         """Nothing: it reads the rounded adapters themselves."""
 
     def __call__(self, x_MI: torch.Tensor) -> torch.Tensor:
         M = x_MI.shape[0]
-        if M > MAX_ROWS:
-            return self.many(x_MI, pad=M < ORDERED_ROWS and not agrees(self.group, x_MI.dtype, M))
+        if self._own(M):
+            return self.by_kernel(x_MI)
+        as_few = self.most < M and agrees(self.group, x_MI.dtype, M)
+        return self.many(x_MI, pad=M < ORDERED_ROWS and not as_few)
+
+    def by_kernel(self, x_MI: torch.Tensor) -> torch.Tensor:
+        """The product by our own kernel, whose rows are no more than it is meant for."""
         low_MR = None if self.group.a_RI is None else low_rank(x_MI, self.group.a_RI)
         return ordered_matmul(x_MI, self.members, low_MR, overlap=True)  # x was whole before x A^T began
 
@@ -92,8 +102,9 @@ def agrees(group: Group, dtype: torch.dtype, rows: int = MAX_ROWS) -> bool:
     """Whether so many rows may be multiplied by themselves: whether that gives the bits of the trainer's product, which
     pads few rows. Tried once for each shape and number of rows, on random inputs and adapters.
 
-    Up to :data:`MAX_ROWS` it is our own kernel that is tried, above the matrix library, which splits the sums of narrow
-    products. Which ones is its own affair: another version or GPU may differ. Where our kernel does, one line says so.
+    Up to as many as our own kernel is meant for it is that which is tried, above the matrix library, which splits the
+    sums of narrow products. Which ones is its own affair: another version or GPU may differ. Where our kernel does up
+    to :data:`MAX_ROWS`, one line says so.
     """
     members, device = group.members, group.members[0].base.weight.device
     shapes = tuple((*p.base.weight.shape, p.rank, p.scaling, p.base.bias is None) for p in members)
@@ -114,7 +125,8 @@ def agrees(group: Group, dtype: torch.dtype, rows: int = MAX_ROWS) -> bool:
         )
         x_MI = torch.randn(rows, members[0].base.in_features, generator=generator, device=device).to(dtype)
         trained = TrainerProduct(trial, dtype)
-        own = DenseProduct(trial, dtype)(x_MI) if rows <= MAX_ROWS else trained(x_MI, pad=False)
+        product = DenseProduct(trial, dtype)
+        own = product.by_kernel(x_MI) if rows <= product.most else trained(x_MI, pad=False)
         _TRIED[key] = torch.equal(own, trained(x_MI))
         if not _TRIED[key] and rows <= MAX_ROWS:
             sizes = ", ".join(f"{p.base.out_features} x {p.base.in_features}" for p in members)

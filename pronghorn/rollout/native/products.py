@@ -23,8 +23,10 @@ from .dense import DenseProduct, TrainerProduct, agrees, dense_members
 
 _STEP = 16  # columns of one matrix instruction: an adapter's ranks are multiplied in whole ones
 _EVEN = 128  # columns of one step of that kernel: a sum that ends within a step takes a third longer
-_LONG_SUM = 8192  # inputs from which on cuBLAS splits the sum of up to 256 rows
+_LONG_SUM = ordered.LONG_SUM
 _FEW = 64  # rows from which on it splits no shorter sum
+_MANY_OUTPUTS = 24576  # of a group: from here on the 4-bit kernel has enough of them for warps that take no turns
+_MANY_IN_NF4 = 32  # rows up to which it is then faster than weights in 16 bits
 
 
 class Product(Protocol):
@@ -114,7 +116,7 @@ class HeldProduct:
         dtype: of the products.
         tables: where inputs lie.
         rows: most rows; fewer than cuBLAS sums in order are multiplied as many, or, where the sum is long, by our own
-            kernel.
+            kernel. With many outputs up to 32 rows read the 4-bit weights.
     """
 
     def __init__(self, group: Group, dtype: torch.dtype, tables: Tables, rows: int) -> None:
@@ -128,16 +130,25 @@ class HeldProduct:
         self.right = weight.T if group.rank else weight[:, : self.inputs].T
         self.member = DenseMember(whole_rows(weight))  # zeros beyond what is multiplied change no sum
         long = inputs >= _LONG_SUM and _on_gpu(both) and not ordered.why_not([self.member], dtype)
-        self.few = ordered.MAX_ROWS if long else 0
+        self.few = ordered.most_rows([self.member]) if long else 0
+        many = group.outputs >= _MANY_OUTPUTS and takes_nf4(group, dtype)
+        self.in_nf4 = NF4Product(group, dtype) if many else None
+
+    def _few(self, rows: int) -> NF4Product | None:
+        return self.in_nf4 if rows <= _MANY_IN_NF4 else None
 
     def place(self, rows: int) -> torch.Tensor | None:
-        return self.table_TK[:rows, : self.inputs]
+        return None if self._few(rows) else self.table_TK[:rows, : self.inputs]
 
     def refresh(self) -> None:
         self.held.refresh(self.group)
+        if self.in_nf4:
+            self.in_nf4.refresh()
 
     def __call__(self, x_MI: torch.Tensor) -> torch.Tensor:
         M = x_MI.shape[0]
+        if few := self._few(M):
+            return few(x_MI)
         own = self.table_TK[:M, : self.inputs]
         if x_MI.data_ptr() != own.data_ptr():
             own.copy_(x_MI)
