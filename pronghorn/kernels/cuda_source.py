@@ -183,10 +183,10 @@ def shared_memory(device: torch.device) -> int:
     return SHARED.get(torch.cuda.get_device_capability(device), 99) * 1024
 
 
-def source(name: str) -> str:
-    """A kernel's source in this folder, behind the instructions that all of them share."""
+def source(*names: str) -> str:
+    """A kernel's source, files in this folder, behind the instructions that all of them share."""
     folder = files("pronghorn.kernels")
-    return "\n".join(folder.joinpath(part).read_text() for part in ("instructions.cu", name))
+    return "\n".join(folder.joinpath(part).read_text() for part in ("instructions.cu", *names))
 
 
 def pointer(tensor: Any) -> int:

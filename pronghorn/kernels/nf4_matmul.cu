@@ -1,5 +1,6 @@
 // y = x [W_1; W_2; W_3]^T + low (s B)^T + bias for a handful of rows, weights read as NF4 codes, once.
-// What the kernel is and why it is so: nf4_matmul.py. Compiled at run time behind instructions.cu, with these given:
+// What the kernel is and why it is so: nf4_matmul.py. Compiled at run time behind instructions.cu, nf4_weights.cu (what it
+// is given, codes to weights) and nf4_low.cu (x A^T), with these given:
 //   GROUPS  groups of warps in a block, PAIR tiles of 8 outputs each, the last SHORT of them (with RING 1) one fewer
 //   RING    warps of a group: 1, or more that take turns at the inputs of the same outputs
 //   ROWS    rows of x: 8, or a multiple of 16                      PANEL   columns of x in a stage
@@ -10,33 +11,6 @@
 //   LOW     1, 2, 4 blocks make low, where nobody else has (with ROWS 8), LOW_COLUMNS of x at a time; 0: it is given
 //   PERMUTED  a bit for each of a chunk's tiles, inputs before outputs: whether its weights are looked up without memory
 
-struct Member {
-    const u8* codes;        // [outputs / 8][K / 64][8][4][2][4]: tiles, see nf4_layout.py
-    const void* scales;     // a scale for each 64 weights of a row: u8 codes if NESTED, else float
-    const float* nested;    // a scale for each 256 scale codes
-    const float* offset;    // added to every scale
-    const float* levels;    // the 256 levels of a scale code
-    const u16* b;           // s B, [outputs, rank]; null without an adapter
-    const u16* bias;        // null without one
-    int outputs, column;    // outputs of this member, and the column of y where they begin
-    int at, rank;           // the adapter's columns of low
-};
-
-struct Args {
-    Member member[3];
-    const u16* x;
-    u16* low;
-    u16* y;
-    float nf4[16];          // the levels of a weight code
-    int members, rows, K, x_stride, low_stride, y_stride;
-    const u16* a;           // if LOW: A of all adapters, [ranks, K]
-    int ranks;
-    int* counts;            // if LOW: 0 between launches: blocks that have made their part of low; see LOW_FLAG
-    float* parts;           // if LOW: [8, ranks in whole 16, 8]
-    int joined;             // a block may have outputs of several members (each group of warps of one): levels are the same
-};
-
-#define WARPS (GROUPS * RING)
 #define OUTPUTS ((GROUPS * PAIR - SHORT) * 8)  // of a block
 #define WIDE (ROWS == 8 && PAIR % 2 == 0)  // outputs are the 16 rows of the instruction's left operand; else x is
 #define SIXTEENS (ROWS == 8 ? 1 : ROWS / 16)
@@ -47,54 +21,12 @@ struct Args {
 #define X_ROW (PANEL * 2 + 16)           // bytes: eight rows' 16 bytes lie in different banks
 #define X_STAGE (ROWS * X_ROW)
 #define COUNTERS 256                     // bytes: of arrivals, two for each stage, and one
-#define TABLE 65536
-#define LEVELS 1024
 
 template <int N>
 struct Tiles {
     static constexpr int many = N;
 };
 
-// The table holds both levels of each byte of codes, 16 times over, so that the lanes of half a warp never meet in a
-// bank, and 256 bytes apart, so that one permutation makes the address of code and column.
-__device__ __forceinline__ u32 weights(u32 word, int byte, u32 column, float scale) {
-    const float2 level = *(const float2*)(shared + __byte_perm(word, column, 0x5504 | byte << 4));
-    return pair(scaled(level.x, scale), scaled(level.y, scale));
-}
-// The same without memory, for some of the weights, as the unit that looks levels up is what the sums wait for. A thread's
-// 16 weights of a block have one scale: their 16 possible values, rounded, by bytes, low[i] of four values and high[i],
-// are looked up by permutations.
-#if PERMUTED
-struct Values {
-    u32 low[4], high[4];
-};
-__device__ __forceinline__ Values values_of(const Args& args, float scale) {
-    Values v;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float* const level = args.nf4 + i * 4;
-        const u32 first = pair(scaled(level[0], scale), scaled(level[1], scale));
-        const u32 second = pair(scaled(level[2], scale), scaled(level[3], scale));
-        v.low[i] = __byte_perm(first, second, 0x6420), v.high[i] = __byte_perm(first, second, 0x7531);
-    }
-    return v;
-}
-// Four codes, in the low half of `codes` without their highest bits, where `upper` says which of them had that: a byte
-// of each value.
-__device__ __forceinline__ u32 bytes_of(const u32* table, u32 codes, u32 upper) {
-    return __byte_perm(table[0], table[1], codes) & ~upper | __byte_perm(table[2], table[3], codes) & upper;
-}
-// k[q]: both weights of byte q of a word.
-__device__ __forceinline__ void permuted(u32 (*k)[2], int half, const Values& v, u32 word) {
-    const u32 codes = word & 0x77777777, even = word << 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const u32 four = codes >> i * 16, upper = permute(even, word, i ? 0xfbea : 0xd9c8);  // signs
-        const u32 low = bytes_of(v.low, four, upper), high = bytes_of(v.high, four, upper);
-        k[i * 2 * PAIR][half] = __byte_perm(low, high, 0x4051), k[(i * 2 + 1) * PAIR][half] = __byte_perm(low, high, 0x6273);
-    }
-}
-#endif
 // One step of 16 columns: k[p] are a thread's weights of tile p, x[n] its part of rows 16 n to 16 n + 15, in the
 // instruction's order for a left operand (rows g, g + 8, and g, g + 8 again; columns 2 t and 2 t + 8 on).
 __device__ __forceinline__ void step(float (*c)[SIXTEENS][4], const u32 (*k)[2], const u32 (*x)[4]) {
@@ -123,106 +55,6 @@ __device__ __forceinline__ void read_x(u32 (*x)[SIXTEENS][4], u32 from) {
 #endif
 }
 
-// x A^T, by the first LOW blocks: 16 ranks are the rows of the instruction's left operand, the rows of x the columns of
-// the right one. A warp takes a run of the inputs (an eighth, in whole 64) for 16 ranks, LOW_COLUMNS at a time through
-// shared memory, a block some of the runs for all ranks; the last block to end adds the runs' sums, from the first:
-// low_rank.py, whose bits these are. It says so to all others.
-#if LOW
-#define RUNS 8
-#define OWN_RUNS (RUNS / LOW)
-#define LOW_FLAG(args) ((u32*)args.counts + 32)  // in a line of its own
-#define LOW_ROW (LOW_COLUMNS * 2 + 16)
-__device__ __forceinline__ void make_low(const Args& args, int warp, int lane) {
-    const int g = lane / 4, t = lane % 4, K = args.K, length = (K + 64 * RUNS - 1) / (64 * RUNS) * 64;
-    const int tiles = (args.ranks + 15) / 16, tasks = tiles * OWN_RUNS, own_first = blockIdx.x * OWN_RUNS;
-    const u32 x_all = shared_address(shared), a_own = x_all + (OWN_RUNS * 8 + warp * 16) * LOW_ROW;
-    auto columns_of = [&](int run, int stage) {  // how many
-        return min(LOW_COLUMNS, min((run + 1) * length, K) - run * length - stage * LOW_COLUMNS);
-    };
-    auto copy_a = [&](int task, int stage) {
-        const int run = own_first + task % OWN_RUNS, tile = task / OWN_RUNS, columns = columns_of(run, stage);
-        const u16* const from = args.a + run * length + stage * LOW_COLUMNS;
-#pragma unroll 1
-        for (int row = 0; row < 16; ++row)  // beyond the last rank the last: that is multiplied by zeros of B
-            for (int column = lane * 8; column < columns; column += 256)
-                copy16(a_own + row * LOW_ROW + column * 2, from + (u64)min(tile * 16 + row, args.ranks - 1) * K + column);
-    };
-    auto copy_x = [&](int stage) {
-#pragma unroll 1
-        for (int row = warp; row < OWN_RUNS * args.rows; row += WARPS) {
-            const int run = row % OWN_RUNS, columns = columns_of(own_first + run, stage);
-            const u32 to = x_all + (run * 8 + row / OWN_RUNS) * LOW_ROW;
-            const u16* const from =
-                args.x + (u64)(row / OWN_RUNS) * args.x_stride + (own_first + run) * length + stage * LOW_COLUMNS;
-            for (int column = lane * 8; column < columns; column += 256) copy16(to + column * 2, from + column);
-        }
-    };
-    if (warp < tasks) copy_a(warp, 0);  // while the kernel before still runs
-#if CHAIN
-    BEFORE_HAS_ENDED;
-    NEXT_MAY_BEGIN;
-#endif
-    bool copied = true;
-#pragma unroll 1
-    for (int first = 0; first < tasks; first += WARPS) {
-        const int task = first + warp, run = own_first + task % OWN_RUNS;
-        float c[4] = {};
-#pragma unroll 1
-        for (int stage = 0; stage * LOW_COLUMNS < length; ++stage) {
-            if (task < tasks && !copied) copy_a(task, stage);
-            copied = false;
-            copy_x(stage);
-            ALL_COPIES_WAIT;
-            __syncthreads();
-            const int columns = task < tasks ? columns_of(run, stage) : 0;
-#pragma unroll 4
-            for (int k = 0; k < columns; k += 32) {
-                u32 left[2][4], x[4];  // of two steps
-                read_pieces(left[0], a_own + lane % 16 * LOW_ROW + lane / 16 * 16 + k * 2);
-                read_pieces(left[1], a_own + lane % 16 * LOW_ROW + lane / 16 * 16 + k * 2 + 32);
-                read_pieces(x, x_all + (task % OWN_RUNS * 8 + lane % 8) * LOW_ROW + lane / 8 * 16 + k * 2);
-                multiply(c, left[0][0], left[0][1], left[0][2], left[0][3], x[0], x[1]);
-                multiply(c, left[1][0], left[1][1], left[1][2], left[1][3], x[2], x[3]);
-            }
-            __syncthreads();
-        }
-        float* const part = args.parts + (run * tiles + task / OWN_RUNS) * 128;  // [run][tile][rank][row]
-        if (task < tasks)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) part[(g + i / 2 * 8) * 8 + t * 2 + i % 2] = c[i];
-    }
-    int* const last = (int*)shared;
-    __syncthreads();
-    if (threadIdx.x == 0) *last = count_arrival(args.counts);
-    __syncthreads();
-    if (*last != LOW - 1) return;
-    for (int i = threadIdx.x; i < tiles * 128; i += WARPS * 32) {
-        float sums[RUNS];
-#pragma unroll
-        for (int r = 0; r < RUNS; ++r) sums[r] = seen_by_all(args.parts + r * tiles * 128 + i);
-        float sum = sums[0];
-#pragma unroll
-        for (int r = 1; r < RUNS; ++r) sum = __fadd_rn(sum, sums[r]);
-        if (i % 8 < args.rows) args.low[(u64)(i % 8) * args.low_stride + i / 8] = (u16)pair(sum, 0.0f);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        args.counts[0] = 0;
-        flag_set(LOW_FLAG(args));
-    }
-}
-#endif
-// One thread of a block listens, and then tells its block by a counter in shared memory, so that few ask for the flag at
-// once. Told, each listener counts itself, and the last one's count makes the flag 0 again: before this kernel ends, with
-// no one else's help, so that a graph may be replayed. The blocks that make low are the first of the grid: when another
-// waits for them, they have begun.
-#if LOW
-__device__ __forceinline__ void listen(const Args& args, u32 low_is_there) {
-    while (!flag_read(LOW_FLAG(args))) PAUSE;
-    flag_count(LOW_FLAG(args), gridDim.x - LOW);
-    counter_arrive(low_is_there);
-}
-#endif
 #if CHAIN && ROWS == 8
 // Room for the kernel before, 8 warps of up to 48 registers (a norm) where outputs are many, and else 4: on the
 // multiprocessors where its blocks are, a block of this one would otherwise begin only when they have ended. A quarter of

@@ -146,7 +146,7 @@ def _stages(panel: int, many: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 @lru_cache(maxsize=1)
 def _source() -> str:
-    return source("nf4_matmul.cu")
+    return source("nf4_weights.cu", "nf4_low.cu", "nf4_matmul.cu")
 
 
 @lru_cache(maxsize=8)

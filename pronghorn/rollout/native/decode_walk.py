@@ -186,7 +186,8 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
 def few_rows(hold: bool) -> int:
     """Rows up to which the 4-bit kernel is the faster way: cuBLAS on weights in 16 bits, if these are there, is as fast
-    at some 20 (``benchmarks/results``); where they have to be made for each product, it is slower up to 64.
+    at some 20 (``benchmarks/results``; where outputs are many, see ``products.py``); where they have to be made for
+    each product, it is slower up to 64.
     """
     return 16 if hold else MAX_ROWS
 

@@ -1,9 +1,10 @@
 """A layer's linear products as a decode step runs them, on the trainer's own weights and rounded adapters.
 
-Few rows of a 4-bit group go through one kernel that reads the codes once (``kernels/nf4_matmul.py``). More rows are
-multiplied by the weight in 16 bits: kept where there is memory for it, made for each product where not. A base in 16
-bits is read as it lies, few rows by a kernel of our own (``kernels/ordered_matmul.py``). Either way the sum has the
-trainer's order, and is rounded where the trainer's is.
+Few rows of a 4-bit group, and some more of one with many outputs, go through one kernel that reads the codes once
+(``kernels/nf4_matmul.py``). More rows are multiplied by the weight in 16 bits: kept where there is memory for it, made
+for each product where not. A base in 16 bits is read as it lies, few rows by a kernel of our own, long sums of up to
+256 rows too (``kernels/ordered_matmul.py``). Either way the sum has the trainer's order, and is rounded where the
+trainer's is.
 """
 
 from __future__ import annotations
