@@ -28,11 +28,11 @@ from types import ModuleType
 
 import torch
 
-from pronghorn.kernels.few_rows import MEMBERS, check_aligned, check_member, output
+from pronghorn.kernels.few_rows import HOPPER_PROCESSORS, MEMBERS, check_aligned, check_member, output
 from pronghorn.kernels.reference import ordered_matmul as reference
 from pronghorn.kernels.reference.ordered_matmul import DenseMember
 
-__all__ = ["LONG_SUM", "MAX_ROWS", "MOST_ROWS", "DenseMember", "most_rows", "ordered_matmul", "why_not"]
+__all__ = ["COPIED_ROWS", "LONG_SUM", "MAX_ROWS", "MOST_ROWS", "DenseMember", "most_rows", "ordered_matmul", "why_not"]
 
 MAX_ROWS = 64
 """Rows up to which this is meant to be the faster way; above, let cuBLAS multiply as many rows as it sums in order."""
@@ -43,6 +43,9 @@ LONG_SUM = 8192
 MOST_ROWS = 256
 """Rows up to which a single product of so long a sum is meant to be faster than as many as the library sums in order,
 on Hopper, whose copy engine brings the inputs."""
+
+COPIED_ROWS = 32
+"""Rows of such a product up to which threads ask for the inputs, as in all others."""
 
 MAX_RANK = 128
 """An adapter's largest rank."""
@@ -77,9 +80,13 @@ def why_not(members: Sequence[DenseMember], dtype: torch.dtype) -> str:
 
 
 def most_rows(members: Sequence[DenseMember]) -> int:
-    """Rows up to which this is meant to be the faster way for a group on its GPU."""
-    weight = members[0].weight_OI
-    if len(members) > 1 or weight.shape[1] < LONG_SUM or not _has_copy_engine(weight):
+    """Rows up to which this is meant to be the faster way for a group on its GPU.
+
+    With more outputs than a multiprocessor each in blocks of 32 is room for, some would be done behind the others.
+    """
+    outputs, inputs = members[0].weight_OI.shape
+    alone = len(members) == 1 and outputs <= 32 * HOPPER_PROCESSORS
+    if not alone or inputs < LONG_SUM or not _has_copy_engine(members[0].weight_OI):
         return MAX_ROWS
     return MOST_ROWS
 

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.launch import Launcher
-from pronghorn.kernels.ordered_matmul import MAX_ROWS, most_rows
+from pronghorn.kernels.ordered_matmul import COPIED_ROWS, MAX_ROWS, most_rows
 from pronghorn.kernels.reference.ordered_matmul import DenseMember
 
 
@@ -45,16 +45,15 @@ def tile_for(M: int, outputs: int, capability: tuple[int, int] = (9, 0), most: i
     down projections of an 8B Llama: 5 to 30% faster, though fewer programs run).
 
     Stages fill a half of a Hopper multiprocessor's shared memory, so that two programs fit; with the wider instruction
-    all of it where there are fewer programs than multiprocessors (at 64 rows 36.6 microseconds in place of 56.7 for the
-    down projection). Other GPUs have less. A stage is in use while the others are on their way, and except with the
-    wider instruction Triton makes one less than it is told.
+    all of it where there are fewer programs than multiprocessors. Other GPUs have less. A stage is in use while the
+    others are on their way, and except with the wider instruction Triton makes one less than it is told.
 
     A product that is meant for more than 64 rows (``most``, from
-    :func:`pronghorn.kernels.ordered_matmul.most_rows`) takes the copy engine from 33 on: rows in blocks of up to 128,
+    :func:`pronghorn.kernels.ordered_matmul.most_rows`) takes the copy engine above 32: rows in blocks of up to 128,
     and the outputs so that each multiprocessor has a program. That reads so much for each product that threads which
     ask for it 16 bytes at a time would hold the products up.
     """
-    if most > MAX_ROWS and M > 32:
+    if most > MAX_ROWS and M > COPIED_ROWS:
         if M <= 64:
             return Tile(32, 64, 128, 4, 8, True)
         return Tile(32, 128, 128, 4, 5, True) if M <= 128 else Tile(64, 128, 64, 4, 8, True)
@@ -70,6 +69,17 @@ def tile_for(M: int, outputs: int, capability: tuple[int, int] = (9, 0), most: i
 @cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index) if index >= 0 else (9, 0)
+
+
+@triton.jit
+def _mapped_sums(x_map, w_map, tile, K, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows on the left: the wider instruction has 64 there, and a program may have fewer outputs."""
+    sums = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        w = w_map.load([tile * BLOCK_O, start])
+        x = x_map.load([tl.program_id(1) * BLOCK_T, start])
+        sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee")
+    return tl.trans(sums)
 
 
 @triton.jit(
@@ -128,13 +138,8 @@ def _ordered_matmul(
     w_at = w_ptr + row[:, None] * (stride8 * 8) + k[None, :]
     x_at = x_ptr + t.to(tl.int64)[:, None] * (x_stride8 * 8) + k[None, :]
     whole = K8 * 8 // BLOCK_K * BLOCK_K
-    if MAPPED:  # rows on the left: the wider instruction has 64 there, and a program may have fewer outputs
-        turned = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
-        for start in range(0, K8 * 8, BLOCK_K):
-            w = w0_map.load([tile * BLOCK_O, start])
-            x = x_map.load([tl.program_id(1) * BLOCK_T, start])
-            turned = tl.dot(x, tl.trans(w), turned, input_precision="ieee")
-        acc = tl.trans(turned)
+    if MAPPED:
+        acc = _mapped_sums(x_map, w0_map, tile, K8 * 8, BLOCK_O, BLOCK_T, BLOCK_K)
     else:
         acc = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
         for start in range(0, whole, BLOCK_K):
@@ -185,7 +190,7 @@ def ordered_matmul(
     """As ``reference.ordered_matmul.ordered_matmul``; x's rows and the weights' are aligned to 16 bytes.
 
     Args:
-        tile: instead of :func:`tile_for`'s choice, for measurements; a mapped one for a single member.
+        tile: instead of :func:`tile_for`'s choice, for measurements.
         overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: run beside it
             (on Hopper; elsewhere after it, as usual). It was launched as usual, or lets others begin only behind its
             own wait (:func:`pronghorn.kernels.launch.chained`): x is read before this one waits.
@@ -197,6 +202,8 @@ def ordered_matmul(
     block_o, block_t, block_k, num_warps, num_stages, mapped = tile or tile_for(
         M, out_MO.shape[1], capability, most_rows(members)
     )
+    if mapped and count > 1:
+        raise ValueError(f"{count} members by a tile whose inputs the copy engine brings; give one, or another tile")
     three = [*members, *[members[0]] * (3 - count)]
     counts = [m.weight_OI.shape[0] for m in members] + [0] * (3 - count)
     ranks = [m.rank if low_MR is not None else 0 for m in three]

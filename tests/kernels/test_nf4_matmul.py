@@ -10,6 +10,7 @@ import dataclasses
 import pytest
 import torch
 
+from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.nf4_code import dynamic_code
 from pronghorn.kernels.nf4_matmul import Member, nf4_matmul, why_not
 from pronghorn.kernels.nf4_matmul_cuda import Tile, arguments, joins, low_for, tile_for
@@ -132,7 +133,7 @@ def test_an_8b_models_groups_fill_an_h200_once(outputs: tuple[int, ...]) -> None
     tile = tile_for(6, sum(outputs), 4096)
     assert tile is not None
     _, blocks = arguments(x, members, low, torch.zeros(6, sum(outputs)), tile, dynamic_code(CPU))
-    assert (blocks, low_for(16, 4096, tile.warps).blocks) == (128, 4)
+    assert blocks + low_for(16, 4096, tile.warps).blocks == HOPPER_PROCESSORS
 
 
 def test_a_block_has_outputs_of_several_members_only_where_warps_and_levels_allow_it() -> None:

@@ -9,6 +9,7 @@ early there. Not seen: a missing wait of a warp for its own lanes.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,6 +134,26 @@ def test_equals_the_reference(case: str, tmp_path: Path) -> None:
     compiled(tile, nested, rank, dtype, tmp_path).run(ctypes.byref(args), blocks, -(-M // tile.rows), 1)
     operands.check(y)
     assert pointer(y) == args.y
+
+
+@pytest.mark.parametrize("case", ["members side by side", "turns, members side by side"])
+def test_members_of_one_block_may_differ_in_adapter_and_bias(case: str, tmp_path: Path) -> None:
+    """The second without an adapter; the third has one of half the rank, on later columns, and a bias."""
+    tile, M, _, _, rank, _, nested, dtype = CASES[case]
+    (first, second, third), x, low, _ = made(case)
+    assert third.b_Or is not None and low is not None
+    short = dataclasses.replace(third, b_Or=third.b_Or[:, :16].contiguous(), at=third.at + 16)
+    members = [first, dataclasses.replace(second, b_Or=None, at=0), short]
+    bias = torch.randn(third.weight.shape[0]).to(dtype)
+    expected = torch.empty(M, sum(m.weight.shape[0] for m in members), dtype=dtype)
+    reference.nf4_matmul(x, members, low, expected)
+    expected[:, -len(bias) :] += bias
+    members[2] = dataclasses.replace(short, bias_O=bias)
+    y = torch.full_like(expected, float("nan"))
+    args, blocks = nf4_matmul_cuda.arguments(x, members, low, y, tile, dynamic_code(x.device))
+    assert args.joined
+    compiled(tile, nested, rank, dtype, tmp_path).run(ctypes.byref(args), blocks, -(-M // tile.rows), 1)
+    Made(members, x, low, expected).check(y)
 
 
 class Before(ctypes.Structure):

@@ -85,13 +85,14 @@ def test_inputs_that_the_copy_engine_brings(M, I, O, r, bias, tile, dtype) -> No
 
 
 def test_long_sums_of_many_rows_are_for_one_product_where_a_copy_engine_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    def weight(K: int) -> DenseMember:
-        return DenseMember(torch.empty(1, K, device="meta"))
+    def weight(K: int, outputs: int = 4224) -> DenseMember:
+        return DenseMember(torch.empty(outputs, K, device="meta"))
 
     assert module.most_rows([weight(8192)]) == module.MAX_ROWS
     monkeypatch.setattr(module, "_has_copy_engine", lambda tensor: True)
     assert module.most_rows([weight(8192)]) == module.MOST_ROWS
     assert module.most_rows([weight(8184)]) == module.most_rows([weight(8192)] * 2) == module.MAX_ROWS
+    assert module.most_rows([weight(8192, 4225)]) == module.MAX_ROWS
     for M in (33, 64, 65, 128, 129, 256):
         tile = tile_for(M, 4096, most=module.MOST_ROWS)
         programs = -(-4096 // tile.outputs) * -(-M // tile.rows)

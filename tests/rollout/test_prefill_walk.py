@@ -103,16 +103,19 @@ def test_many_rows_of_a_16_bit_base_are_padded_only_where_bits_would_differ(
     monkeypatch.setattr(TrainerProduct, "__call__", watched)
     own: list[int] = []
     monkeypatch.setattr(DenseProduct, "by_kernel", lambda self, x: own.append(len(x)))
-    for agrees, most, rows in itertools.product((True, False), (64, 256), (65, 256, 257, 383, 384)):
-        monkeypatch.setattr(dense, "agrees", lambda *of, agrees=agrees: agrees)
-        product.most = most  # rows that our own kernel is meant for
-        by_kernel = agrees and rows <= most
+    asked: list[int] = []
+    sizes = ((64, 64), (32, 256))  # rows that are tried once for all, and those that our own kernel is meant for
+    for agrees, (tried, most), rows in itertools.product((True, False), sizes, (32, 33, 65, 256, 257, 383, 384, 1024)):
+        monkeypatch.setattr(dense, "agrees", lambda *of, agrees=agrees: asked.append(of[-1]) or agrees)
+        product.tried, product.most = tried, most
+        by_kernel = rows <= tried or (agrees and rows <= most)
         assert (product.place(rows) is None) == by_kernel
         product(torch.randn(rows, group.members[0].base.in_features))
         if by_kernel:
             assert own.pop() == rows and not pads
         else:
             assert pads.pop() == (rows < 384 and not agrees) and not pads and not own
+    assert min(asked) == 33 and max(asked) == 383  # from 384 on there is nothing to try
 
 
 def test_rows_of_long_sums_end_with_a_whole_step_of_zeros(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ class Decoder:
     def held_bytes(self) -> int:
         """Memory of the weights that it keeps in 16 bits."""
         products = [p for walk in self._walks.values() for layer in walk.layers for p in layer[1:]]
-        return sum(p.held.bytes for p in products if isinstance(p, HeldProduct))
+        return sum(p.bytes for p in products if isinstance(p, HeldProduct))
 
     def begin(self, sequences: Seq[Sequence]) -> None:
         """A rollout of these sequences begins: adapters were rounded anew, all slots are free."""

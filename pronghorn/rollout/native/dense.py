@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
 from ...kernels.launch import current_recording
 from ...kernels.low_rank import low_rank
-from ...kernels.ordered_matmul import MAX_ROWS, DenseMember, most_rows, ordered_matmul
+from ...kernels.ordered_matmul import COPIED_ROWS, MAX_ROWS, DenseMember, most_rows, ordered_matmul
 from ...lora.fused import ORDERED_ROWS, Input, project
 from ...lora.held import HeldWeights
 from ...lora.projection import Group
@@ -56,10 +57,13 @@ class DenseProduct:
         self.group, self.many = group, TrainerProduct(group, dtype)
         self.members = dense_members(group, dtype)
         self.most = most_rows(self.members)
+        self.tried = tried_rows(self.members)
 
     def _own(self, rows: int) -> bool:
-        """Whether our own kernel multiplies so many: up to :data:`MAX_ROWS` its bits are known to be the trainer's."""
-        return rows <= MAX_ROWS or (rows <= self.most and agrees(self.group, self.members[0].weight_OI.dtype, rows))
+        """Whether our own kernel multiplies so many."""
+        if rows <= self.tried or rows > self.most:
+            return rows <= self.tried
+        return agrees(self.group, self.members[0].weight_OI.dtype, rows)
 
     def place(self, rows: int) -> torch.Tensor | None:
         return None if self._own(rows) else self.many.place(rows)
@@ -71,13 +75,20 @@ class DenseProduct:
         M = x_MI.shape[0]
         if self._own(M):
             return self.by_kernel(x_MI)
-        as_few = self.most < M and agrees(self.group, x_MI.dtype, M)
+        as_few = self.most < M < ORDERED_ROWS and agrees(self.group, x_MI.dtype, M)
         return self.many(x_MI, pad=M < ORDERED_ROWS and not as_few)
 
     def by_kernel(self, x_MI: torch.Tensor) -> torch.Tensor:
         """The product by our own kernel, whose rows are no more than it is meant for."""
         low_MR = None if self.group.a_RI is None else low_rank(x_MI, self.group.a_RI)
         return ordered_matmul(x_MI, self.members, low_MR, overlap=True)  # x was whole before x A^T began
+
+
+def tried_rows(members: Sequence[DenseMember]) -> int:
+    """Rows for which our own kernel is tried once for all: those of one tile, which fewer rows share or take parts of.
+    More, where it is meant for more, are tried for each number of rows.
+    """
+    return COPIED_ROWS if most_rows(members) > MAX_ROWS else MAX_ROWS
 
 
 def dense_members(group: Group, dtype: torch.dtype) -> list[DenseMember]:
@@ -98,14 +109,16 @@ _TRIED: dict[tuple[object, ...], bool] = {}
 
 
 @torch.no_grad()
-def agrees(group: Group, dtype: torch.dtype, rows: int = MAX_ROWS) -> bool:
+def agrees(group: Group, dtype: torch.dtype, rows: int | None = None) -> bool:
     """Whether so many rows may be multiplied by themselves: whether that gives the bits of the trainer's product, which
     pads few rows. Tried once for each shape and number of rows, on random inputs and adapters.
 
     Up to as many as our own kernel is meant for it is that which is tried, above the matrix library, which splits the
-    sums of narrow products. Which ones is its own affair: another version or GPU may differ. Where our kernel does up
-    to :data:`MAX_ROWS`, one line says so.
+    sums of narrow products. Which ones is its own affair: another version or GPU may differ. Where our kernel does,
+    for as many rows as are tried once for all (``rows=None``), one line says so.
     """
+    for_all = rows is None
+    rows = rows or tried_rows(dense_members(group, dtype))
     members, device = group.members, group.members[0].base.weight.device
     shapes = tuple((*p.base.weight.shape, p.rank, p.scaling, p.base.bias is None) for p in members)
     key = shapes, dtype, device, rows
@@ -128,7 +141,7 @@ def agrees(group: Group, dtype: torch.dtype, rows: int = MAX_ROWS) -> bool:
         product = DenseProduct(trial, dtype)
         own = product.by_kernel(x_MI) if rows <= product.most else trained(x_MI, pad=False)
         _TRIED[key] = torch.equal(own, trained(x_MI))
-        if not _TRIED[key] and rows <= MAX_ROWS:
+        if not _TRIED[key] and for_all:
             sizes = ", ".join(f"{p.base.out_features} x {p.base.in_features}" for p in members)
             print(
                 f"Pronghorn: rollouts multiply the projections of {sizes} as the trainer does, slower than by a kernel "

@@ -2,9 +2,9 @@
 
 Few rows of a 4-bit group, and some more of one with many outputs, go through one kernel that reads the codes once
 (``kernels/nf4_matmul.py``). More rows are multiplied by the weight in 16 bits: kept where there is memory for it, made
-for each product where not. A base in 16 bits is read as it lies, few rows by a kernel of our own, long sums of up to
-256 rows too (``kernels/ordered_matmul.py``). Either way the sum has the trainer's order, and is rounded where the
-trainer's is.
+for each product where not. A base in 16 bits is read as it lies, few rows by a kernel of our own, which on Hopper has
+long sums of up to 256 rows too, of weights that are kept as well (``kernels/ordered_matmul.py``). Either way the sum
+has the trainer's order, and is rounded where the trainer's is.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _STEP = 16  # columns of one matrix instruction: an adapter's ranks are multipli
 _EVEN = 128  # columns of one step of that kernel: a sum that ends within a step takes a third longer
 _LONG_SUM = ordered.LONG_SUM
 _FEW = 64  # rows from which on it splits no shorter sum
-_MANY_OUTPUTS = 24576  # of a group: from here on the 4-bit kernel has enough of them for warps that take no turns
-_MANY_IN_NF4 = 32  # rows up to which it is then faster than weights in 16 bits
+_MANY_OUTPUTS = 24576  # of a group: from here on the 4-bit kernel has enough of them for six warps a multiprocessor
+_MANY_IN_NF4 = 32  # rows up to which it is then faster than weights in 16 bits (measured at 28,672 outputs)
 
 
 class Product(Protocol):
@@ -72,6 +72,11 @@ class NF4Product:
 
     def place(self, rows: int) -> torch.Tensor | None:
         return None
+
+    @property
+    def bytes(self) -> int:
+        """Memory of adapters that are scaled, or not whole steps of columns."""
+        return sum(place.untyped_storage().nbytes() for place, _, _ in self._scaled)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -137,6 +142,11 @@ class HeldProduct:
 
     def _few(self, rows: int) -> NF4Product | None:
         return self.in_nf4 if rows <= _MANY_IN_NF4 else None
+
+    @property
+    def bytes(self) -> int:
+        """Memory of what it keeps."""
+        return self.held.bytes + (self.in_nf4.bytes if self.in_nf4 else 0)
 
     def place(self, rows: int) -> torch.Tensor | None:
         return None if self._few(rows) else self.table_TK[:rows, : self.inputs]
