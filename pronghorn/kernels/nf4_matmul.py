@@ -16,9 +16,9 @@ multiplies 6 rows here and a trainer that multiplies thousands there get the sam
 rows x is the left one. Codes lie in tiles (``nf4_layout.py``), so that a warp reads its own 256 bytes at once, straight
 into registers, some way ahead. A byte becomes its two float32 levels by one read of a table in shared memory, they are
 multiplied by their scale and rounded into a register of the operand. x comes through shared memory, once for a block.
-Where outputs are few, several warps take turns at the inputs of the same 16 and hand the accumulators on. Where
-they do, a block takes outputs one after another, whosever they are: a block for each member's rest could be one more
-than there are multiprocessors, and would run behind the others.
+Where outputs are few, several warps take turns at the inputs of the same 16 and hand the accumulators on. Where no
+group of warps would have outputs of two members, a block takes them one after another, whosever they are: a block for
+each member's rest could be one more than there are multiprocessors, and would run behind the others.
 
 **The adapter's** ``x A^T`` is made by the first few blocks of the same launch, for up to 8 rows, while the others
 multiply: they need it last. So nothing stands between a product and what makes x, and its start (the table, scales,

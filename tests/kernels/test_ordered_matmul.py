@@ -14,7 +14,7 @@ from pronghorn.kernels.reference import ordered_matmul as reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNIT = {torch.float32: 1e-6, torch.float16: 4e-4}  # a sum's error, or one rounding: 2**-11 at most, less on average
 TILES = [None, Tile(16, 8, 16, 1, 2), Tile(32, 16, 64, 2, 3), Tile(64, 16, 128, 4, 2)]
-MAPPED = [Tile(16, 16, 64, 4, 2, True), Tile(32, 8, 128, 4, 2, True)]
+MAPPED = [Tile(16, 16, 64, 4, 2, True), Tile(32, 32, 128, 4, 2, True)]
 
 
 def some(*shape: int, dtype: torch.dtype) -> torch.Tensor:

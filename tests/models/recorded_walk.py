@@ -97,7 +97,7 @@ def as_on_a_gpu() -> None:
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
     nf4_matmul_cuda._processors = lambda _: nf4_matmul_cuda.HOPPER_PROCESSORS  # type: ignore[assignment]
     products._on_gpu = lambda tensor: True
-    products._LONG_SUM = ordered_matmul.LONG_SUM = 512  # the down projection's here: of an 8B model's it is 8,192
+    ordered_matmul.LONG_SUM = 512  # the down projection's here: of an 8B model's it is 8,192
     products._MANY_OUTPUTS = 1024  # gate and up here
     ordered_matmul._has_copy_engine = lambda tensor: True
     attention.in_order = prefill_attention.in_order = lambda *_, **__: True  # type: ignore[assignment]

@@ -125,7 +125,7 @@ def test_rows_of_long_sums_end_with_a_whole_step_of_zeros(made: Any, monkeypatch
     if group.members[0].nf4 is None:
         pytest.skip("a 16-bit base is read as it lies")
     I = group.members[0].base.in_features  # noqa: E741 - a shape letter
-    monkeypatch.setattr(products, "_LONG_SUM", I)
+    monkeypatch.setattr(products.ordered, "LONG_SUM", I)
     assert align_of(I) == 128 and align_of(I - 1) == 64
     product = HeldProduct(group, torch.float32, Tables(), 4)
     x = torch.randn(3, I)

@@ -61,9 +61,7 @@ class DenseProduct:
 
     def _own(self, rows: int) -> bool:
         """Whether our own kernel multiplies so many."""
-        if rows <= self.tried or rows > self.most:
-            return rows <= self.tried
-        return agrees(self.group, self.members[0].weight_OI.dtype, rows)
+        return rows <= self.tried or (rows <= self.most and agrees(self.group, self.members[0].weight_OI.dtype, rows))
 
     def place(self, rows: int) -> torch.Tensor | None:
         return None if self._own(rows) else self.many.place(rows)
@@ -85,8 +83,8 @@ class DenseProduct:
 
 
 def tried_rows(members: Sequence[DenseMember]) -> int:
-    """Rows for which our own kernel is tried once for all: those of one tile, which fewer rows share or take parts of.
-    More, where it is meant for more, are tried for each number of rows.
+    """Rows up to which our own kernel is tried once for all, before it is chosen. Where it is meant for more, by other
+    tiles, each number of rows is tried when it comes.
     """
     return COPIED_ROWS if most_rows(members) > MAX_ROWS else MAX_ROWS
 
@@ -114,10 +112,9 @@ def agrees(group: Group, dtype: torch.dtype, rows: int | None = None) -> bool:
     pads few rows. Tried once for each shape and number of rows, on random inputs and adapters.
 
     Up to as many as our own kernel is meant for it is that which is tried, above the matrix library, which splits the
-    sums of narrow products. Which ones is its own affair: another version or GPU may differ. Where our kernel does,
-    for as many rows as are tried once for all (``rows=None``), one line says so.
+    sums of narrow products. Which ones is its own affair: another version or GPU may differ. Where our kernel does, a
+    line says so. ``rows=None``: as many as are tried once for all (:func:`tried_rows`).
     """
-    for_all = rows is None
     rows = rows or tried_rows(dense_members(group, dtype))
     members, device = group.members, group.members[0].base.weight.device
     shapes = tuple((*p.base.weight.shape, p.rank, p.scaling, p.base.bias is None) for p in members)
@@ -141,11 +138,11 @@ def agrees(group: Group, dtype: torch.dtype, rows: int | None = None) -> bool:
         product = DenseProduct(trial, dtype)
         own = product.by_kernel(x_MI) if rows <= product.most else trained(x_MI, pad=False)
         _TRIED[key] = torch.equal(own, trained(x_MI))
-        if not _TRIED[key] and for_all:
+        if not _TRIED[key] and rows <= product.most:
             sizes = ", ".join(f"{p.base.out_features} x {p.base.in_features}" for p in members)
             print(
-                f"Pronghorn: rollouts multiply the projections of {sizes} as the trainer does, slower than by a kernel "
-                "for few rows, because the matrix library sums these shapes in an order of its own",
+                f"Pronghorn: rollouts multiply {rows} rows of the projections of {sizes} as the trainer does, slower "
+                "than by a kernel for few rows, because the matrix library sums these shapes in an order of its own",
                 flush=True,
             )
     return _TRIED[key]

@@ -24,7 +24,6 @@ from .dense import DenseProduct, TrainerProduct, agrees, dense_members
 
 _STEP = 16  # columns of one matrix instruction: an adapter's ranks are multiplied in whole ones
 _EVEN = 128  # columns of one step of that kernel: a sum that ends within a step takes a third longer
-_LONG_SUM = ordered.LONG_SUM
 _FEW = 64  # rows from which on it splits no shorter sum
 _MANY_OUTPUTS = 24576  # of a group: from here on the 4-bit kernel has enough of them for six warps a multiprocessor
 _MANY_IN_NF4 = 32  # rows up to which it is then faster than weights in 16 bits (measured at 28,672 outputs)
@@ -129,18 +128,18 @@ class HeldProduct:
         inputs = group.members[0].base.in_features
         self.group, self.held = group, HeldWeights(group, dtype, align_of(inputs))
         self.inputs, both = inputs, self.held.table
-        least = ORDERED_ROWS if inputs >= _LONG_SUM else _FEW
+        least = ORDERED_ROWS if inputs >= ordered.LONG_SUM else _FEW
         self.table_TK = tables.take(max(rows, least), both.shape[1], both)
         self.least = least
         weight = both[: self.held.outputs]
         self.right = weight.T if group.rank else weight[:, : self.inputs].T
         self.member = DenseMember(whole_rows(weight))  # zeros beyond what is multiplied change no sum
-        long = inputs >= _LONG_SUM and _on_gpu(both) and not ordered.why_not([self.member], dtype)
-        self.few = ordered.most_rows([self.member]) if long else 0
+        long = inputs >= ordered.LONG_SUM and _on_gpu(both) and not ordered.why_not([self.member], dtype)
+        self.most_own = ordered.most_rows([self.member]) if long else 0
         many = group.outputs >= _MANY_OUTPUTS and takes_nf4(group, dtype)
         self.in_nf4 = NF4Product(group, dtype) if many else None
 
-    def _few(self, rows: int) -> NF4Product | None:
+    def _by_codes(self, rows: int) -> NF4Product | None:
         return self.in_nf4 if rows <= _MANY_IN_NF4 else None
 
     @property
@@ -149,7 +148,7 @@ class HeldProduct:
         return self.held.bytes + (self.in_nf4.bytes if self.in_nf4 else 0)
 
     def place(self, rows: int) -> torch.Tensor | None:
-        return None if self._few(rows) else self.table_TK[:rows, : self.inputs]
+        return None if self._by_codes(rows) else self.table_TK[:rows, : self.inputs]
 
     def refresh(self) -> None:
         self.held.refresh(self.group)
@@ -158,21 +157,21 @@ class HeldProduct:
 
     def __call__(self, x_MI: torch.Tensor) -> torch.Tensor:
         M = x_MI.shape[0]
-        if few := self._few(M):
-            return few(x_MI)
+        if product := self._by_codes(M):
+            return product(x_MI)
         own = self.table_TK[:M, : self.inputs]
         if x_MI.data_ptr() != own.data_ptr():
             own.copy_(x_MI)
         if self.group.a_RI is not None:
             low_rank(own, self.group.a_RI, self.table_TK[:M, self.inputs :])
-        if self.few >= M:
+        if self.most_own >= M:
             return ordered_matmul(whole_rows(self.table_TK[:M]), [self.member])
         return torch.mm(self.table_TK[: max(M, self.least)], self.right)[:M]
 
 
 def align_of(inputs: int) -> int:
     """How far apart rows of so many inputs are in tables that a decode step multiplies."""
-    return _EVEN if inputs >= _LONG_SUM else ROW_ALIGN
+    return _EVEN if inputs >= ordered.LONG_SUM else ROW_ALIGN
 
 
 def _on_gpu(tensor: torch.Tensor) -> bool:
