@@ -135,8 +135,11 @@ class HeldProduct:
         weight = both[: self.held.outputs]
         self.right = weight.T if group.rank else weight[:, : self.inputs].T
         self.member = DenseMember(whole_rows(weight))  # zeros beyond what is multiplied change no sum
-        long = inputs >= _LONG_SUM and _on_gpu(both) and not ordered.why_not([self.member], dtype)
-        self.few = ordered.most_rows([self.member]) if long else 0
+        long = inputs >= _LONG_SUM
+        self.least_own = 1 if long else ordered.COPIED_ROWS + 1
+        self.few = 0
+        if _on_gpu(both) and not ordered.why_not([self.member], dtype):
+            self.few = ordered.most_rows([self.member]) if long else ordered.mapped_rows([self.member], inputs)
         many = group.outputs >= _MANY_OUTPUTS and takes_nf4(group, dtype)
         self.in_nf4 = NF4Product(group, dtype) if many else None
 
@@ -165,8 +168,9 @@ class HeldProduct:
             own.copy_(x_MI)
         if self.group.a_RI is not None:
             low_rank(own, self.group.a_RI, self.table_TK[:M, self.inputs :])
-        if self.few >= M:
-            return ordered_matmul(whole_rows(self.table_TK[:M]), [self.member])
+        if self.least_own <= M <= self.few:
+            late = self.inputs if self.group.a_RI is not None else 0
+            return ordered_matmul(whole_rows(self.table_TK[:M]), [self.member], late=late)
         return torch.mm(self.table_TK[: max(M, self.least)], self.right)[:M]
 
 
