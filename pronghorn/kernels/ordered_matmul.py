@@ -32,7 +32,10 @@ from pronghorn.kernels.few_rows import HOPPER_PROCESSORS, MEMBERS, check_aligned
 from pronghorn.kernels.reference import ordered_matmul as reference
 from pronghorn.kernels.reference.ordered_matmul import DenseMember
 
-__all__ = ["COPIED_ROWS", "LONG_SUM", "MAX_ROWS", "MOST_ROWS", "DenseMember", "most_rows", "ordered_matmul", "why_not"]
+__all__ = [
+    "COPIED_ROWS", "LONG_SUM", "MAX_ROWS", "MOST_ROWS", "DenseMember", "mapped_rows", "most_rows", "ordered_matmul",
+    "why_not",
+]  # fmt: skip
 
 MAX_ROWS = 64
 """Rows up to which this is meant to be the faster way; above, let cuBLAS multiply as many rows as it sums in order."""
@@ -91,6 +94,17 @@ def most_rows(members: Sequence[DenseMember]) -> int:
     return MOST_ROWS
 
 
+def mapped_rows(members: Sequence[DenseMember], late: int = 0) -> int:
+    """Rows up to which the copy engine brings the inputs, above :data:`COPIED_ROWS`; 0 where it does not.
+
+    A short sum is no faster by it, but for beginning beside the kernel that makes its ``late`` columns.
+    """
+    most = most_rows(members)
+    if most > MAX_ROWS:
+        return most
+    return MAX_ROWS if late and len(members) == 1 and _has_copy_engine(members[0].weight_OI) else 0
+
+
 def _has_copy_engine(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(tensor.device) == (9, 0)
 
@@ -101,6 +115,7 @@ def ordered_matmul(
     low_MR: torch.Tensor | None = None,
     out_MO: torch.Tensor | None = None,
     overlap: bool = False,
+    late: int = 0,
 ) -> torch.Tensor:
     """Outputs of all ``members`` side by side; no gradient.
 
@@ -111,6 +126,7 @@ def ordered_matmul(
         out_MO: ``[M, sum of O]``, x's dtype, rows contiguous, to write to.
         overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: a GPU that can
             begins before it has ended.
+        late: that kernel makes x's columns from here on, and nothing else that is read here; 0: all of x is whole.
 
     Returns:
         ``y_MO`` in x's dtype, rounded where the module's docstring says.
@@ -120,7 +136,7 @@ def ordered_matmul(
     """
     out_MO = output(x_MI, sum(m.weight_OI.shape[0] for m in members), out_MO)
     _check(x_MI, members, low_MR)
-    _path(x_MI).ordered_matmul(x_MI, members, low_MR, out_MO, overlap=overlap)
+    _path(x_MI).ordered_matmul(x_MI, members, low_MR, out_MO, overlap=overlap, late=late)
     return out_MO
 
 

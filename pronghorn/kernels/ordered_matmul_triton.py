@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.launch import Launcher
-from pronghorn.kernels.ordered_matmul import COPIED_ROWS, MAX_ROWS, most_rows
+from pronghorn.kernels.ordered_matmul import COPIED_ROWS, mapped_rows
 from pronghorn.kernels.reference.ordered_matmul import DenseMember
 
 
@@ -35,7 +35,14 @@ class Tile(NamedTuple):
     mapped: bool = False
 
 
-def tile_for(M: int, outputs: int, capability: tuple[int, int] = (9, 0), most: int = MAX_ROWS) -> Tile:
+_MAPPED_64 = (
+    Tile(32, 64, 128, 4, 8, True),
+    Tile(64, 64, 128, 4, 6, True),
+    Tile(128, 64, 64, 4, 4, True),
+)
+
+
+def tile_for(M: int, outputs: int, capability: tuple[int, int] = (9, 0), most: int = 0) -> Tile:
     """The tile for M rows and so many outputs of a group.
 
     Few outputs are all in work at once, and each waits for its own chain of sums: long steps spend the least beside it,
@@ -48,14 +55,14 @@ def tile_for(M: int, outputs: int, capability: tuple[int, int] = (9, 0), most: i
     all of it where there are fewer programs than multiprocessors. Other GPUs have less. A stage is in use while the
     others are on their way, and except with the wider instruction Triton makes one less than it is told.
 
-    A product that is meant for more than 64 rows (``most``, from
-    :func:`pronghorn.kernels.ordered_matmul.most_rows`) takes the copy engine above 32: rows in blocks of up to 128,
-    and the outputs so that each multiprocessor has a program. That reads so much for each product that threads which
-    ask for it 16 bytes at a time would hold the products up.
+    A product whose inputs the copy engine brings up to ``most`` rows
+    (:func:`pronghorn.kernels.ordered_matmul.mapped_rows`) takes it above 32: rows in blocks of up to 128, and the
+    outputs so that each multiprocessor has a program, or two. A long sum reads so much for each product that threads
+    which ask for it 16 bytes at a time would hold the products up.
     """
-    if most > MAX_ROWS and M > COPIED_ROWS:
+    if most > COPIED_ROWS and M > COPIED_ROWS:
         if M <= 64:
-            return Tile(32, 64, 128, 4, 8, True)
+            return next((t for t in _MAPPED_64 if outputs <= t.outputs * HOPPER_PROCESSORS), _MAPPED_64[-1])
         return Tile(32, 128, 128, 4, 5, True) if M <= 128 else Tile(64, 128, 64, 4, 8, True)
     block_t = max(8, min(64, int(triton.next_power_of_2(M))))
     many = outputs >= 16384 or (M > 16 and capability[0] == 9)
@@ -72,13 +79,24 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _mapped_sums(x_map, w_map, tile, K, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows on the left: the wider instruction has 64 there, and a program may have fewer outputs."""
+def _mapped_sums(
+    x_map, w_map, tile, K, late, LATE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Rows on the left: the wider instruction has 64 there, and a program may have fewer outputs.
+
+    LATE: x's columns from ``late`` on, where a block begins, are there once the kernel before has ended.
+    """
     sums = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(0, late if LATE else K, BLOCK_K):
         w = w_map.load([tile * BLOCK_O, start])
         x = x_map.load([tl.program_id(1) * BLOCK_T, start])
         sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee")
+    if LATE:
+        gdc_wait()
+        for start in range(late, K, BLOCK_K):
+            w = w_map.load([tile * BLOCK_O, start])
+            x = x_map.load([tl.program_id(1) * BLOCK_T, start])
+            sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee")
     return tl.trans(sums)
 
 
@@ -86,21 +104,22 @@ def _mapped_sums(x_map, w_map, tile, K, BLOCK_O: tl.constexpr, BLOCK_T: tl.const
     do_not_specialize=[
         "M", "K8", "x_stride8", "w0_stride8", "w1_stride8", "w2_stride8", "low_stride", "y_stride",
         "outputs0", "outputs1", "outputs2", "biased0", "biased1", "biased2", "at0", "at1", "at2",
-        "rank0", "rank1", "rank2",
+        "rank0", "rank1", "rank2", "late",
     ]
 )  # fmt: skip
 def _ordered_matmul(
     x_ptr, low_ptr, y_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, bias0_ptr, bias1_ptr, bias2_ptr,
     M, K8, x_stride8, low_stride, y_stride, w0_stride8, w1_stride8, w2_stride8, outputs0, outputs1, outputs2,
     biased0, biased1, biased2, at0, at1, at2, rank0, rank1, rank2, scaling0, scaling1, scaling2,
-    x_map, w0_map,
+    x_map, w0_map, late,
     MEMBERS: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr,
-    OVERLAP: tl.constexpr, MAPPED: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr, MAPPED: tl.constexpr, LATE: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of a member's outputs for a tile of rows. Strides and K come in eights: rows are aligned.
 
     OVERLAP: it begins while the kernel before it runs, which makes low, and nothing else that is read here.
-    MAPPED: x and the one weight are read by descriptors, which give zeros beyond their ends.
+    MAPPED: x and the one weight are read by descriptors; beyond their ends are zeros. LATE: see ``_mapped_sums``.
     """
     tile, column = tl.program_id(0), 0
     w_ptr, stride8, outputs = w0_ptr, w0_stride8, outputs0
@@ -139,7 +158,7 @@ def _ordered_matmul(
     x_at = x_ptr + t.to(tl.int64)[:, None] * (x_stride8 * 8) + k[None, :]
     whole = K8 * 8 // BLOCK_K * BLOCK_K
     if MAPPED:
-        acc = _mapped_sums(x_map, w0_map, tile, K8 * 8, BLOCK_O, BLOCK_T, BLOCK_K)
+        acc = _mapped_sums(x_map, w0_map, tile, K8 * 8, late, LATE, BLOCK_O, BLOCK_T, BLOCK_K)
     else:
         acc = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
         for start in range(0, whole, BLOCK_K):
@@ -186,6 +205,7 @@ def ordered_matmul(
     out_MO: torch.Tensor,
     tile: Tile | None = None,
     overlap: bool = False,
+    late: int = 0,
 ) -> None:
     """As ``reference.ordered_matmul.ordered_matmul``; x's rows and the weights' are aligned to 16 bytes.
 
@@ -194,13 +214,14 @@ def ordered_matmul(
         overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: run beside it
             (on Hopper; elsewhere after it, as usual). It was launched as usual, or lets others begin only behind its
             own wait (:func:`pronghorn.kernels.launch.chained`): x is read before this one waits.
+        late: likewise, where the copy engine brings the inputs: x's columns before these are read before it waits.
     """
     (M, K), count = x_MI.shape, len(members)
     if M == 0:
         return
     capability = _capability(x_MI.get_device())
     block_o, block_t, block_k, num_warps, num_stages, mapped = tile or tile_for(
-        M, out_MO.shape[1], capability, most_rows(members)
+        M, out_MO.shape[1], capability, mapped_rows(members, late)
     )
     if mapped and count > 1:
         raise ValueError(f"{count} members by a tile whose inputs the copy engine brings; give one, or another tile")
@@ -209,7 +230,8 @@ def ordered_matmul(
     ranks = [m.rank if low_MR is not None else 0 for m in three]
     block_r = max(16, int(triton.next_power_of_2(max(ranks)))) if any(ranks) else 0
     overlap = overlap and block_r > 0 and x_MI.is_cuda and capability >= (9, 0)
-    options = {"launch_pdl": True} if overlap else {}
+    late = late // block_k * block_k if mapped and x_MI.is_cuda else 0
+    options = {"launch_pdl": True} if overlap or late else {}
     with torch.cuda.device_of(x_MI):
         _launch(
             (sum(-(-n // block_o) for n in counts), triton.cdiv(M, block_t)),
@@ -221,8 +243,9 @@ def ordered_matmul(
             *(m.weight_OI.stride(0) // 8 for m in three), *counts,
             *(0 if m.bias_O is None else n for m, n in zip(three, counts)),
             *(m.at for m in three), *ranks, *(m.scaling for m in three),
-            *(_maps(x_MI, members[0], block_o, block_t, block_k) if mapped else (x_MI, x_MI)),
+            *(_maps(x_MI, members[0], block_o, block_t, block_k) if mapped else (x_MI, x_MI)), late,
             count, block_r, all(r == block_r for r in ranks),
-            any(m.bias_O is not None for m in members), K % block_k == 0, overlap, mapped, block_o, block_t, block_k,
+            any(m.bias_O is not None for m in members), K % block_k == 0, overlap, mapped, late > 0,
+            block_o, block_t, block_k,
             num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False, **options,
         )  # fmt: skip

@@ -6,14 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from pronghorn.kernels.launch import chained
 from pronghorn.kernels.low_rank import low_rank
 from pronghorn.kernels.ordered_matmul import DenseMember, ordered_matmul
 from pronghorn.kernels.ordered_matmul_triton import Tile
 from pronghorn.kernels.ordered_matmul_triton import ordered_matmul as launch
 from pronghorn.lora.fused import ORDERED_ROWS, Input, project
+from pronghorn.lora.held import HeldWeights
 from pronghorn.lora.projection import Group, Projection
+from pronghorn.rollout.native import products
 from pronghorn.rollout.native.dense import DenseProduct, TrainerProduct, agrees, dense_members
-from pronghorn.rollout.native.products import product_of
+from pronghorn.rollout.native.products import HeldProduct, Tables, product_of
 
 ROWS = (1, 3, 8, 9, 16, 17, 31, 33, 64, 65, 128, 129, 200, 256)
 
@@ -32,10 +35,10 @@ def make(outputs: list[int], I: int, rank: int, bias: bool, dtype: torch.dtype, 
     return Group(tuple(members), a_RI, tuple(bs), tuple(spans), tuple(columns))
 
 
-def by_trainer(group: Group, x: torch.Tensor) -> torch.Tensor:
-    given = Input(group, rows=len(x), like=x)
+def by_trainer(group: Group, x: torch.Tensor, held: HeldWeights | None = None) -> torch.Tensor:
+    given = Input(group, held, rows=len(x), like=x)
     given.x_TI.copy_(x)
-    return project(given, group, given.lower(group, None, True), ordered=True)
+    return project(given, group, given.lower(group, None, True), held, ordered=True)
 
 
 def test_the_decode_step_takes_it_where_its_bits_are_the_trainer_s() -> None:
@@ -103,6 +106,49 @@ def test_a_held_table_has_cublas_s_bits(O: int, I: int, R: int, dtype: torch.dty
     expected = x @ table.T
     for M in ROWS:
         assert torch.equal(ordered_matmul(x[:M], [DenseMember(table)]), expected[:M]), f"{M} rows"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [8, 32])
+@pytest.mark.parametrize(
+    ("outputs", "I"), [([4096, 1024, 1024], 4096), ([4096], 4096), ([14336, 14336], 4096), ([4096], 14336)]
+)
+def test_weights_that_are_kept_have_the_trainer_s_bits(outputs, I, rank, dtype, monkeypatch) -> None:  # noqa: E741
+    """In a chain, where the product begins beside ``x A^T``; from 33 to 64 rows it is our own."""
+    group = make(outputs, I, rank, False, dtype)
+    x, held = torch.randn(ORDERED_ROWS, I, device="cuda").to(dtype), HeldWeights(group, dtype)
+    expected, product = by_trainer(group, x, held), HeldProduct(group, dtype, Tables(), 256)
+    calls: list[int] = []
+    monkeypatch.setattr(
+        products, "ordered_matmul", lambda x, *args, **more: (calls.append(len(x)), ordered_matmul(x, *args, **more))[1]
+    )
+    for M in (33, 48, 64, 65, 256):
+        product.table_TK[:, I:] = float("nan")  # what x A^T of another step left
+        product.table_TK[:, I + group.rank :] = 0.0
+        with chained():
+            product.place(M).copy_(x[:M])
+            found = product(product.place(M))
+        assert torch.equal(found, expected[:M]), f"{M} rows: {(found != expected[:M]).float().mean():.4f} differ"
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert not hopper or calls == [33, 48, 64, *([65, 256] if I > 8192 else [])]
+
+
+def test_its_last_columns_are_waited_for() -> None:
+    """Beside a kernel that makes them, and takes longer than the product, in a chain."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("what begins early for its last columns needs Hopper")
+    weight = (torch.randn(256, 1152, device="cuda") / 32).bfloat16()
+    wide = torch.randn(32, 1 << 16, device="cuda").bfloat16()
+    for _ in range(20):
+        x, other = torch.randn(48, 1152, device="cuda").bfloat16(), torch.randn(48, 1 << 16, device="cuda").bfloat16()
+        x[:, 1056:] = 0.0
+        x[:, 1024:1056] = float("nan")
+        found = torch.empty(48, 256, device="cuda", dtype=torch.bfloat16)
+        torch.cuda.synchronize()
+        with chained():
+            low_rank(other, wide, x[:, 1024:1056])
+            launch(x, [DenseMember(weight)], None, found, Tile(32, 64, 128, 4, 8, True), late=1024)
+        assert torch.equal(found, ordered_matmul(x, [DenseMember(weight)])) and not found.isnan().any()
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,22 @@ def test_long_sums_of_many_rows_are_for_one_product_where_a_copy_engine_is(monke
     assert not tile_for(32, 4096, most=module.MOST_ROWS).mapped and not tile_for(65, 4096).mapped
 
 
+def test_some_rows_of_one_product_begin_beside_x_a(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the copy engine, whose product is as fast as the one that has to wait; so many outputs a program that each
+    multiprocessor has one.
+    """
+    single = [DenseMember(torch.empty(6144, 4096, device="meta"))]
+    assert module.mapped_rows(single, 96) == 0
+    monkeypatch.setattr(module, "_has_copy_engine", lambda tensor: True)
+    assert module.mapped_rows(single, 96) == module.MAX_ROWS
+    assert module.mapped_rows(single) == module.mapped_rows(single * 2, 96) == 0, "nothing to begin beside, or members"
+    for outputs, each in ((4096, 32), (4224, 32), (6144, 64), (28672, 128)):
+        for M in (33, 64):
+            tile = tile_for(M, outputs, most=module.MAX_ROWS)
+            assert tile.mapped and tile.outputs == each and tile.rows >= M
+            assert (tile.outputs + tile.rows) * tile.inputs * 2 * tile.num_stages <= 225 * 1024
+
+
 @pytest.mark.parametrize("path", [reference, ordered_matmul_triton])
 @pytest.mark.parametrize("scaling", [1.0, 0.3])
 def test_rounds_before_it_adds(path, scaling: float) -> None:

@@ -37,10 +37,11 @@ def ordered_matmul(
     low_MR: torch.Tensor | None,
     out_MO: torch.Tensor,
     overlap: bool = False,
+    late: int = 0,
 ) -> None:
     """As :func:`pronghorn.kernels.ordered_matmul.ordered_matmul`, which checked the arguments, into ``out_MO``.
 
-    ``overlap`` means nothing here.
+    ``overlap`` and ``late`` mean nothing here.
     """
     dtype, wide = x_MI.dtype, torch.promote_types(x_MI.dtype, torch.float32)
     column = 0

@@ -3,8 +3,8 @@
 Few rows of a 4-bit group, and some more of one with many outputs, go through one kernel that reads the codes once
 (``kernels/nf4_matmul.py``). More rows are multiplied by the weight in 16 bits: kept where there is memory for it, made
 for each product where not. A base in 16 bits is read as it lies, few rows by a kernel of our own, which on Hopper has
-long sums of up to 256 rows too, of weights that are kept as well (``kernels/ordered_matmul.py``). Either way the sum
-has the trainer's order, and is rounded where the trainer's is.
+long sums of up to 256 rows too, of weights that are kept as well, and what is kept for 33 to 64 rows beside ``x A^T``
+(``kernels/ordered_matmul.py``). Either way the sum has the trainer's order, and is rounded where the trainer's is.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ class HeldProduct:
         dtype: of the products.
         tables: where inputs lie.
         rows: most rows; fewer than cuBLAS sums in order are multiplied as many, or, where the sum is long, by our own
-            kernel. With many outputs up to 32 rows read the 4-bit weights.
+            kernel. So are 33 to 64 rows on Hopper: beside an adapter's ``x A^T``, which it needs last, and the matrix
+            library first. With many outputs up to 32 rows read the 4-bit weights.
     """
 
     def __init__(self, group: Group, dtype: torch.dtype, tables: Tables, rows: int) -> None:
@@ -134,8 +135,10 @@ class HeldProduct:
         weight = both[: self.held.outputs]
         self.right = weight.T if group.rank else weight[:, : self.inputs].T
         self.member = DenseMember(whole_rows(weight))  # zeros beyond what is multiplied change no sum
-        long = inputs >= ordered.LONG_SUM and _on_gpu(both) and not ordered.why_not([self.member], dtype)
-        self.most_own = ordered.most_rows([self.member]) if long else 0
+        long = inputs >= ordered.LONG_SUM
+        self.least_own, self.most_own = (1 if long else ordered.COPIED_ROWS + 1), 0
+        if _on_gpu(both) and not ordered.why_not([self.member], dtype):
+            self.most_own = ordered.most_rows([self.member]) if long else ordered.mapped_rows([self.member], group.rank)
         many = group.outputs >= _MANY_OUTPUTS and takes_nf4(group, dtype)
         self.in_nf4 = NF4Product(group, dtype) if many else None
 
@@ -164,8 +167,9 @@ class HeldProduct:
             own.copy_(x_MI)
         if self.group.a_RI is not None:
             low_rank(own, self.group.a_RI, self.table_TK[:M, self.inputs :])
-        if self.most_own >= M:
-            return ordered_matmul(whole_rows(self.table_TK[:M]), [self.member])
+        if self.least_own <= M <= self.most_own:
+            late = self.inputs if self.group.rank else 0
+            return ordered_matmul(whole_rows(self.table_TK[:M]), [self.member], late=late)
         return torch.mm(self.table_TK[: max(M, self.least)], self.right)[:M]
 
 
