@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pronghorn.kernels.launch import Launcher
 from pronghorn.kernels.low_rank import FEW_ROWS
@@ -21,26 +22,37 @@ FEW_RANKS, FEW_ROWS_OF_THESE = 128, 4096
 """With so few ranks that is faster up to more rows: 12 microseconds in place of 62 for 1,024 rows of 14,336 inputs."""
 
 
+_MANY = 2048
+"""Rows above which tiles are larger."""
+
+
 class Tile(NamedTuple):
-    """Rows, ranks and inputs of a program's step, warps, and stages of inputs on their way or in use."""
+    """Rows, ranks and inputs of a program's step, warps, and stages of inputs on their way or in use; and whether the
+    copy engine brings the inputs (a run is whole steps then).
+    """
 
     rows: int
     ranks: int
     inputs: int
     num_warps: int
     num_stages: int
+    mapped: bool = False
 
 
-def few_rows_tile(T: int, R: int, step: int, capability: tuple[int, int] = (9, 0)) -> Tile:
-    """The tile for T rows and R ranks with runs of ``step`` inputs.
+def few_rows_tile(T: int, R: int, step: int, capability: tuple[int, int] = (9, 0), mapped: bool = False) -> Tile:
+    """The tile for T rows and R ranks with runs of ``step`` inputs, which the copy engine can bring where ``mapped``.
 
     There is little to read and less to multiply: what counts is to have all of it on its way at once, in many
     programs. So a program takes 16 ranks, the rows of the tensor core's instruction, and as many stages as its run has
     steps (Triton makes one less than it is told); four warps share the loads and repeat the few products. With more
-    rows the ranks are more, so that x is read less often.
+    rows the ranks are more, so that x is read less often; thousands of rows are read once for all ranks, by the copy
+    engine where there is one (4,096 rows of 14,336 inputs: 41 microseconds for 60, reading 27).
     """
+    if T > _MANY and mapped:
+        ranks, inputs = max(16, int(triton.next_power_of_2(R))), 64
+        return Tile(128, ranks, inputs, 8, 112 * 1024 // ((128 + ranks) * inputs * 2), True)
     rows, ranks, inputs = (32, 32, 128) if T > 16 else (8 if T <= 8 else 16, 16, 256)
-    if T > 2048 and R > 32:
+    if T > _MANY and R > 32:
         rows, ranks = 64, 64
     room = (160 if capability[0] == 9 else 72) * 1024 // ((rows + ranks) * inputs * 2)
     return Tile(rows, ranks, inputs, 4, 1 + min(room, -(-step // inputs)))
@@ -75,6 +87,19 @@ def _run(
 
 
 @triton.jit
+def _mapped_run(
+    x_map, a_map, first, last, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr
+):  # fmt: skip
+    """The same by descriptors, rows of x on the left, as the wider instruction has 64 there."""
+    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for start in range(first, last, BLOCK_I):
+        x = x_map.load([tl.program_id(1) * BLOCK_T, start])
+        a = a_map.load([tl.program_id(2) * BLOCK_R, start])
+        acc = tl.dot(x, tl.trans(a), acc, input_precision="ieee")
+    return tl.trans(acc)
+
+
+@triton.jit
 def _fetch(a_ptr, r, R, first, last, width, BLOCK_I: tl.constexpr):
     """A run of some rows of A on its way into the L2 cache, in lines of 128 bytes."""
     row = a_ptr + tl.minimum(r, R - 1)[:, None] * width
@@ -88,15 +113,16 @@ def _fetch(a_ptr, r, R, first, last, width, BLOCK_I: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def _few_rows(
-    x_ptr, a_ptr, out_ptr, also_ptr, also_stride, part_ptr, arrived_ptr, T, R,
+    x_ptr, a_ptr, out_ptr, also_ptr, also_stride, part_ptr, arrived_ptr, x_map, a_map, T, R,
     x_stride, out_stride, width, step,
     SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, TWICE: tl.constexpr,
-    EARLY: tl.constexpr, CHAIN: tl.constexpr,
+    MAPPED: tl.constexpr, EARLY: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """A run a program; the last of a tile adds all of them up, from the first, and clears the count. What comes out is
     written to a second place too if TWICE.
 
-    EARLY lets a kernel that was launched to overlap begin when x is whole; others still wait for the end.
+    MAPPED: x and A are read by descriptors, which give zeros beyond their ends. EARLY lets a kernel that was launched
+    to overlap begin when x is whole; others still wait for the end.
     """
     split = tl.program_id(0)
     tile = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
@@ -108,9 +134,12 @@ def _few_rows(
     if EARLY:
         gdc_launch_dependents()
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    x_row = x_ptr + t.to(tl.int64)[:, None] * x_stride
-    a_row = a_ptr + r[:, None] * width
-    acc = _run(a_row, x_row, r < R, t < T, split * step, last, BLOCK_R, BLOCK_T, BLOCK_I)
+    if MAPPED:
+        acc = _mapped_run(x_map, a_map, split * step, last, BLOCK_T, BLOCK_R, BLOCK_I)
+    else:
+        x_row = x_ptr + t.to(tl.int64)[:, None] * x_stride
+        a_row = a_ptr + r[:, None] * width
+        acc = _run(a_row, x_row, r < R, t < T, split * step, last, BLOCK_R, BLOCK_T, BLOCK_I)
     place = tl.arange(0, BLOCK_R)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
     parts = part_ptr + tile * (SPLITS * BLOCK_T * BLOCK_R)
     tl.store(parts + split * (BLOCK_T * BLOCK_R) + place, acc, cache_modifier=".cg")
@@ -169,6 +198,17 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index) if index >= 0 else (9, 0)
 
 
+def _can_map(x_TI: torch.Tensor, a_RI: torch.Tensor, capability: tuple[int, int]) -> bool:
+    """Whether Hopper's copy engine can bring them: rows begin at multiples of 16 bytes."""
+    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (x_TI, a_RI))
+    return aligned and x_TI.is_cuda and not torch.version.hip and capability == (9, 0)
+
+
+def _maps(x_TI: torch.Tensor, a_RI: torch.Tensor, rows: int, ranks: int, inputs: int) -> tuple[Any, Any]:
+    """Descriptors of x and A, in blocks of a program's step."""
+    return TensorDescriptor.from_tensor(x_TI, [rows, inputs]), TensorDescriptor.from_tensor(a_RI, [ranks, inputs])
+
+
 def low_rank(
     x_TI: torch.Tensor,
     a_RI: torch.Tensor,
@@ -189,18 +229,23 @@ def low_rank(
         capability = _capability(x_TI.get_device())
         also = out_TR if also_TR is None else also_TR
         if few_rows >= T or (few_rows and T <= FEW_ROWS_OF_THESE and R <= FEW_RANKS):
-            block_t, block_r, block_i, num_warps, num_stages = tile or few_rows_tile(T, R, step, capability)
+            block_t, block_r, block_i, num_warps, num_stages, mapped = tile or few_rows_tile(
+                T, R, step, capability, _can_map(x_TI, a_RI, capability)
+            )
+            if mapped and step % block_i:
+                raise ValueError(f"runs of {step} inputs by the copy engine, {block_i} at a time; give whole steps")
             tiles_t, tiles_r = triton.cdiv(T, block_t), triton.cdiv(R, block_r)
             stream = torch.cuda.current_stream(x_TI.device).cuda_stream if x_TI.is_cuda else 0
             tiles = int(triton.next_power_of_2(tiles_t * tiles_r))
             part, arrived = _workspace(x_TI.device, stream, tiles, block_t * block_r)
             _launch_few(
                 (SPLITS, tiles_t, tiles_r), x_TI, a_RI, out_TR, also, also.stride(0), part, arrived,
-                *common, block_t, block_r, block_i, also_TR is not None, x_TI.is_cuda and capability >= (9, 0),
+                *(_maps(x_TI, a_RI, block_t, block_r, block_i) if mapped else (x_TI, a_RI)),
+                *common, block_t, block_r, block_i, also_TR is not None, mapped, x_TI.is_cuda and capability >= (9, 0),
                 num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
             )  # fmt: skip
         else:
-            block_t, block_r, block_i, num_warps, num_stages = tile or many_rows_tile(R, width, capability)
+            block_t, block_r, block_i, num_warps, num_stages, _ = tile or many_rows_tile(R, width, capability)
             _launch_many(
                 (triton.cdiv(T, block_t), triton.cdiv(R, block_r)), x_TI, a_RI, out_TR, also, also.stride(0), *common,
                 block_t, block_r, block_i, also_TR is not None,

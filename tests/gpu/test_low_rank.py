@@ -21,3 +21,14 @@ def test_a_row_does_not_depend_on_how_many_there_are(I: int, R: int, dtype: torc
     for T in (6, 16, 200, 300, 2048, 2100, 4096, 4100):
         low_rank(x[:T, :I], a, x[:T, I:], also_TR[:T])
         assert torch.equal(x[:T, I:], all_TR[:T]) and torch.equal(also_TR[:T], all_TR[:T]), T
+
+
+def test_what_the_copy_engine_cannot_bring_comes_otherwise() -> None:
+    """Rows of x, or A, that begin beside a multiple of 16 bytes: the same bits."""
+    x = torch.randn(2100, 4100, device="cuda").bfloat16()
+    wide = torch.randn(32 * 4096 + 1, device="cuda").bfloat16()
+    a, other = wide[:-1].view(32, 4096), wide[1:].view(32, 4096)
+    other.copy_(a.clone())
+    expected = low_rank(x[:, :4096].contiguous(), other.clone())
+    assert torch.equal(low_rank(x[:, :4096], other), expected)
+    assert torch.equal(low_rank(x[:, :4096].contiguous(), other), expected)
