@@ -5,7 +5,9 @@
 Cases ``kernel/ordered_matmul/<projection>/<rows>`` have ``ms`` of one call and ``floor_ms``, the time that the weights
 take at this GPU's measured copy bandwidth. ``pronghorn`` is the base as it lies with the adapter and its roundings
 behind it, ``pronghorn+low_rank`` the same with ``x A^T`` before it, as a decode step has it; ``pronghorn-held`` a table
-``[W | s B]`` with x and its low rank side by side. ``torch`` is the product with the weight alone at so many rows,
+``[W | s B]`` with x and its low rank side by side, and ``pronghorn-held+chain`` a norm, ``x A^T`` and that product one
+after another, the product begun beside ``x A^T`` where it can (``torch-held+chain``: by the matrix library, at as many
+rows as it sums in order). ``torch`` is the product with the weight alone at so many rows,
 whose sum has an order of its own, and ``torch-ordered`` the same at as many rows as cuBLAS sums in order. Cases
 ``kernel/low_rank/<projection>/<rows>`` are ``x A^T``, with the floor of reading A. Calls on weights of their own, 512
 MiB at least, are captured in one CUDA graph, so that none is found in the L2 cache.
@@ -23,9 +25,11 @@ from benchmarks.nf4 import copy_bytes_per_ms
 from benchmarks.ordered_attention import run_all
 from benchmarks.results import Results, arguments, start
 from pronghorn.kernels import low_rank_triton, ordered_matmul_triton
+from pronghorn.kernels.launch import chained
 from pronghorn.kernels.low_rank import low_rank
 from pronghorn.kernels.ordered_matmul import DenseMember, ordered_matmul
 from pronghorn.kernels.ordered_matmul_triton import Tile
+from pronghorn.kernels.rms_norm import norm_forward
 from pronghorn.lora.fused import ORDERED_ROWS
 
 BYTES = 1 << 29
@@ -69,6 +73,25 @@ def with_low(x_MI: torch.Tensor, a_RI: torch.Tensor, members: list[DenseMember])
     return ordered_matmul(x_MI, members, low_rank(x_MI, a_RI), overlap=True)
 
 
+def held_chain(
+    x_MI: torch.Tensor,
+    weight_I: torch.Tensor,
+    table_TK: torch.Tensor,
+    a_RI: torch.Tensor,
+    held: torch.Tensor,
+    own: bool,
+) -> None:
+    """Norm, ``x A^T`` beside it in ``table_TK``, and the product of both."""
+    M, I = x_MI.shape  # noqa: E741 - shape letters
+    with chained():
+        norm_forward(x_MI, weight_I, 1e-5, table_TK[:M, :I])
+        low_rank(table_TK[:M, :I], a_RI, table_TK[:M, I:])
+        if own:
+            ordered_matmul(table_TK[:M], [DenseMember(held)], late=I)
+            return
+    torch.mm(table_TK, held.T)
+
+
 def per_call(calls: list[Call], stream: torch.cuda.Stream) -> float:
     return graphed(partial(run_all, calls), stream) / len(calls)
 
@@ -79,6 +102,7 @@ def bench(results: Results, name: str, rows: int, bandwidth: float, stream: torc
     copies = max(1, -(-BYTES // (total * K * 2)))
     with torch.cuda.stream(stream):
         x, low, wide, many = normal(rows, K), normal(rows, R), normal(rows, K + R), normal(max(rows, shape.ordered), K)
+        both = torch.zeros(max(rows, shape.ordered), K + R, dtype=x.dtype, device="cuda")
         tables = [normal(total, K + R) for _ in range(copies)]
         weights = [table[:, :K] for table in tables]
         bs = [normal(outputs, RANK) for outputs in shape.outputs]
@@ -91,6 +115,12 @@ def bench(results: Results, name: str, rows: int, bandwidth: float, stream: torc
             "pronghorn": [partial(ordered_matmul, x, members, low) for members in groups],
             "pronghorn+low_rank": [partial(with_low, x, a, members) for a, members in zip(spare, groups)],
             "pronghorn-held": [partial(ordered_matmul, wide, [DenseMember(table)]) for table in tables],
+            **{
+                f"{impl}-held+chain": [
+                    partial(held_chain, x, normal(K), both, a, t, own) for a, t in zip(spare, tables)
+                ]
+                for impl, own in (("pronghorn", True), ("torch", False))
+            },
             "torch": [partial(torch.mm, x, w.T) for w in weights],
             "torch-ordered": [partial(torch.mm, many, w.T) for w in weights],
         }
