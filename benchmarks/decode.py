@@ -143,7 +143,7 @@ def main() -> None:
     add_peers(results, peers)
     for base in args.bases.split(","):
         measure(results, args.model, base, [int(rows) for rows in args.batches.split(",")], args.repeats)
-    results.write(args.out)
+        results.write(args.out)  # of the bases so far: what comes may be cut off
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ take at this GPU's measured copy bandwidth. ``pronghorn`` is the base as it lies
 behind it, ``pronghorn+low_rank`` the same with ``x A^T`` before it, as a decode step has it; ``pronghorn-held`` a table
 ``[W | s B]`` with x and its low rank side by side, and ``pronghorn-held+chain`` a norm, ``x A^T`` and that product one
 after another, the product begun beside ``x A^T`` where it can (``torch-held+chain``: by the matrix library, at as many
-rows as it sums in order). ``torch`` is the product with the weight alone at so many rows,
-whose sum has an order of its own, and ``torch-ordered`` the same at as many rows as cuBLAS sums in order. Cases
-``kernel/low_rank/<projection>/<rows>`` are ``x A^T``, with the floor of reading A. Calls on weights of their own, 512
-MiB at least, are captured in one CUDA graph, so that none is found in the L2 cache.
+rows as it sums in order). ``torch`` is the product with the weight alone at so many rows, whose sum has an order of its
+own, and ``torch-ordered`` the same at as many rows as cuBLAS sums in order. Cases
+``kernel/low_rank/<projection>/<rows>`` are ``x A^T``, with the floor of reading A, and at 4,096 rows x. Calls on
+weights of their own, 512 MiB at least, are captured in one CUDA graph, so that none is found in the L2 cache.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from pronghorn.kernels.ordered_matmul import DenseMember, ordered_matmul
 from pronghorn.kernels.ordered_matmul_triton import Tile
 from pronghorn.kernels.rms_norm import norm_forward
 from pronghorn.lora.fused import ORDERED_ROWS
+from pronghorn.rollout.native.products import align_of
 
 BYTES = 1 << 29
 RANK = 32
 ROWS = (1, 6, 16, 32, 64, 128, 256)
+MANY = 4096  # rows of a prefill step
 
 
 class Shape(NamedTuple):
@@ -85,7 +87,7 @@ def held_chain(
     M, I = x_MI.shape  # noqa: E741 - shape letters
     with chained():
         norm_forward(x_MI, weight_I, 1e-5, table_TK[:M, :I])
-        low_rank(table_TK[:M, :I], a_RI, table_TK[:M, I:])
+        low_rank(table_TK[:M, :I], a_RI, table_TK[:M, I : I + len(a_RI)])
         if own:
             ordered_matmul(table_TK[:M], [DenseMember(held)], late=I)
             return
@@ -99,11 +101,12 @@ def per_call(calls: list[Call], stream: torch.cuda.Stream) -> float:
 def bench(results: Results, name: str, rows: int, bandwidth: float, stream: torch.cuda.Stream, every: bool) -> None:
     shape = SHAPES[name]
     total, K, R = sum(shape.outputs), shape.inputs, RANK * len(shape.outputs)
+    beside = -(-(K + R) // align_of(K)) * align_of(K) - K  # columns of a kept table beside the weight: zeros behind s B
     copies = max(1, -(-BYTES // (total * K * 2)))
     with torch.cuda.stream(stream):
-        x, low, wide, many = normal(rows, K), normal(rows, R), normal(rows, K + R), normal(max(rows, shape.ordered), K)
-        both = torch.zeros(max(rows, shape.ordered), K + R, dtype=x.dtype, device="cuda")
-        tables = [normal(total, K + R) for _ in range(copies)]
+        x, low, many = normal(rows, K), normal(rows, R), normal(max(rows, shape.ordered), K)
+        both = torch.zeros(max(rows, shape.ordered), K + beside, dtype=x.dtype, device="cuda")
+        wide, tables = normal(rows, K + beside), [normal(total, K + beside) for _ in range(copies)]
         weights = [table[:, :K] for table in tables]
         bs = [normal(outputs, RANK) for outputs in shape.outputs]
         groups = [
@@ -152,6 +155,17 @@ def bench(results: Results, name: str, rows: int, bandwidth: float, stream: torc
                 results.add(case, f"held {name}", ms=per_call(tiled, stream), floor_ms=floor)
 
 
+def bench_low_rank(results: Results, name: str, bandwidth: float, stream: torch.cuda.Stream) -> None:
+    """As prefill and training have it: x is read, beside which A is nothing. ``torch`` has an order of its own."""
+    K, R = SHAPES[name].inputs, RANK * len(SHAPES[name].outputs)
+    with torch.cuda.stream(stream):
+        xs, a = [normal(MANY, K) for _ in range(-(-BYTES // (MANY * K * 2)))], normal(R, K)
+    stream.synchronize()
+    case, floor = f"kernel/low_rank/{name}/{MANY}", xs[0].nbytes / bandwidth
+    results.add(case, "pronghorn", ms=per_call([partial(low_rank, x, a) for x in xs], stream), floor_ms=floor)
+    results.add(case, "torch", ms=per_call([partial(torch.mm, x, a.T) for x in xs], stream), floor_ms=floor)
+
+
 def main() -> None:
     parser = arguments("Products of few rows with 16-bit weights in the trainer's order")
     parser.add_argument("--configs", action="store_true", help="every launch configuration too; writes nothing")
@@ -167,8 +181,9 @@ def main() -> None:
             if rows > 128 and SHAPES[name].ordered < ORDERED_ROWS:
                 continue  # a rollout leaves these to the matrix library
             bench(results, name, rows, bandwidth, stream, args.configs)
-    if not args.configs:
-        results.write(args.out)
+        bench_low_rank(results, name, bandwidth, stream)
+        if not args.configs:
+            results.write(args.out)  # of the projections so far: what comes may be cut off
 
 
 if __name__ == "__main__":
