@@ -135,26 +135,35 @@ def _source(record: dict[str, Any]) -> str:
 
 
 def decode_table() -> list[str]:
-    """Milliseconds of a decode step: the base that each row ran, a column a batch size."""
-    record = load("decode")
-    if record is None:
-        return []
+    """Milliseconds of a decode step: the base that each row ran, a column a batch size. Bases that the newest run does
+    not have are those of the run that had them all.
+    """
+    lines: list[str] = []
+    shown: set[str] = set()
+    for name, title in (
+        ("decode", "Decoding, 8B, prompt 256 + 256 new"),
+        ("decode_16bit", "The same, bases in 16 bits"),
+    ):
+        record = load(name)
+        if record is not None:
+            bases = [base for base, _ in DECODE_BASES if base not in shown]
+            lines += _decode_lines(record, f"**{title}: ms a step (tokens/s)** {_source(record)}", bases)
+            shown |= {row["case"].split("/")[1] for row in record["rows"] if row["impl"] == "pronghorn"}
+    return lines
+
+
+def _decode_lines(record: dict[str, Any], title: str, bases: list[str]) -> list[str]:
     cases = [re.fullmatch(r"decode/[^/]+/b(\d+)", row["case"]) for row in record["rows"]]
     sizes = sorted({int(case[1]) for case in cases if case})
-    lines = [
-        f"**Decoding, 8B, prompt 256 + 256 new: ms a step (tokens/s)** {_source(record)}",
-        "",
-        "| | " + " | ".join(f"batch {size}" for size in sizes) + " |",
-        "|---" * (len(sizes) + 1) + "|",
-    ]
-    for base, heading in DECODE_BASES:
+    lines = [title, "", "| | " + " | ".join(f"batch {size}" for size in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+    for base in bases:
         found = {size: values(record, f"decode/{base}/b{size}") for size in sizes}
         for impl in [name for name in NAMES if any(name in rows for rows in found.values())]:
             cells = [
                 f"{rows[impl]['ms_per_step']:.2f} ({rows[impl]['tokens_per_s']:,.0f})" if impl in rows else ""
                 for rows in found.values()
             ]
-            shown = f"{NAMES[impl]}, {heading}" if impl == "pronghorn" else NAMES[impl]
+            shown = f"{NAMES[impl]}, {dict(DECODE_BASES)[base]}" if impl == "pronghorn" else NAMES[impl]
             lines.append(f"| {shown} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 

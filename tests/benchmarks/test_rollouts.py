@@ -169,6 +169,13 @@ def test_the_readmes_tables(tmp_path: Path, monkeypatch):
     assert "| vLLM, NF4 | 12.50 (480) | 17.20 (3,700) |" in table
     assert "| **Pronghorn**, NF4 under a live adapter of rank 32 | 3.22 (1,865) |  |" in table
     assert "| **Pronghorn**, bf16 | 5.00 (1,200) |  |" in table and "vllm 1.0" in table
+    older = Results("decode_16bit", ("vllm",), "c")
+    for base, ms in (("nf4-lora", 7.0), ("bf16", 8.0), ("fp16", 9.0)):
+        older.add(f"decode/{base}/b6", "pronghorn", ms_per_step=ms, tokens_per_s=600.0)
+    write(tmp_path, older)
+    second = "\n".join(readme.decode_table()).removeprefix(table)
+    assert "| **Pronghorn**, fp16 | 9.00 (600) |" in second, "the newer run has none"
+    assert "7.00" not in second and "8.00" not in second
     results = Results("throughput", ("vllm",), "c")
     results.add("throughput/mixed/512x8", "vllm", tokens_per_s=9000.4, bits=16, lora_rank=0)
     results.add("throughput/mixed/512x8", "pronghorn", tokens_per_s=9500.0, bits=4, lora_rank=32)
