@@ -156,7 +156,7 @@ def bench(results: Results, name: str, rows: int, bandwidth: float, stream: torc
 
 
 def bench_low_rank(results: Results, name: str, bandwidth: float, stream: torch.cuda.Stream) -> None:
-    """As prefill and training have it: x is read, beside which A is nothing. ``torch`` has an order of its own."""
+    """As prefill and ordered scoring have it: reading x is all. ``torch`` has an order of its own."""
     K, R = SHAPES[name].inputs, RANK * len(SHAPES[name].outputs)
     with torch.cuda.stream(stream):
         xs, a = [normal(MANY, K) for _ in range(-(-BYTES // (MANY * K * 2)))], normal(R, K)

@@ -43,6 +43,7 @@ STEPS = [
 ]
 # (base of `benchmarks/decode.py`, heading)
 DECODE_BASES = [("nf4-lora", "NF4 under a live adapter of rank 32"), ("bf16", "bf16"), ("fp16", "fp16")]
+HEADER = 4  # lines of a table before its rows, the title and what stands behind it included
 # How the peers' short names read.
 NAMES = {
     "trl": "TRL + PEFT + bitsandbytes",
@@ -165,7 +166,7 @@ def _decode_lines(record: dict[str, Any], title: str, bases: list[str]) -> list[
             ]
             shown = f"{NAMES[impl]}, {dict(DECODE_BASES)[base]}" if impl == "pronghorn" else NAMES[impl]
             lines.append(f"| {shown} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+    return [*lines, ""] if len(lines) > HEADER else []
 
 
 def throughput_table() -> list[str]:

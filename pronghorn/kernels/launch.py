@@ -133,8 +133,8 @@ def chained() -> Iterator[None]:
 
     Such a kernel waits until that one has ended and its writes are seen, before it writes anything and before it lets
     the next begin. So one that begins early may itself read, before it waits, what was whole two kernels before it: a
-    norm its weight and the residual, ``x A^T`` the adapters, a decode step's attention lengths, tables and earlier
-    tokens.
+    norm its weight and the residual, ``x A^T`` the adapters, a product behind that its weights and x but for the last
+    columns, a decode step's attention lengths, tables and earlier tokens.
 
     Inside :func:`before_a_start` a kernel that can lets the next begin before it waits itself.
     """

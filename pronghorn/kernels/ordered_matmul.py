@@ -94,15 +94,15 @@ def most_rows(members: Sequence[DenseMember]) -> int:
     return MOST_ROWS
 
 
-def mapped_rows(members: Sequence[DenseMember], late: int = 0) -> int:
+def mapped_rows(members: Sequence[DenseMember], beside: bool = False) -> int:
     """Rows up to which the copy engine brings the inputs, above :data:`COPIED_ROWS`; 0 where it does not.
 
-    A short sum is no faster by it, but for beginning beside the kernel that makes its ``late`` columns.
+    A short sum is no faster by it, but for beginning ``beside`` the kernel that makes x's last columns.
     """
     most = most_rows(members)
     if most > MAX_ROWS:
         return most
-    return MAX_ROWS if late and len(members) == 1 and _has_copy_engine(members[0].weight_OI) else 0
+    return MAX_ROWS if beside and len(members) == 1 and _has_copy_engine(members[0].weight_OI) else 0
 
 
 def _has_copy_engine(tensor: torch.Tensor) -> bool:
@@ -126,7 +126,8 @@ def ordered_matmul(
         out_MO: ``[M, sum of O]``, x's dtype, rows contiguous, to write to.
         overlap: the kernel launched just before makes ``low_MR``, and nothing else that is read here: a GPU that can
             begins before it has ended.
-        late: that kernel makes x's columns from here on, and nothing else that is read here; 0: all of x is whole.
+        late: that kernel makes x's columns from here on, and nothing else that is read here; 0: all of x is whole. It
+            was launched as usual, or lets others begin only behind its own wait.
 
     Returns:
         ``y_MO`` in x's dtype, rounded where the module's docstring says.

@@ -60,7 +60,7 @@ def tile_for(M: int, outputs: int, capability: tuple[int, int] = (9, 0), most: i
     outputs so that each multiprocessor has a program, or two. A long sum reads so much for each product that threads
     which ask for it 16 bytes at a time would hold the products up.
     """
-    if most > COPIED_ROWS and M > COPIED_ROWS:
+    if COPIED_ROWS < M <= most:
         if M <= 64:
             return next((t for t in _MAPPED_64 if outputs <= t.outputs * HOPPER_PROCESSORS), _MAPPED_64[-1])
         return Tile(32, 128, 128, 4, 5, True) if M <= 128 else Tile(64, 128, 64, 4, 8, True)
@@ -221,7 +221,7 @@ def ordered_matmul(
         return
     capability = _capability(x_MI.get_device())
     block_o, block_t, block_k, num_warps, num_stages, mapped = tile or tile_for(
-        M, out_MO.shape[1], capability, mapped_rows(members, late)
+        M, out_MO.shape[1], capability, mapped_rows(members, late > 0)
     )
     if mapped and count > 1:
         raise ValueError(f"{count} members by a tile whose inputs the copy engine brings; give one, or another tile")

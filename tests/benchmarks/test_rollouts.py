@@ -176,6 +176,9 @@ def test_the_readmes_tables(tmp_path: Path, monkeypatch):
     second = "\n".join(readme.decode_table()).removeprefix(table)
     assert "| **Pronghorn**, fp16 | 9.00 (600) |" in second, "the newer run has none"
     assert "7.00" not in second and "8.00" not in second
+    results.add("decode/fp16/b6", "pronghorn", ms_per_step=4.0, tokens_per_s=1500.0)
+    write(tmp_path, results)
+    assert "16 bits" not in "\n".join(readme.decode_table()), "no table without a row"
     results = Results("throughput", ("vllm",), "c")
     results.add("throughput/mixed/512x8", "vllm", tokens_per_s=9000.4, bits=16, lora_rank=0)
     results.add("throughput/mixed/512x8", "pronghorn", tokens_per_s=9500.0, bits=4, lora_rank=32)

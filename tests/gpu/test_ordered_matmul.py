@@ -9,7 +9,7 @@ from torch import nn
 from pronghorn.kernels.launch import chained
 from pronghorn.kernels.low_rank import low_rank
 from pronghorn.kernels.ordered_matmul import DenseMember, ordered_matmul
-from pronghorn.kernels.ordered_matmul_triton import Tile
+from pronghorn.kernels.ordered_matmul_triton import _MAPPED_64, Tile
 from pronghorn.kernels.ordered_matmul_triton import ordered_matmul as launch
 from pronghorn.lora.fused import ORDERED_ROWS, Input, project
 from pronghorn.lora.held import HeldWeights
@@ -109,12 +109,14 @@ def test_a_held_table_has_cublas_s_bits(O: int, I: int, R: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rank", [16, 32])  # 8 in float16: cuBLAS orders 14,344 inputs otherwise
+@pytest.mark.parametrize("rank", [8, 32])
 @pytest.mark.parametrize(
     ("outputs", "I"), [([4096, 1024, 1024], 4096), ([4096], 4096), ([14336, 14336], 4096), ([4096], 14336)]
 )
 def test_weights_that_are_kept_have_the_trainer_s_bits(outputs, I, rank, dtype, monkeypatch) -> None:  # noqa: E741
     """In a chain, where the product begins beside ``x A^T``; from 33 to 64 rows it is our own."""
+    if (dtype, rank, I) == (torch.float16, 8, 14336):
+        pytest.skip("cuBLAS has an order of its own for 14,344 inputs in float16")
     group = make(outputs, I, rank, False, dtype)
     x, held = torch.randn(ORDERED_ROWS, I, device="cuda").to(dtype), HeldWeights(group, dtype)
     expected, product = by_trainer(group, x, held), HeldProduct(group, dtype, Tables(), 256)
@@ -133,7 +135,11 @@ def test_weights_that_are_kept_have_the_trainer_s_bits(outputs, I, rank, dtype, 
     assert not hopper or calls == [33, 48, 64, *([65, 256] if I > 8192 else [])]
 
 
-def test_its_last_columns_are_waited_for() -> None:
+@pytest.mark.parametrize(
+    "late", [1024, 1000]
+)  # the second within a step, which is then read behind the wait as a whole
+@pytest.mark.parametrize("tile", _MAPPED_64)
+def test_its_last_columns_are_waited_for(tile: Tile, late: int) -> None:
     """Beside a kernel that makes them, and takes longer than the product, in a chain."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("what begins early for its last columns needs Hopper")
@@ -142,12 +148,12 @@ def test_its_last_columns_are_waited_for() -> None:
     for _ in range(20):
         x, other = torch.randn(48, 1152, device="cuda").bfloat16(), torch.randn(48, 1 << 16, device="cuda").bfloat16()
         x[:, 1056:] = 0.0
-        x[:, 1024:1056] = float("nan")
+        x[:, late : late + 32] = float("nan")
         found = torch.empty(48, 256, device="cuda", dtype=torch.bfloat16)
         torch.cuda.synchronize()
         with chained():
-            low_rank(other, wide, x[:, 1024:1056])
-            launch(x, [DenseMember(weight)], None, found, Tile(32, 64, 128, 4, 8, True), late=1024)
+            low_rank(other, wide, x[:, late : late + 32])
+            launch(x, [DenseMember(weight)], None, found, tile, late=late)
         assert torch.equal(found, ordered_matmul(x, [DenseMember(weight)])) and not found.isnan().any()
 
 

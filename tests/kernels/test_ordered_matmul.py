@@ -106,15 +106,18 @@ def test_some_rows_of_one_product_begin_beside_x_a(monkeypatch: pytest.MonkeyPat
     multiprocessor has one.
     """
     single = [DenseMember(torch.empty(6144, 4096, device="meta"))]
-    assert module.mapped_rows(single, 96) == 0
+    assert module.mapped_rows(single, True) == 0
     monkeypatch.setattr(module, "_has_copy_engine", lambda tensor: True)
-    assert module.mapped_rows(single, 96) == module.MAX_ROWS
-    assert module.mapped_rows(single) == module.mapped_rows(single * 2, 96) == 0, "nothing to begin beside, or members"
+    assert module.mapped_rows(single, True) == module.MAX_ROWS
+    assert module.mapped_rows(single) == module.mapped_rows(single * 2, True) == 0, (
+        "nothing to begin beside, or members"
+    )
     for outputs, each in ((4096, 32), (4224, 32), (6144, 64), (28672, 128)):
         for M in (33, 64):
             tile = tile_for(M, outputs, most=module.MAX_ROWS)
             assert tile.mapped and tile.outputs == each and tile.rows >= M
             assert (tile.outputs + tile.rows) * tile.inputs * 2 * tile.num_stages <= 225 * 1024
+        assert not tile_for(65, outputs, most=module.MAX_ROWS).mapped
 
 
 @pytest.mark.parametrize("path", [reference, ordered_matmul_triton])

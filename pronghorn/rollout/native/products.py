@@ -121,8 +121,8 @@ class HeldProduct:
         dtype: of the products.
         tables: where inputs lie.
         rows: most rows; fewer than cuBLAS sums in order are multiplied as many, or, where the sum is long, by our own
-            kernel. So are 33 to 64 rows on Hopper: beside an adapter's ``x A^T``, which it needs last, and the matrix
-            library first. With many outputs up to 32 rows read the 4-bit weights.
+            kernel. On Hopper that one has 33 to 64 rows of every group with adapters, as it begins beside ``x A^T``,
+            for which the matrix library would wait. With many outputs up to 32 rows read the 4-bit weights.
     """
 
     def __init__(self, group: Group, dtype: torch.dtype, tables: Tables, rows: int) -> None:
@@ -138,7 +138,9 @@ class HeldProduct:
         long = inputs >= ordered.LONG_SUM
         self.least_own, self.most_own = (1 if long else ordered.COPIED_ROWS + 1), 0
         if _on_gpu(both) and not ordered.why_not([self.member], dtype):
-            self.most_own = ordered.most_rows([self.member]) if long else ordered.mapped_rows([self.member], group.rank)
+            self.most_own = (
+                ordered.most_rows([self.member]) if long else ordered.mapped_rows([self.member], group.rank > 0)
+            )
         many = group.outputs >= _MANY_OUTPUTS and takes_nf4(group, dtype)
         self.in_nf4 = NF4Product(group, dtype) if many else None
 
@@ -168,7 +170,8 @@ class HeldProduct:
         if self.group.a_RI is not None:
             low_rank(own, self.group.a_RI, self.table_TK[:M, self.inputs :])
         if self.least_own <= M <= self.most_own:
-            late = self.inputs if self.group.rank else 0
+            # With more rows x A^T is the slower for a product that takes its place beside it.
+            late = self.inputs if self.group.rank and M <= ordered.MAX_ROWS else 0
             return ordered_matmul(whole_rows(self.table_TK[:M]), [self.member], late=late)
         return torch.mm(self.table_TK[: max(M, self.least)], self.right)[:M]
 
