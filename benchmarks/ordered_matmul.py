@@ -27,7 +27,7 @@ from benchmarks.results import Results, arguments, start
 from pronghorn.kernels import low_rank_triton, ordered_matmul_triton
 from pronghorn.kernels.launch import chained
 from pronghorn.kernels.low_rank import low_rank
-from pronghorn.kernels.ordered_matmul import DenseMember, ordered_matmul
+from pronghorn.kernels.ordered_matmul import MAX_ROWS, DenseMember, ordered_matmul
 from pronghorn.kernels.ordered_matmul_triton import Tile
 from pronghorn.kernels.rms_norm import norm_forward
 from pronghorn.lora.fused import ORDERED_ROWS
@@ -89,7 +89,7 @@ def held_chain(
         norm_forward(x_MI, weight_I, 1e-5, table_TK[:M, :I])
         low_rank(table_TK[:M, :I], a_RI, table_TK[:M, I : I + len(a_RI)])
         if own:
-            ordered_matmul(table_TK[:M], [DenseMember(held)], late=I)
+            ordered_matmul(table_TK[:M], [DenseMember(held)], late=I if M <= MAX_ROWS else 0)  # as a rollout does
             return
     torch.mm(table_TK, held.T)
 

@@ -48,7 +48,7 @@ MOST_ROWS = 256
 on Hopper, whose copy engine brings the inputs."""
 
 COPIED_ROWS = 32
-"""Rows of such a product up to which threads ask for the inputs, as in all others."""
+"""Rows up to which threads ask for the inputs of any product; above, the copy engine brings those of some."""
 
 MAX_RANK = 128
 """An adapter's largest rank."""

@@ -135,9 +135,7 @@ def test_weights_that_are_kept_have_the_trainer_s_bits(outputs, I, rank, dtype, 
     assert not hopper or calls == [33, 48, 64, *([65, 256] if I > 8192 else [])]
 
 
-@pytest.mark.parametrize(
-    "late", [1024, 1000]
-)  # the second within a step, which is then read behind the wait as a whole
+@pytest.mark.parametrize("late", [1024, 1000])  # the second lies within a step, which is read behind the wait
 @pytest.mark.parametrize("tile", _MAPPED_64)
 def test_its_last_columns_are_waited_for(tile: Tile, late: int) -> None:
     """Beside a kernel that makes them, and takes longer than the product, in a chain."""
