@@ -178,6 +178,13 @@ def _can_chain(index: int) -> bool:
     return index >= 0 and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
+def has_copy_engine(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is on a Hopper GPU, whose copy engine brings blocks of tensors by their descriptors, and whose
+    shared memory our tiles for it fill.
+    """
+    return tensor.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(tensor.device) == (9, 0)
+
+
 class Launcher:
     """``launcher(grid, *args, num_warps=...)`` launches ``kernel[grid](*args, num_warps=...)``.
 

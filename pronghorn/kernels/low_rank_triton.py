@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pronghorn.kernels import launch
 from pronghorn.kernels.launch import Launcher
 from pronghorn.kernels.low_rank import FEW_ROWS
 from pronghorn.kernels.reference.low_rank import SPLITS, run_length
@@ -198,10 +199,10 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index) if index >= 0 else (9, 0)
 
 
-def _can_map(x_TI: torch.Tensor, a_RI: torch.Tensor, capability: tuple[int, int]) -> bool:
+def _can_map(x_TI: torch.Tensor, a_RI: torch.Tensor) -> bool:
     """Whether Hopper's copy engine can bring them: rows begin at multiples of 16 bytes."""
     aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (x_TI, a_RI))
-    return aligned and x_TI.is_cuda and not torch.version.hip and capability == (9, 0)
+    return aligned and launch.has_copy_engine(x_TI)
 
 
 def _maps(x_TI: torch.Tensor, a_RI: torch.Tensor, rows: int, ranks: int, inputs: int) -> tuple[Any, Any]:
@@ -230,7 +231,7 @@ def low_rank(
         also = out_TR if also_TR is None else also_TR
         if few_rows >= T or (few_rows and T <= FEW_ROWS_OF_THESE and R <= FEW_RANKS):
             block_t, block_r, block_i, num_warps, num_stages, mapped = tile or few_rows_tile(
-                T, R, step, capability, _can_map(x_TI, a_RI, capability)
+                T, R, step, capability, _can_map(x_TI, a_RI)
             )
             if mapped and step % block_i:
                 raise ValueError(f"runs of {step} inputs by the copy engine, {block_i} at a time; give whole steps")

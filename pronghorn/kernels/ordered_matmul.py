@@ -28,6 +28,7 @@ from types import ModuleType
 
 import torch
 
+from pronghorn.kernels import launch
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS, MEMBERS, check_aligned, check_member, output
 from pronghorn.kernels.reference import ordered_matmul as reference
 from pronghorn.kernels.reference.ordered_matmul import DenseMember
@@ -89,7 +90,7 @@ def most_rows(members: Sequence[DenseMember]) -> int:
     """
     outputs, inputs = members[0].weight_OI.shape
     alone = len(members) == 1 and outputs <= 32 * HOPPER_PROCESSORS
-    if not alone or inputs < LONG_SUM or not _has_copy_engine(members[0].weight_OI):
+    if not alone or inputs < LONG_SUM or not launch.has_copy_engine(members[0].weight_OI):
         return MAX_ROWS
     return MOST_ROWS
 
@@ -102,11 +103,7 @@ def mapped_rows(members: Sequence[DenseMember], beside: bool = False) -> int:
     most = most_rows(members)
     if most > MAX_ROWS:
         return most
-    return MAX_ROWS if beside and len(members) == 1 and _has_copy_engine(members[0].weight_OI) else 0
-
-
-def _has_copy_engine(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(tensor.device) == (9, 0)
+    return MAX_ROWS if beside and len(members) == 1 and launch.has_copy_engine(members[0].weight_OI) else 0
 
 
 def ordered_matmul(

@@ -78,7 +78,7 @@ def test_supervised_steps_find_their_kernels(warmed: Any, shape: tuple[int, int]
 
 
 @pytest.mark.parametrize("temperature_and_top_p", [(1.0, 1.0), (0.8, 0.95), (0.0, 1.0)], ids=str)
-@pytest.mark.parametrize("completions", [1, 6, 40])
+@pytest.mark.parametrize("completions", [1, 6, 20, 40])
 def test_rollouts_find_their_kernels(warmed: Any, temperature_and_top_p: tuple[float, float], completions: int) -> None:
     wait()
     temperature, top_p = temperature_and_top_p

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pronghorn.kernels import launch, ordered_matmul_triton
 from pronghorn.kernels import ordered_matmul as module
-from pronghorn.kernels import ordered_matmul_triton
 from pronghorn.kernels.ordered_matmul import DenseMember, ordered_matmul, why_not
 from pronghorn.kernels.ordered_matmul_triton import Tile, tile_for
 from pronghorn.kernels.reference import ordered_matmul as reference
@@ -89,7 +89,7 @@ def test_long_sums_of_many_rows_are_for_one_product_where_a_copy_engine_is(monke
         return DenseMember(torch.empty(outputs, K, device="meta"))
 
     assert module.most_rows([weight(8192)]) == module.MAX_ROWS
-    monkeypatch.setattr(module, "_has_copy_engine", lambda tensor: True)
+    monkeypatch.setattr(launch, "has_copy_engine", lambda tensor: True)
     assert module.most_rows([weight(8192)]) == module.MOST_ROWS
     assert module.most_rows([weight(8184)]) == module.most_rows([weight(8192)] * 2) == module.MAX_ROWS
     assert module.most_rows([weight(8192, 4225)]) == module.MAX_ROWS
@@ -107,7 +107,7 @@ def test_some_rows_of_one_product_begin_beside_x_a(monkeypatch: pytest.MonkeyPat
     """
     single = [DenseMember(torch.empty(6144, 4096, device="meta"))]
     assert module.mapped_rows(single, True) == 0
-    monkeypatch.setattr(module, "_has_copy_engine", lambda tensor: True)
+    monkeypatch.setattr(launch, "has_copy_engine", lambda tensor: True)
     assert module.mapped_rows(single, True) == module.MAX_ROWS
     assert module.mapped_rows(single) == module.mapped_rows(single * 2, True) == 0, (
         "nothing to begin beside, or members"

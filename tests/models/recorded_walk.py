@@ -30,6 +30,7 @@ from pronghorn.kernels import (
     launch,
     logits,
     low_rank,
+    low_rank_triton,
     nf4,
     nf4_matmul,
     nf4_matmul_cuda,
@@ -99,7 +100,8 @@ def as_on_a_gpu() -> None:
     products._on_gpu = lambda tensor: True
     ordered_matmul.LONG_SUM = 512  # the down projection's here: of an 8B model's it is 8,192
     products._MANY_OUTPUTS = 1024  # gate and up here
-    ordered_matmul._has_copy_engine = lambda tensor: True
+    launch.has_copy_engine = lambda tensor: True
+    low_rank_triton._MANY = BUCKETS[-1]  # of 2,048: more than are decoded, less than are scored here
     attention.in_order = prefill_attention.in_order = lambda *_, **__: True  # type: ignore[assignment]
     flash = Choice(Way.FLASH, "of a GPU")
     attention.PackedAttention.choice = lambda *_, **__: flash  # type: ignore[method-assign]
