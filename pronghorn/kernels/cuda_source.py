@@ -90,7 +90,8 @@ def compile_cubin(source: str, defines: Mapping[str, int], capability: tuple[int
     made = rtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"pronghorn.cu", 0, None, None)
     if made:
         raise CompileError(f"NVRTC could not begin: error {made}")
-    options = [f"-arch=sm_{capability[0]}{capability[1]}", "-std=c++17", "-default-device", "-fmad=false"]
+    own = "a" if "MULTIPLIES_WIDE" in defines else ""  # with instructions that no later GPU has
+    options = [f"-arch=sm_{capability[0]}{capability[1]}{own}", "-std=c++17", "-default-device", "-fmad=false"]
     options += [f"-D{name}={value}" for name, value in defines.items()]
     given = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
     code = rtc.nvrtcCompileProgram(program, len(options), given)
@@ -175,6 +176,37 @@ class CudaKernel:
             )
             code = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         _check_driver(code, f"launching a grid of {grid} blocks of {threads}")
+
+
+class Map(ctypes.Structure):
+    """CUDA's ``CUtensorMap``: how Hopper's copy engine finds blocks of a tensor. Part of a kernel's parameter."""
+
+    _fields_ = [("opaque", ctypes.c_uint64 * 16)]
+
+
+_MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+_SWIZZLE_128, _PROMOTE_256 = 3, 3
+
+
+def map_of(tensor_RC: torch.Tensor, rows: int) -> Map:
+    """For blocks of so many ``rows`` and 64 columns of 16 bits, whose 16-byte pieces change places as Hopper's wide
+    product reads them (``described`` in ``instructions.cu``). Outside the tensor is zero. It holds an address: the
+    tensor has to live.
+
+    Args:
+        tensor_RC: ``[R, C]``, bfloat16 or float16, rows contiguous, beginning at multiples of 16 bytes.
+    """
+    (R, C), size = tensor_RC.shape, tensor_RC.element_size()
+    room = (ctypes.c_char * 192)()  # it has to begin at a multiple of 64 bytes
+    at = (ctypes.addressof(room) + 63) // 64 * 64
+    u64, u32 = ctypes.c_uint64, ctypes.c_uint32
+    code = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(at), _MAP_TYPES[tensor_RC.dtype], 2, ctypes.c_void_p(tensor_RC.data_ptr()),
+        (u64 * 2)(C, R), (u64 * 1)(tensor_RC.stride(0) * size), (u32 * 2)(64, rows), (u32 * 2)(1, 1),
+        0, _SWIZZLE_128, _PROMOTE_256, 0,
+    )  # fmt: skip
+    _check_driver(code, f"a map of {R} x {C} {tensor_RC.dtype} with a stride of {tensor_RC.stride(0)}")
+    return Map.from_buffer_copy((ctypes.c_char * 128).from_address(at))
 
 
 @lru_cache(maxsize=8)

@@ -128,6 +128,57 @@ __device__ __forceinline__ void counter_wait(u32 counter, u32 parity) {
                      : "=r"(ended) : "r"(counter), "r"(parity) : "memory");
     while (!ended);
 }
+// Hopper's own: products of four warps at once (wgmma), and the engine that copies blocks of a tensor by its map.
+#ifdef MULTIPLIES_WIDE
+struct alignas(64) Map {
+    u64 opaque[16];
+};
+// A block of 64 columns to shared memory. Its bytes count for the counter, whose phase ends with the last that is expected.
+__device__ __forceinline__ void bring(u32 to, const Map& map, int column, int row, u32 counter) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(counter) : "memory");
+}
+__device__ __forceinline__ void counter_arrive_expecting(u32 counter, int bytes) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }"
+                 ::"r"(counter), "r"(bytes) : "memory");
+}
+// To the engine, counters that this thread has begun. It waits for all that the thread reads, too: ahead of other reads.
+#define SHOW_COUNTERS asm volatile("fence.proxy.async.shared::cta;" ::: "memory")
+// As the engine brings it, eight rows of 128 bytes are 1024 bytes, aligned to as many; 16 bytes of a row lie where their
+// number, exclusive or the row's, says (PTX, wgmma, "128-byte swizzle").
+__device__ __forceinline__ u64 described(u32 at) {
+    return (u64)(at >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+#define FOUR(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+#if F16
+#define WIDE_TYPES ".f32.f16.f16 "
+#else
+#define WIDE_TYPES ".f32.bf16.bf16 "
+#endif
+// c += k x^T for a warp's 16 outputs, which a thread has as `multiply` has its left operand, and ROWS rows of x in shared
+// memory, 16 columns of them. Begun, not done: until MULTIPLIES_WAIT neither k nor c may be touched, nor x written.
+__device__ __forceinline__ void multiply_wide(float (*c)[4], u32 k0, u32 k1, u32 k2, u32 k3, u64 x) {
+#if ROWS == 32
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" WIDE_TYPES
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
+                 : FOUR(0), FOUR(1), FOUR(2), FOUR(3) : "r"(k0), "r"(k1), "r"(k2), "r"(k3), "l"(x));
+#else
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" WIDE_TYPES
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
+                 "%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
+                 : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7)
+                 : "r"(k0), "r"(k1), "r"(k2), "r"(k3), "l"(x));
+#endif
+}
+#define MULTIPLIES_BEGIN asm volatile("wgmma.fence.sync.aligned;" ::: "memory")
+#define MULTIPLIES_END asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")
+#define MULTIPLIES_WAIT(n) asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory")  // but for n groups
+// The reverse of read_pieces_turned: a lane's part of each of four pieces of 8 x 8 goes where that reads it.
+__device__ __forceinline__ void write_pieces_turned(u32 to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
+                 ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+#endif
 #define COPIES_END asm volatile("cp.async.commit_group;")
 #define COPIES_WAIT(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")  // until but n groups are there
 #define ALL_COPIES_WAIT asm volatile("cp.async.wait_all;" ::: "memory")

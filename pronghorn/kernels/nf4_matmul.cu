@@ -20,6 +20,7 @@
 #define PANEL_CHUNKS (PANEL / CHUNK)
 #define X_ROW (PANEL * 2 + 16)           // bytes: eight rows' 16 bytes lie in different banks
 #define X_STAGE (ROWS * X_ROW)
+#define CODES_BEHIND (RING == 1 && (ROWS == 16 || ROWS == 32))  // the next codes are asked for behind the products
 #define COUNTERS 256                     // bytes: of arrivals, two for each stage, and one
 
 template <int N>
@@ -220,11 +221,13 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
             scale[p] = NESTED ? __fadd_rn(__fmul_rn(levels[row[block]], nested[p]), offset) : ((const float*)row)[block];
         }
     };
-    // A thread's weights of four steps of one tile; its codes are replaced by those of the block `ahead`.
+    auto read_codes = [&](int p, int b, u32 ahead) { w[p][b] = codes8(codes[p] + (ahead + b) * 256); };
+    // A thread's weights of four steps of one tile; its codes are replaced by those of the block `ahead`. With more rows that
+    // is done behind the products: asked for here they come to other registers, to be moved, of which there are few then.
     auto make_block = [&](u32 (*k)[2], int p, int b, u32 ahead) {
         const float s = of_quad(scale[p], b);
         const uint2 v = w[p][b];
-        w[p][b] = codes8(codes[p] + (ahead + b) * 256);
+        if (!CODES_BEHIND) read_codes(p, b, ahead);
 #if PERMUTED
         if (PERMUTED >> (b * PAIR + p) & 1) {
             const Values values = values_of(args, s);
@@ -355,6 +358,9 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
 #pragma unroll
                         for (int i = 0; i < READ_STEPS; ++i) step(c, k[q + i], x[i]);
                     }
+                    if (CODES_BEHIND)
+#pragma unroll
+                        for (int p = 0; p < tiles.many; ++p) read_codes(p, b, next * BLOCKS);
                 }
             }
         }

@@ -30,6 +30,9 @@ lets this one begin before it waits itself (``launch.py``).
 rounded into registers, and looked up there by byte permutations, which are three times the instructions. The four
 schedulers of a multiprocessor share the unit evenly, so each gets as many outputs. Where outputs are few it is, by
 counting, the order of the sum: the turns at products that wait for each other (``docs/log.md``).
+
+**17 to 64 rows of many outputs** have a kernel of their own on Hopper, with its wide instruction
+(``nf4_wide_cuda.py``).
 """
 
 from __future__ import annotations
@@ -39,11 +42,12 @@ from types import ModuleType
 
 import torch
 
+from pronghorn.kernels import launch
 from pronghorn.kernels.few_rows import MEMBERS, check_aligned, check_member, output
 from pronghorn.kernels.reference import nf4_matmul as reference
 from pronghorn.kernels.reference.nf4_matmul import Member, NF4Weight
 
-__all__ = ["LOW_ROWS", "MAX_ROWS", "Member", "NF4Weight", "low_rank_aligned", "nf4_matmul", "why_not"]
+__all__ = ["LOW_ROWS", "MAX_ROWS", "Member", "NF4Weight", "low_rank_aligned", "nf4_matmul", "rows_by_codes", "why_not"]
 
 MAX_ROWS = 64
 """Rows of x up to which this is the faster way; above, make the weight and call cuBLAS."""
@@ -51,7 +55,21 @@ MAX_ROWS = 64
 LOW_ROWS = 8
 """Up to so many rows, those of the least tile, ``x A^T`` can be made in the same launch."""
 
+_ROWS_BY_CODES = 32  # measured at 28,672 outputs
 _COLUMNS = 256  # inputs that are made into operands at a time, at most
+
+
+def rows_by_codes(members: Sequence[Member]) -> int:
+    """Rows up to which many outputs of ``members`` are faster by codes than by weights in 16 bits that are there."""
+    weight = members[0].weight
+    if not launch.has_copy_engine(weight.codes):
+        return _ROWS_BY_CODES
+    from pronghorn.kernels.nf4_wide_cuda import wide_tile_for
+
+    ranks = [0 if m.b_Or is None else m.b_Or.shape[1] for m in members]
+    outputs, nested = sum(m.weight.shape[0] for m in members), weight.nested_absmax is not None
+    wide = wide_tile_for(MAX_ROWS, outputs, weight.shape[1], ranks, nested)
+    return MAX_ROWS if wide is not None else _ROWS_BY_CODES
 
 
 def _path(tensor: torch.Tensor) -> ModuleType:
@@ -123,6 +141,13 @@ def nf4_matmul(
     out_MO = output(x_MI, sum(member.weight.shape[0] for member in members), out_MO)
     _check(x_MI, members, low_MR)
     if a_RI is None:
+        if launch.has_copy_engine(x_MI):
+            from pronghorn.kernels import nf4_wide_cuda
+
+            tile = nf4_wide_cuda.chosen(x_MI, members, low_MR, out_MO)
+            if tile is not None:
+                nf4_wide_cuda.nf4_wide(x_MI, members, low_MR, out_MO, tile, overlap)
+                return out_MO
         _path(x_MI).nf4_matmul(x_MI, members, low_MR, out_MO, overlap=overlap)
         return out_MO
     _check_low(x_MI, a_RI, low_MR)

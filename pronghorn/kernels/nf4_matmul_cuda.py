@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -27,7 +27,9 @@ class _Member(ctypes.Structure):
     )
 
 
-class _Args(ctypes.Structure):
+class Args(ctypes.Structure):
+    """The structure of the same name in ``nf4_weights.cu``."""
+
     _fields_ = (
         ("member", _Member * 3),
         *((name, _P) for name in ("x", "low", "y")),
@@ -38,7 +40,7 @@ class _Args(ctypes.Structure):
 
 
 HOPPER_SHARED = SHARED[9, 0] * 1024
-_TABLE = 65536 + 1024  # bytes: the levels of each byte of codes, and those of the scales' codes
+TABLE_BYTES = 65536 + 1024  # bytes: the levels of each byte of codes, and those of the scales' codes
 _COUNTERS = 256
 _MOST_GROUPS = 14
 _LOW_BLOCKS = 4
@@ -78,7 +80,7 @@ class Tile(NamedTuple):
         scales = -(-self.outputs * (K // 64) * (1 if nested else 4) // 128) * 128
         x = _COUNTERS + self.stages * self.rows * (self.panel * 2 + 16)
         sums = self.pair // 2 if self.rows == 8 else self.pair * self.rows // 16
-        return _TABLE + scales + x + (self.warps * sums * 512 if self.ring > 1 else 0)
+        return TABLE_BYTES + scales + x + (self.warps * sums * 512 if self.ring > 1 else 0)
 
 
 def tile_for(
@@ -191,7 +193,20 @@ def _kernel(
     return CudaKernel(_source(), "nf4_matmul", defines, device, shared_bytes)
 
 
-def joins(members: Sequence[Member], tile: Tile) -> bool:
+class Blocks(Protocol):
+    """What a launch configuration says about a block's outputs; those that are ``short`` are of one member."""
+
+    @property
+    def outputs(self) -> int: ...
+
+    @property
+    def pair(self) -> int: ...
+
+    @property
+    def short(self) -> int: ...
+
+
+def joins(members: Sequence[Member], tile: Blocks) -> bool:
     """Whether blocks take outputs one after another, whosever they are: no group of warps would have those of two
     members, and all scales have the same levels. A block for each member's rest could be one more than there is room
     for at once.
@@ -206,19 +221,19 @@ def arguments(
     members: Sequence[Member],
     low_MR: torch.Tensor | None,
     out_MO: torch.Tensor,
-    tile: Tile,
+    tile: Blocks,
     levels: torch.Tensor,
     a_RI: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
     parts: torch.Tensor | None = None,
-) -> tuple[_Args, int]:
+) -> tuple[Args, int]:
     """What the kernel is given, and its blocks of outputs. It holds addresses: the tensors have to live.
 
     ``levels``: the 256 of a scale, where a weight has none of its own. ``a_RI``, ``counts`` and room for ``parts``: to
     make ``low_MR`` of.
     """
     M, K = x_MI.shape
-    args = _Args(
+    args = Args(
         x=pointer(x_MI), low=pointer(low_MR), y=pointer(out_MO), nf4=(ctypes.c_float * 16)(*NF4_LEVELS),
         members=len(members), rows=M, K=K,
         x_stride=x_MI.stride(0), low_stride=0 if low_MR is None else low_MR.stride(0), y_stride=out_MO.stride(0),

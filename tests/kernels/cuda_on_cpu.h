@@ -194,6 +194,47 @@ inline void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a
     }
     __syncwarp();
 }
+inline unsigned described(unsigned at) { return at; }
+#ifdef MULTIPLIES_WIDE
+// What is read here may not be written before the thread waits again, which nothing here looks at.
+inline void multiply_wide(float (*c)[4], unsigned k0, unsigned k1, unsigned k2, unsigned k3, unsigned x) {
+    Warp& w = own_warp();
+    const int lane = own_lane(), g = lane / 4, t = lane % 4;
+    const unsigned given[4] = {k0, k1, k2, k3};
+    std::memcpy(w.u[lane], given, sizeof given);
+    __syncwarp();
+    auto half = [](unsigned word, int i) { return (double)wide((uint16_t)(word >> 16 * i)); };
+    auto at = [](unsigned from, int row, int column) {
+        const unsigned place = from + row * 128 + column * 2;
+        uint16_t r;
+        std::memcpy(&r, shared + (place ^ (place >> 7 & 7) << 4), 2);
+        return (double)wide(r);
+    };
+    for (int j = 0; j < ROWS / 8; ++j)
+        for (int i = 0; i < 4; ++i) {
+            const int row = g + i / 2 * 8, column = t * 2 + i % 2;
+            double sum = 0;
+            for (int k = 0; k < 16; ++k)
+                sum += half(w.u[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) * at(x, j * 8 + column, k);
+            c[j][i] = (float)(c[j][i] + sum);
+        }
+    __syncwarp();
+}
+inline void write_pieces_turned(unsigned to, unsigned a, unsigned b, unsigned c, unsigned d) {
+    Warp& w = own_warp();
+    const int lane = own_lane();
+    const unsigned given[4] = {a, b, c, d};
+    w.u[lane][0] = to;
+    __syncwarp();
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 2; ++j)
+            std::memcpy(shared + w.u[8 * i + lane % 4 * 2 + j][0] + lane / 4 * 2, (const char*)(given + i) + 2 * j, 2);
+    __syncwarp();
+}
+#endif
+#define MULTIPLIES_BEGIN
+#define MULTIPLIES_END
+#define MULTIPLIES_WAIT(n)
 std::atomic<bool> asked;  // for what one thread tells its block
 struct Counter {  // mbarrier
     std::mutex mutex;
@@ -219,6 +260,24 @@ inline void counter_arrive_with_copies(unsigned at) {
     copies_wait(0, true);
     counter_arrive(at);
 }
+struct Map { uint64_t from, stride, rows, columns, box_rows, unused[11]; };  // as a test fills it
+unsigned expected[sizeof shared / 8];  // bytes; written by the thread alone that has them brought
+inline void counter_arrive_expecting(unsigned at, int bytes) { expected[at / 8] = bytes; }
+inline void bring(unsigned to, const Map& map, int column, int row, unsigned counter) {
+    for (unsigned r = 0; r < map.box_rows; ++r)
+        for (unsigned i = 0; i < 64; ++i) {
+            uint16_t value = 0;
+            if (row + r < map.rows && column + i < map.columns) {
+                const uint16_t* const from = (const uint16_t*)map.from + (row + r) * map.stride + column + i;
+                too_early_to_read(from);
+                value = *from;
+            }
+            const unsigned place = to + r * 128 + i * 2;
+            std::memcpy(shared + (place ^ (place >> 7 & 7) << 4), &value, 2);
+        }
+    if ((expected[counter / 8] -= map.box_rows * 128) == 0) counter_arrive(counter);
+}
+#define SHOW_COUNTERS
 inline void counter_wait(unsigned at, unsigned parity) {  // until the phase of this parity has ended
     Counter& c = counters[at / 8];
     std::unique_lock lock(c.mutex);
@@ -295,7 +354,3 @@ inline unsigned low_pair(const unsigned short* from) {
 #define PAUSE
 #define FETCH_TO_L2(p) (void)(p)
 #define KEEP(value)
-
-struct Args;
-extern "C" void KERNEL(const Args args);
-extern "C" void run(const Args* args, int grid_x, int grid_y, int grid_z);

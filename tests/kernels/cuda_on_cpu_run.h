@@ -1,5 +1,5 @@
-// Included after the source.
-extern "C" void run(const Args* args, int grid_x, int grid_y, int grid_z) {
+// Included after the source. ARGS: what its parameter is.
+extern "C" void run(const ARGS* args, int grid_x, int grid_y, int grid_z) {
     gridDim = {grid_x, grid_y, grid_z};
     for (int i = 0; i < grid_x * grid_y * grid_z; ++i) {
         std::memset(shared, 0xff, sizeof shared);  // NaN, so that what is read before it is written shows
@@ -17,7 +17,7 @@ extern "C" void run(const Args* args, int grid_x, int grid_y, int grid_z) {
     }
 }
 // Begun while the kernel before runs, as late as that may make what is read.
-extern "C" void run_early(const Args* args, int grid_x, int grid_y, Before* of) {
+extern "C" void run_early(const ARGS* args, int grid_x, int grid_y, Before* of) {
     before = of;
     there = false;
     run(args, grid_x, grid_y, 1);

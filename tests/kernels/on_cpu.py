@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
+
+from pronghorn.kernels.cuda_source import Map
 
 HERE = Path(__file__).parent
 
@@ -16,14 +19,19 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g
 
 
 def compiled(
-    source: str, kernel: str, defines: Mapping[str, int], folder: Path, changed: tuple[str, str] = ("", "")
+    source: str,
+    kernel: str,
+    defines: Mapping[str, int],
+    folder: Path,
+    changed: tuple[str, str] = ("", ""),
+    parameter: str = "Args",
 ) -> ctypes.CDLL:
     """``source`` as a library with ``run(args, grid_x, grid_y, grid_z)``; ``changed``: one text in it for another."""
     assert changed[0] in source
     library = folder / "kernel.so"
     subprocess.run(
         ["g++", "-std=c++20", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
-        + ["-include", HERE / "cuda_on_cpu.h", f"-DKERNEL={kernel}"]
+        + ["-include", HERE / "cuda_on_cpu.h", f"-DKERNEL={kernel}", f"-DARGS={parameter}"]
         + [f"-D{name}={value}" for name, value in defines.items()]
         + ["-x", "c++", "-", "-o", library],
         input=f'{source.replace(*changed) if changed[0] else source}\n#include "{HERE / "cuda_on_cpu_run.h"}"\n',
@@ -31,3 +39,11 @@ def compiled(
         check=True,
     )
     return ctypes.CDLL(str(library))
+
+
+def map_of(tensor: torch.Tensor | None, rows: int) -> Map:
+    """What ``cuda_on_cpu.h`` reads blocks of 64 columns by."""
+    if tensor is None:
+        return Map()
+    of = (tensor.data_ptr(), tensor.stride(0), *tensor.shape, rows)
+    return Map((ctypes.c_uint64 * 16)(*of))

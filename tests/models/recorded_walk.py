@@ -36,6 +36,7 @@ from pronghorn.kernels import (
     nf4_matmul_cuda,
     nf4_table,
     nf4_triton,
+    nf4_wide_cuda,
     ordered_attention,
     ordered_matmul,
     rms_norm,
@@ -101,6 +102,7 @@ def as_on_a_gpu() -> None:
     ordered_matmul.LONG_SUM = 512  # the down projection's here: of an 8B model's it is 8,192
     products._MANY_OUTPUTS = 1024  # gate and up here
     launch.has_copy_engine = lambda tensor: True
+    nf4_wide_cuda._LEAST_OUTPUTS = {32: 1024, 64: 512}  # gate and up, and for more rows q, k and v
     low_rank_triton._MANY = BUCKETS[-1]  # of 2,048: more than are decoded, less than are scored here
     attention.in_order = prefill_attention.in_order = lambda *_, **__: True  # type: ignore[assignment]
     flash = Choice(Way.FLASH, "of a GPU")
@@ -109,7 +111,9 @@ def as_on_a_gpu() -> None:
     dry_run.table = adamw8bit_triton.Table
 
 
-SOURCES = {"nf4_matmul.cu": nf4_matmul_cuda, "step_attention.cu": step_attention_cuda}
+SOURCES = {
+    "nf4_matmul.cu": nf4_matmul_cuda, "nf4_wide.cu": nf4_wide_cuda, "step_attention.cu": step_attention_cuda,
+}  # fmt: skip
 
 
 def keys(recorded: Recorded) -> set[str]:

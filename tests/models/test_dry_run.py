@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 KERNELS = {
-    "nf4": ["nf4_matmul.cu", "step_attention.cu", "_dequantize_tiles_kernel", "_ordered_matmul"],
+    "nf4": ["nf4_matmul.cu", "nf4_wide.cu", "step_attention.cu", "_dequantize_tiles_kernel", "_ordered_matmul"],
     "bf16": ["_ordered_matmul", "step_attention.cu"],
 }
 """What the products of each kind of base launch, and attention."""

@@ -15,7 +15,7 @@ import torch
 
 from ...kernels import ordered_matmul as ordered
 from ...kernels.low_rank import low_rank
-from ...kernels.nf4_matmul import LOW_ROWS, Member, low_rank_aligned, nf4_matmul, why_not
+from ...kernels.nf4_matmul import LOW_ROWS, Member, low_rank_aligned, nf4_matmul, rows_by_codes, why_not
 from ...kernels.ordered_matmul import DenseMember, ordered_matmul
 from ...lora.fused import ORDERED_ROWS
 from ...lora.held import HeldWeights
@@ -26,7 +26,6 @@ _STEP = 16  # columns of one matrix instruction: an adapter's ranks are multipli
 _EVEN = 128  # columns of one step of that kernel: a sum that ends within a step takes a third longer
 _FEW = 64  # rows from which on it splits no shorter sum
 _MANY_OUTPUTS = 24576  # of a group: from here on the 4-bit kernel has enough of them for six warps a multiprocessor
-_MANY_IN_NF4 = 32  # rows up to which it is then faster than weights in 16 bits (measured at 28,672 outputs)
 
 
 class Product(Protocol):
@@ -122,7 +121,8 @@ class HeldProduct:
         tables: where inputs lie.
         rows: most rows; fewer than cuBLAS sums in order are multiplied as many, or, where the sum is long, by our own
             kernel. On Hopper that one has 33 to 64 rows of every group with adapters, as it begins beside ``x A^T``,
-            for which the matrix library would wait. With many outputs up to 32 rows read the 4-bit weights.
+            for which the matrix library would wait. With many outputs up to 32 rows read the 4-bit weights, on Hopper
+            up to 64.
     """
 
     def __init__(self, group: Group, dtype: torch.dtype, tables: Tables, rows: int) -> None:
@@ -143,9 +143,10 @@ class HeldProduct:
             )
         many = group.outputs >= _MANY_OUTPUTS and takes_nf4(group, dtype)
         self.in_nf4 = NF4Product(group, dtype) if many else None
+        self.rows_by_codes = rows_by_codes(self.in_nf4.members) if self.in_nf4 else 0
 
     def _by_codes(self, rows: int) -> NF4Product | None:
-        return self.in_nf4 if rows <= _MANY_IN_NF4 else None
+        return self.in_nf4 if self.in_nf4 and rows <= self.rows_by_codes else None
 
     @property
     def bytes(self) -> int:

@@ -1,0 +1,161 @@
+"""The product with NF4 weights for 17 to 64 rows on Hopper: launch configurations and the call of ``nf4_wide.cu``.
+
+**Why another kernel than** ``nf4_matmul.cu``. With more rows that one is bound by shared memory, where each warp reads
+all of x for its own outputs. Hopper's wide instruction (``wgmma``) takes x out of shared memory once for the 64
+outputs of four warps, and weights on its left out of registers, where a thread has just made them; it runs beside the
+making of the next. Gate and up of an 8B Llama at 64 rows: 48 microseconds for 75, where reading the weight in 16 bits
+takes cuBLAS 62.
+
+**What it took** (``docs/log.md``). x is brought by the copy engine, whose bytes a counter in shared memory awaits.
+Copies by threads have to be shown to the instruction by a fence, and that waits for all that the thread reads: the
+next codes, a microsecond each time. No product may be asked for under a condition, or the compiler lets each wait for
+the one before. And codes are asked for behind the products of those before, or they come to other registers and are
+waited for to be moved.
+
+**Bits.** The instruction sums its 16 products as ``mma`` does, in the order of the inputs, and so does the adapter's
+rank, which follows them as one more stage of x: the same bits as ``nf4_matmul.cu`` (``tests/gpu/test_nf4_wide.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from pronghorn.kernels.cuda_source import CudaKernel, Map, map_of, source
+from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
+from pronghorn.kernels.launch import current_recording
+from pronghorn.kernels.nf4_code import dynamic_code
+from pronghorn.kernels.nf4_matmul_cuda import HOPPER_SHARED, TABLE_BYTES, Args, arguments
+from pronghorn.kernels.reference.nf4_matmul import Member
+
+_HOPPER = (9, 0)
+_WARPS = 16  # at most, as many outputs each
+_RANKS = 64  # at most: a stage of x has so many columns of low
+_LEAST_OUTPUTS = {32: 24576, 64: 5120}
+"""Outputs of a group from which on it is faster than ``nf4_matmul.cu``, by the tile's rows."""
+
+
+class WideArgs(ctypes.Structure):
+    """The kernel's parameter; its alignment of 64 bytes ends it at a multiple of as many."""
+
+    _fields_ = (("x", Map), ("low", Map), ("args", Args), ("_rest", ctypes.c_char * 64))
+
+
+class WideTile(NamedTuple):
+    """A launch configuration: the macros of ``nf4_wide.cu`` of the same names."""
+
+    groups: int
+    rows: int
+    stages: int
+
+    @property
+    def pair(self) -> int:
+        """Tiles of 8 outputs of a warp."""
+        return 2
+
+    @property
+    def short(self) -> int:
+        """Not 0: a block has outputs of one member."""
+        return 1
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a block."""
+        return self.groups * 16
+
+    def shared_bytes(self, K: int, nested: bool) -> int:
+        """Shared memory of a block; outputs lie where x's stages were."""
+        scales = -(-self.outputs * (K // 64) * (1 if nested else 4) // 128) * 128
+        before = -(-(TABLE_BYTES + scales + self.stages * 16) // 1024) * 1024
+        return before + max(self.stages * self.rows * 512, self.rows * (self.outputs * 2 + 16))
+
+
+def wide_tile_for(
+    M: int,
+    outputs: int,
+    K: int,
+    ranks: Sequence[int],
+    nested: bool = True,
+    shared: int = HOPPER_SHARED,
+    processors: int = HOPPER_PROCESSORS,
+) -> WideTile | None:
+    """The tile for M rows of K columns and so many outputs of all members; None where ``nf4_matmul.cu`` is the faster,
+    or this does not take it.
+
+    Args:
+        ranks: of the members' adapters, 0 without one.
+    """
+    rows = 32 if M <= 32 else 64
+    adapted = set(ranks) - {0}
+    if not 16 < M <= 64 or outputs < _LEAST_OUTPUTS[rows] or len(adapted) > 1 or max(ranks) > _RANKS:
+        return None
+    groups = min(4 * -(-outputs // (64 * processors)), _WARPS)
+    for stages in (3, 2):
+        tile = WideTile(groups, rows, stages)
+        if tile.shared_bytes(K, nested) <= shared:
+            return tile
+    return None
+
+
+def chosen(
+    x_MI: torch.Tensor, members: Sequence[Member], low_MR: torch.Tensor | None, out_MO: torch.Tensor
+) -> WideTile | None:
+    """The tile for these operands on a Hopper GPU; None where they are for ``nf4_matmul.cu``."""
+    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in (x_MI, low_MR, out_MO) if t is not None)
+    M, K = x_MI.shape
+    ranks, nested = [_rank(m) for m in members], members[0].weight.nested_absmax is not None
+    return wide_tile_for(M, out_MO.shape[1], K, ranks, nested) if aligned else None
+
+
+def _rank(member: Member) -> int:
+    return 0 if member.b_Or is None else member.b_Or.shape[1]
+
+
+@lru_cache(maxsize=1)
+def _source() -> str:
+    return source("nf4_weights.cu", "nf4_wide.cu")
+
+
+def _defines(tile: WideTile, nested: bool, rank16: int, half: bool, chain: bool) -> dict[str, int]:
+    macros = {name.upper(): value for name, value in tile._asdict().items()}
+    given = {"RING": 1, "PAIR": 2, "PERMUTED": 0, "NESTED": nested, "RANK16": rank16, "F16": half, "CHAIN": chain}
+    return macros | {name: int(value) for name, value in given.items()} | {"MULTIPLIES_WIDE": 1}
+
+
+@lru_cache(maxsize=64)
+def _kernel(
+    tile: WideTile, K: int, nested: bool, rank16: int, half: bool, chain: bool, device: torch.device
+) -> CudaKernel:
+    defines = _defines(tile, nested, rank16, half, chain)
+    return CudaKernel(_source(), "nf4_wide", defines, device, tile.shared_bytes(K, nested))
+
+
+def nf4_wide(
+    x_MI: torch.Tensor,
+    members: Sequence[Member],
+    low_MR: torch.Tensor | None,
+    out_MO: torch.Tensor,
+    tile: WideTile,
+    overlap: bool = False,
+) -> None:
+    """As ``nf4_matmul_cuda.nf4_matmul``, for up to ``tile.rows`` rows and adapters of one rank, up to 64."""
+    (M, K), device = x_MI.shape, x_MI.device
+    ranks, nested = {_rank(m) for m in members} - {0}, members[0].weight.nested_absmax is not None
+    if tile.rows < M or len(ranks) > 1 or max(ranks, default=0) > _RANKS:
+        raise ValueError(
+            f"{M} rows and ranks of {sorted(ranks)} by {tile}; give up to {tile.rows}, one rank up to {_RANKS}"
+        )
+    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, dynamic_code(device))
+    rank16, half = max(ranks, default=0) // 16, x_MI.dtype == torch.float16
+    chain = overlap and rank16 > 0
+    recorded = current_recording()
+    if recorded is not None:
+        recorded.source(_source(), _defines(tile, nested, rank16, half, chain), _HOPPER)
+        return
+    low = Map() if low_MR is None else map_of(low_MR, tile.rows)
+    kernel = _kernel(tile, K, nested, rank16, half, chain, device)
+    kernel((blocks, 1, 1), tile.groups * 32, WideArgs(map_of(x_MI, tile.rows), low, args), chain)

@@ -1,0 +1,109 @@
+"""``nf4_wide.cu`` itself on a CPU, as ``test_nf4_matmul_on_cpu.py`` has its kernel.
+
+Not seen: what the wide products read while it is written again, as they are done at once here, and so are the copies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from pronghorn.kernels import nf4_wide_cuda
+from pronghorn.kernels.cuda_source import pointer
+from pronghorn.kernels.nf4_code import dynamic_code
+from pronghorn.kernels.nf4_matmul import Member
+from pronghorn.kernels.nf4_matmul_cuda import arguments
+from pronghorn.kernels.nf4_wide_cuda import WideArgs, WideTile
+from pronghorn.kernels.reference import nf4_matmul as reference
+from tests.kernels import on_cpu
+from tests.kernels.test_nf4_matmul_on_cpu import BF16, F16, Before, Made, unwritten, weight
+
+pytestmark = on_cpu.needs_compiler
+
+
+class Case(NamedTuple):
+    tile: WideTile
+    M: int
+    outputs: list[int]
+    K: int
+    rank: int
+    bias: bool
+    nested: bool
+    dtype: torch.dtype
+
+
+CASES = {
+    "blocks that are not whole": Case(WideTile(4, 64, 3), 50, [72, 40], 512, 32, False, True, BF16),
+    "two stages, filled often": Case(WideTile(4, 32, 2), 32, [64], 1280, 16, False, True, BF16),
+    "three stages, two groups": Case(WideTile(8, 64, 3), 64, [136], 1536, 64, False, True, BF16),
+    "fewer chunks than stages, a bias": Case(WideTile(4, 32, 3), 17, [24, 16, 8], 256, 16, True, True, F16),
+    "no adapter, plain scales": Case(WideTile(4, 64, 3), 33, [48], 768, 0, False, False, BF16),
+}
+
+
+def made(case: Case) -> Made:
+    torch.manual_seed(0)
+    _, M, outputs, K, rank, bias, nested, dtype = case
+    members = [
+        Member(weight(O, K, nested, dtype), (torch.randn(O, rank) * 0.1).to(dtype) if rank else None, i * rank, None)
+        for i, O in enumerate(outputs)  # noqa: E741
+    ]
+    if len(members) > 2:  # one without an adapter, in the first block
+        members[0] = dataclasses.replace(members[0], b_Or=None, at=0)
+    x = torch.randn(M, K).to(dtype)
+    low = torch.randn(M, rank * len(outputs)).to(dtype) if rank else None
+    expected = torch.empty(M, sum(outputs), dtype=dtype)
+    reference.nf4_matmul(x, members, low, expected)
+    if bias:  # the product is rounded before the bias is added, as by cuBLAS
+        biases = [torch.randn(m.weight.shape[0]).to(dtype) for m in members]
+        members = [dataclasses.replace(m, bias_O=b) for m, b in zip(members, biases)]
+        expected += torch.cat(biases)
+    return Made(members, x, low, expected)
+
+
+def library(case: Case, folder: Path, chain: bool, changed: tuple[str, str] = ("", "")) -> ctypes.CDLL:
+    defines = nf4_wide_cuda._defines(case.tile, case.nested, case.rank // 16, case.dtype == F16, chain)
+    source = nf4_wide_cuda._source()
+    return on_cpu.compiled(source, "nf4_wide", defines, folder, changed, parameter="WideArgs")
+
+
+def given(tile: WideTile, operands: Made, low: torch.Tensor | None, y: torch.Tensor) -> tuple[WideArgs, int]:
+    x = operands.x
+    args, blocks = arguments(x, operands.members, low, y, tile, dynamic_code(x.device))
+    return WideArgs(on_cpu.map_of(x, tile.rows), on_cpu.map_of(low, tile.rows), args), blocks
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_reference(case: str, tmp_path: Path) -> None:
+    of = CASES[case]
+    operands = made(of)
+    y = torch.full_like(operands.expected, float("nan"))
+    args, blocks = given(of.tile, operands, operands.low, y)
+    library(of, tmp_path, False).run(ctypes.byref(args), blocks, 1, 1)
+    operands.check(y)
+
+
+CHANGES = {
+    "": ("", ""),
+    "low is not waited for": ("BEFORE_HAS_ENDED;  // it makes low", ""),
+    "who ends does not wait": ("BEFORE_HAS_ENDED;  // so that", "// so that"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_begun_before_its_low_rank_is_there_it_waits_for_it(change: str, tmp_path: Path) -> None:
+    of = CASES["fewer chunks than stages, a bias"]  # a member without an adapter has nothing else to wait for
+    operands = made(of)
+    assert operands.low is not None
+    lows, y = unwritten(operands.low), unwritten(operands.expected)
+    args, blocks = given(of.tile, operands, lows, y)
+    before = Before(pointer(lows), pointer(operands.low), 0, pointer(y), lows.nbytes, 0, y.numel(), 0)
+    library(of, tmp_path, True, CHANGES[change]).run_early(ctypes.byref(args), blocks, 1, ctypes.byref(before))
+    assert (before.early > 0) == bool(change)
+    if not change:
+        operands.check(y)
