@@ -35,8 +35,9 @@ from pronghorn.kernels.reference.nf4_matmul import Member
 _HOPPER = (9, 0)
 _WARPS = 16  # at most, as many outputs each
 _RANKS = 64  # at most: a stage of x has so many columns of low
-_LEAST_OUTPUTS = {32: 24576, 64: 5120}
-"""Outputs of a group from which on it is faster than ``nf4_matmul.cu``, by the tile's rows."""
+_LEAST_OUTPUTS = {32: 6144, 64: 4096}
+"""Outputs of a group from which on it is faster than ``nf4_matmul.cu``, by the tile's rows (4,096 inputs; where inputs are
+more than outputs, as of a down projection, a block's warps are too few for its sum)."""
 
 
 class WideArgs(ctypes.Structure):
@@ -91,7 +92,7 @@ def wide_tile_for(
     """
     rows = 32 if M <= 32 else 64
     adapted = set(ranks) - {0}
-    if not 16 < M <= 64 or outputs < _LEAST_OUTPUTS[rows] or len(adapted) > 1 or max(ranks) > _RANKS:
+    if not 16 < M <= 64 or outputs < max(_LEAST_OUTPUTS[rows], K) or len(adapted) > 1 or max(ranks) > _RANKS:
         return None
     groups = min(4 * -(-outputs // (64 * processors)), _WARPS)
     for stages in (3, 2):
@@ -147,7 +148,7 @@ def nf4_wide(
     ranks, nested = {_rank(m) for m in members} - {0}, members[0].weight.nested_absmax is not None
     if tile.rows < M or len(ranks) > 1 or max(ranks, default=0) > _RANKS:
         raise ValueError(
-            f"{M} rows and ranks of {sorted(ranks)} by {tile}; give up to {tile.rows}, one rank up to {_RANKS}"
+            f"{M} rows, ranks {sorted(ranks)}, {tile}; give up to {tile.rows} rows and one rank of up to {_RANKS}"
         )
     args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, dynamic_code(device))
     rank16, half = max(ranks, default=0) // 16, x_MI.dtype == torch.float16

@@ -16,8 +16,8 @@ def test_the_tile_is_for_rows_between_and_many_outputs() -> None:
     assert [tile and (tile.groups, tile.rows) for tile in gate_up] == [
         None, (16, 32), (16, 32), (16, 64), (16, 64), None,
     ]  # fmt: skip
-    assert wide_tile_for(64, 6144, 4096, [32] * 3) and not wide_tile_for(32, 6144, 4096, [32] * 3)
-    assert not wide_tile_for(64, 4096, 14336, [32])
+    assert wide_tile_for(64, 4096, 4096, [32]) and not wide_tile_for(32, 4096, 4096, [32])
+    assert not wide_tile_for(64, 4096, 14336, [32]), "a long sum of few outputs"
 
 
 def test_adapters_have_one_rank_that_a_stage_holds() -> None:
