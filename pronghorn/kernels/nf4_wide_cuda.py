@@ -36,8 +36,8 @@ _HOPPER = (9, 0)
 _WARPS = 16  # at most, as many outputs each
 _RANKS = 64  # at most: a stage of x has so many columns of low
 _LEAST_OUTPUTS = {32: 6144, 64: 4096}
-"""Outputs of a group from which on it is faster than ``nf4_matmul.cu``, by the tile's rows (4,096 inputs; where inputs are
-more than outputs, as of a down projection, a block's warps are too few for its sum)."""
+"""Outputs of a group from which on it is faster than ``nf4_matmul.cu``, by the tile's rows, at 4,096 inputs; and never
+fewer than inputs: a block's warps are too few for a long sum of few outputs."""
 
 
 class WideArgs(ctypes.Structure):
