@@ -162,12 +162,14 @@ __device__ __forceinline__ void multiply_wide(float (*c)[4], u32 k0, u32 k1, u32
     asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" WIDE_TYPES
                  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
                  : FOUR(0), FOUR(1), FOUR(2), FOUR(3) : "r"(k0), "r"(k1), "r"(k2), "r"(k3), "l"(x));
-#else
+#elif ROWS == 64
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" WIDE_TYPES
                  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
                  "%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
                  : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7)
                  : "r"(k0), "r"(k1), "r"(k2), "r"(k3), "l"(x));
+#else
+#error ROWS is 32 or 64
 #endif
 }
 #define MULTIPLIES_BEGIN asm volatile("wgmma.fence.sync.aligned;" ::: "memory")
@@ -202,4 +204,5 @@ __device__ __forceinline__ u32 flag_count(u32* flag, u32 last) {  // one more, a
 #define PAUSE asm volatile("nanosleep.u32 32;")
 #define FETCH_TO_L2(p) asm volatile("prefetch.global.L2 [%0];" ::"l"(p))
 #define KEEP(value) asm volatile("" : "+r"(value))
+#define KEEP_FLOAT(value) asm volatile("" : "+f"(value))
 #endif

@@ -60,16 +60,18 @@ _COLUMNS = 256  # inputs that are made into operands at a time, at most
 
 
 def rows_by_codes(members: Sequence[Member]) -> int:
-    """Rows up to which many outputs of ``members`` are faster by codes than by weights in 16 bits that are there."""
+    """Rows up to which many outputs of ``members`` are read by codes where weights in 16 bits are there, too: 32, or,
+    where Hopper's wide instruction takes them and its blocks fill the GPU, 64.
+    """
     weight = members[0].weight
     if not launch.has_copy_engine(weight.codes):
         return _ROWS_BY_CODES
-    from pronghorn.kernels.nf4_wide_cuda import wide_tile_for
+    from pronghorn.kernels.nf4_wide_cuda import fills, wide_tile_for
 
     ranks = [0 if m.b_Or is None else m.b_Or.shape[1] for m in members]
     outputs, nested = sum(m.weight.shape[0] for m in members), weight.nested_absmax is not None
     wide = wide_tile_for(MAX_ROWS, outputs, weight.shape[1], ranks, nested)
-    return MAX_ROWS if wide is not None else _ROWS_BY_CODES
+    return MAX_ROWS if wide is not None and fills(wide, outputs) else _ROWS_BY_CODES
 
 
 def _path(tensor: torch.Tensor) -> ModuleType:

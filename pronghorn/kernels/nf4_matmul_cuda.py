@@ -152,7 +152,8 @@ def _source() -> str:
 
 
 @lru_cache(maxsize=8)
-def _processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of ``device``."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -288,7 +289,7 @@ def nf4_matmul(
     if M == 0:
         return
     nested = members[0].weight.nested_absmax is not None
-    tile = tile or tile_for(M, out_MO.shape[1], K, nested, shared_memory(device), _processors(device))
+    tile = tile or tile_for(M, out_MO.shape[1], K, nested, shared_memory(device), processors_of(device))
     if tile is None:
         raise ValueError(f"no tile for {K} inputs fits into {shared_memory(device)} bytes of shared memory")
     if a_RI is not None and (M > LOW_ROWS or tile.rows != LOW_ROWS):

@@ -1,5 +1,5 @@
 // y = x [W_1; W_2; W_3]^T + low (s B)^T + bias for 17 to 64 rows and many outputs, weights read as NF4 codes, once. What the
-// kernel is and why it is so: nf4_wide.py. Compiled at run time behind instructions.cu and nf4_weights.cu, with:
+// kernel is and why it is so: nf4_wide_cuda.py. Compiled at run time behind instructions.cu and nf4_weights.cu, with:
 //   GROUPS  warps in a block, four by four, 16 outputs each (PAIR 2, RING 1)      ROWS    rows of x: 32 or 64
 //   STAGES  of 256 columns (a chunk) of x in shared memory                        NESTED, RANK16, F16: as in nf4_matmul.cu
 //   CHAIN   begins while the kernel before runs, which makes low alone (x is whole)
@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
     u8* const scales = shared + TABLE + LEVELS;       // [OUTPUTS, blocks]
     const int scale_row = blocks * (NESTED ? 1 : 4);  // bytes
     const u32 filled = shared_address(scales) + (OUTPUTS * scale_row + 127) / 128 * 128, emptied = filled + STAGES * 8;
-    const u32 ring = (emptied + STAGES * 8 + 1023) / 1024 * 1024;
+    const u32 ring = (emptied + STAGES * 8 + 1023) / 1024 * 1024;  // as the host counts it: `shared` begins at such a place
     auto fill = [&](int i) {  // by one thread: the engine counts bytes, so nobody else has to wait and tell
         const int stage = i % STAGES;
         const u32 counter = filled + stage * 8;
@@ -167,6 +167,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
     }
 #endif
     MULTIPLIES_WAIT(0);
+#pragma unroll
+    for (int j = 0; j < EIGHTS; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) KEEP_FLOAT(c[j][i]);  // not to be read before
     // Through shared memory, so that a row's outputs are written side by side: a thread has them of two rows.
     __syncthreads();  // no product reads x any more
     auto rounded = [&](float y, int o) {

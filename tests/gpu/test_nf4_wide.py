@@ -40,6 +40,8 @@ def made(M: int, outputs: list[int], I: int, rank: int, bias: bool, dtype: torch
         ([4096], 14336, 64, False),
         ([1000, 72, 520], 768, 32, True),  # outputs that are no multiple of a block
         ([2048], 256, 0, False),
+        ([2048, 264], 256, 48, True),
+        ([2048], 512, 16, False),  # low is narrower than a block of it
     ],
     ids=str,
 )
@@ -48,8 +50,8 @@ def test_same_bits(outputs: list[int], I: int, rank: int, bias: bool, groups: in
     for M in (1, 17, 32, 33, 50, 64):
         x, members, low, expected = made(M, outputs, I, rank, bias, dtype)
         narrow(x, members, low, expected)
-        for tile in (WideTile(groups, 32, 3), WideTile(groups, 64, 2)):
-            if tile.rows < M or tile.shared_bytes(I, True) > 227 * 1024:
+        for tile in (WideTile(groups, 32, 3), WideTile(groups, 64, 2), WideTile(groups, 64, 3)):
+            if tile.rows < M:
                 continue
             found = torch.full_like(expected, float("nan"))
             nf4_wide(x, members, low, found, tile)
@@ -75,6 +77,7 @@ def test_views_and_which_kernel_it_is() -> None:
     wider = torch.zeros(M, 6160, device="cuda", dtype=torch.bfloat16)
     found = wider[:, 8:6152]
     assert chosen(x, members, low, found) == wide_tile_for(M, 6144, K, [32, 32])
+    assert chosen(x, members, low, found) is not None
     narrow(x, members, low, expected)
     nf4_matmul(x, members, low, found)
     assert torch.equal(found, expected)
@@ -86,7 +89,8 @@ def test_views_and_which_kernel_it_is() -> None:
 
 def test_no_race_and_nan_shows() -> None:
     x, members, low, first = made(50, [14336, 14336], 4096, 32, False, torch.bfloat16)
-    nf4_matmul(x, members, low, first)
+    assert chosen(x, members, low, first) == WideTile(16, 64, 3)
+    narrow(x, members, low, first)
     for _ in range(100):
         assert torch.equal(nf4_matmul(x, members, low), first)
     x[2, 7] = float("nan")
@@ -100,7 +104,11 @@ def test_begun_beside_the_low_rank_product_it_has_the_same_bits(outputs: list[in
     members = group(outputs, 4096, 32, False, torch.bfloat16)
     a = torch.randn(32 * len(outputs), 4096, device="cuda").bfloat16()
     xs = [torch.randn(M, 4096, device="cuda").bfloat16() for _ in range(30)]
-    expected = [nf4_matmul(x, members, low_rank(x, a)) for x in xs]
+    expected = [torch.empty(M, sum(outputs), device="cuda", dtype=torch.bfloat16) for _ in xs]
+    for x, y in zip(xs, expected):
+        low = low_rank(x, a)
+        assert chosen(x, members, low, y) is not None
+        narrow(x, members, low, y)
     torch.cuda.synchronize()
     begun = [nf4_matmul(x, members, low_rank(x, a), overlap=True) for x in xs]
     with chained():
@@ -113,6 +121,8 @@ def test_what_it_does_not_take_is_an_error() -> None:
     x, members, low, out = made(40, [512, 256], 1024, 32, False, torch.bfloat16)
     with pytest.raises(ValueError, match="give up to 32 rows"):
         nf4_wide(x, members, low, out, WideTile(4, 32, 3))
+    with pytest.raises(ValueError, match="groups in fours"):
+        nf4_wide(x, members, low, out, WideTile(6, 64, 3))
     assert members[0].b_Or is not None
     other = [Member(members[0].weight, members[0].b_Or[:, :16].contiguous(), 0, None), members[1]]
     with pytest.raises(ValueError, match=r"ranks \[16, 32\]"):

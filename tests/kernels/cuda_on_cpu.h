@@ -236,6 +236,7 @@ inline void write_pieces_turned(unsigned to, unsigned a, unsigned b, unsigned c,
 #define MULTIPLIES_END
 #define MULTIPLIES_WAIT(n)
 std::atomic<bool> asked;  // for what one thread tells its block
+std::atomic<bool> stuck;  // a wait that did not end: no other waits then
 struct Counter {  // mbarrier
     std::mutex mutex;
     std::condition_variable changed;
@@ -263,26 +264,41 @@ inline void counter_arrive_with_copies(unsigned at) {
 struct Map { uint64_t from, stride, rows, columns, box_rows, unused[11]; };  // as a test fills it
 unsigned expected[sizeof shared / 8];  // bytes; written by the thread alone that has them brought
 inline void counter_arrive_expecting(unsigned at, int bytes) { expected[at / 8] = bytes; }
+// Nothing is left of what lay there, and the block comes when someone waits for it.
+struct Brought { unsigned to; const Map* map; int column, row; unsigned counter; };
+std::vector<Brought> brought;
+std::mutex engine;
+inline const uint16_t* place_of(const Map& map, unsigned column, unsigned row) {
+    return row < map.rows && column < map.columns ? (const uint16_t*)map.from + row * map.stride + column : nullptr;
+}
 inline void bring(unsigned to, const Map& map, int column, int row, unsigned counter) {
-    for (unsigned r = 0; r < map.box_rows; ++r)
-        for (unsigned i = 0; i < 64; ++i) {
-            uint16_t value = 0;
-            if (row + r < map.rows && column + i < map.columns) {
-                const uint16_t* const from = (const uint16_t*)map.from + (row + r) * map.stride + column + i;
-                too_early_to_read(from);
-                value = *from;
+    if (const uint16_t* const from = place_of(map, column, row)) too_early_to_read(from);
+    std::memset(shared + to, 0xff, map.box_rows * 128);
+    std::unique_lock lock(engine);
+    brought.push_back({to, &map, column, row, counter});
+}
+inline void come(unsigned counter) {
+    std::unique_lock lock(engine);
+    for (const Brought& b : brought) {
+        if (b.counter != counter) continue;
+        for (unsigned r = 0; r < b.map->box_rows; ++r)
+            for (unsigned i = 0; i < 64; ++i) {
+                const uint16_t* const from = place_of(*b.map, b.column + i, b.row + r);
+                const uint16_t value = from ? *from : 0;
+                const unsigned place = b.to + r * 128 + i * 2;
+                std::memcpy(shared + (place ^ (place >> 7 & 7) << 4), &value, 2);
             }
-            const unsigned place = to + r * 128 + i * 2;
-            std::memcpy(shared + (place ^ (place >> 7 & 7) << 4), &value, 2);
-        }
-    if ((expected[counter / 8] -= map.box_rows * 128) == 0) counter_arrive(counter);
+        if ((expected[counter / 8] -= b.map->box_rows * 128) == 0) counter_arrive(counter);
+    }
+    std::erase_if(brought, [=](const Brought& b) { return b.counter == counter; });
 }
 #define SHOW_COUNTERS
 inline void counter_wait(unsigned at, unsigned parity) {  // until the phase of this parity has ended
     Counter& c = counters[at / 8];
+    come(at);
     std::unique_lock lock(c.mutex);
     if (c.all == 1) asked = true;
-    c.changed.wait(lock, [&] { return (c.phase & 1) != parity; });
+    if (!c.changed.wait_for(lock, std::chrono::seconds(60), [&] { return (c.phase & 1) != parity || stuck; })) stuck = true;
 }
 #define COPIES_END copies_end()
 #define COPIES_WAIT(n) copies_wait(n, false)
@@ -354,3 +370,4 @@ inline unsigned low_pair(const unsigned short* from) {
 #define PAUSE
 #define FETCH_TO_L2(p) (void)(p)
 #define KEEP(value)
+#define KEEP_FLOAT(value)

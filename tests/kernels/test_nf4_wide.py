@@ -7,7 +7,7 @@ import torch
 from pronghorn.kernels import launch, nf4_matmul
 from pronghorn.kernels.nf4 import quantize_nf4
 from pronghorn.kernels.nf4_matmul_cuda import HOPPER_SHARED
-from pronghorn.kernels.nf4_wide_cuda import wide_tile_for
+from pronghorn.kernels.nf4_wide_cuda import WideTile, fills, wide_tile_for
 from pronghorn.quant.nf4 import NF4Tensor
 
 
@@ -33,6 +33,12 @@ def test_a_block_fits_or_there_is_none() -> None:
             assert tile is not None or K * (1 if nested else 4) > 8192
 
 
+def test_a_last_turn_that_is_nearly_empty_is_slower_than_weights_in_16_bits() -> None:
+    for outputs, full in ((28672, True), (33792, True), (34816, False), (37888, False), (51200, True), (57344, True)):
+        tile = wide_tile_for(64, outputs, 4096, [32])
+        assert tile == WideTile(16, 64, 3) and fills(tile, outputs) == full
+
+
 def test_weights_in_16_bits_begin_where_codes_are_slower(monkeypatch) -> None:
     codes, scales = quantize_nf4(torch.randn(16, 256))
 
@@ -43,4 +49,4 @@ def test_weights_in_16_bits_begin_where_codes_are_slower(monkeypatch) -> None:
     assert nf4_matmul.rows_by_codes([member(28672, 32)]) == 32, "no copy engine"
     monkeypatch.setattr(launch, "has_copy_engine", lambda tensor: True)
     assert nf4_matmul.rows_by_codes([member(28672, 32)]) == 64
-    assert nf4_matmul.rows_by_codes([member(28672, 80)]) == 32
+    assert nf4_matmul.rows_by_codes([member(28672, 80)]) == nf4_matmul.rows_by_codes([member(34816, 32)]) == 32

@@ -1,6 +1,7 @@
 """``nf4_wide.cu`` itself on a CPU, as ``test_nf4_matmul_on_cpu.py`` has its kernel.
 
-Not seen: what the wide products read while it is written again, as they are done at once here, and so are the copies.
+Copies come when they are waited for, to a place where nothing is left of what was there. Not seen: what the wide
+products read while it is written again, as they are done at once here.
 """
 
 from __future__ import annotations
@@ -84,8 +85,25 @@ def test_equals_the_reference(case: str, tmp_path: Path) -> None:
     operands = made(of)
     y = torch.full_like(operands.expected, float("nan"))
     args, blocks = given(of.tile, operands, operands.low, y)
-    library(of, tmp_path, False).run(ctypes.byref(args), blocks, 1, 1)
+    assert library(of, tmp_path, False).run(ctypes.byref(args), blocks, 1, 1) == 0, "a wait that does not end"
     operands.check(y)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("if (b == 0) counter_wait(filled + stage * 8, chunk / STAGES & 1);", ""),
+        ("        counter_wait(filled + chunks % STAGES * 8, chunks / STAGES & 1);\n", ""),
+    ],
+    ids=["x", "low"],
+)
+def test_what_is_not_waited_for_is_not_there(changed: tuple[str, str], tmp_path: Path) -> None:
+    of = CASES["blocks that are not whole"]
+    operands = made(of)
+    y = torch.full_like(operands.expected, float("nan"))
+    args, blocks = given(of.tile, operands, operands.low, y)
+    stuck = library(of, tmp_path, False, changed).run(ctypes.byref(args), blocks, 1, 1)
+    assert stuck or not y.isfinite().all()
 
 
 CHANGES = {

@@ -97,7 +97,7 @@ def as_on_a_gpu() -> None:
     nf4_triton._has_asm = lambda tensor: True
     launch._can_chain = lambda index: True  # type: ignore[assignment]
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
-    nf4_matmul_cuda._processors = lambda _: nf4_matmul_cuda.HOPPER_PROCESSORS  # type: ignore[assignment]
+    nf4_matmul_cuda.processors_of = nf4_wide_cuda.processors_of = lambda _: nf4_matmul_cuda.HOPPER_PROCESSORS  # type: ignore[assignment]
     products._on_gpu = lambda tensor: True
     ordered_matmul.LONG_SUM = 512  # the down projection's here: of an 8B model's it is 8,192
     products._MANY_OUTPUTS = 1024  # gate and up here

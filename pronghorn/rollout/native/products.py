@@ -122,7 +122,7 @@ class HeldProduct:
         rows: most rows; fewer than cuBLAS sums in order are multiplied as many, or, where the sum is long, by our own
             kernel. On Hopper that one has 33 to 64 rows of every group with adapters, as it begins beside ``x A^T``,
             for which the matrix library would wait. With many outputs up to 32 rows read the 4-bit weights, on Hopper
-            up to 64.
+            mostly up to 64 (``nf4_matmul.rows_by_codes``); what is kept is for more, and for prefills, then.
     """
 
     def __init__(self, group: Group, dtype: torch.dtype, tables: Tables, rows: int) -> None:
