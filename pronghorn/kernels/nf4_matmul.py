@@ -66,12 +66,13 @@ def rows_by_codes(members: Sequence[Member]) -> int:
     weight = members[0].weight
     if not launch.has_copy_engine(weight.codes):
         return _ROWS_BY_CODES
-    from pronghorn.kernels.nf4_wide_cuda import fills, wide_tile_for
+    from pronghorn.kernels import nf4_wide_cuda
 
     ranks = [0 if m.b_Or is None else m.b_Or.shape[1] for m in members]
     outputs, nested = sum(m.weight.shape[0] for m in members), weight.nested_absmax is not None
-    wide = wide_tile_for(MAX_ROWS, outputs, weight.shape[1], ranks, nested)
-    return MAX_ROWS if wide is not None and fills(wide, outputs) else _ROWS_BY_CODES
+    processors = nf4_wide_cuda.processors_of(weight.codes.device)
+    wide = nf4_wide_cuda.wide_tile_for(MAX_ROWS, outputs, weight.shape[1], ranks, nested, processors=processors)
+    return MAX_ROWS if wide is not None and nf4_wide_cuda.fills(wide, outputs, processors) else _ROWS_BY_CODES
 
 
 def _path(tensor: torch.Tensor) -> ModuleType:

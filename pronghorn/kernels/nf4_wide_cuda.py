@@ -160,8 +160,8 @@ def nf4_wide(
     tile: WideTile,
     overlap: bool = False,
 ) -> None:
-    """As ``nf4_matmul_cuda.nf4_matmul``, for up to ``tile.rows`` rows and adapters of one rank, up to 64; rows of x, low
-    and out begin at multiples of 16 bytes.
+    """As ``nf4_matmul_cuda.nf4_matmul``, for up to ``tile.rows`` rows and adapters of one rank, up to 64; rows of x,
+    low and out begin at multiples of 16 bytes.
     """
     (M, K), device = x_MI.shape, x_MI.device
     ranks, nested = {_rank(m) for m in members} - {0}, members[0].weight.nested_absmax is not None

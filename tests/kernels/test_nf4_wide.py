@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pronghorn.kernels import launch, nf4_matmul
+from pronghorn.kernels import launch, nf4_matmul, nf4_wide_cuda
 from pronghorn.kernels.nf4 import quantize_nf4
 from pronghorn.kernels.nf4_matmul_cuda import HOPPER_SHARED
 from pronghorn.kernels.nf4_wide_cuda import WideTile, fills, wide_tile_for
@@ -48,5 +48,6 @@ def test_weights_in_16_bits_begin_where_codes_are_slower(monkeypatch) -> None:
 
     assert nf4_matmul.rows_by_codes([member(28672, 32)]) == 32, "no copy engine"
     monkeypatch.setattr(launch, "has_copy_engine", lambda tensor: True)
+    monkeypatch.setattr(nf4_wide_cuda, "processors_of", lambda device: 132)
     assert nf4_matmul.rows_by_codes([member(28672, 32)]) == 64
     assert nf4_matmul.rows_by_codes([member(28672, 80)]) == nf4_matmul.rows_by_codes([member(34816, 32)]) == 32
