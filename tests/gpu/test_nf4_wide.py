@@ -33,24 +33,31 @@ def made(M: int, outputs: list[int], I: int, rank: int, bias: bool, dtype: torch
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("outputs", "I", "rank", "bias"),
+    ("outputs", "I", "rank", "bias", "groups", "stages"),
     [
-        ([14336, 14336], 4096, 32, False),
-        ([4096, 1024, 1024], 4096, 16, True),
-        ([4096], 14336, 64, False),
-        ([1000, 72, 520], 768, 32, True),  # outputs that are no multiple of a block
-        ([2048], 256, 0, False),
-        ([2048, 264], 256, 48, True),
-        ([2048], 512, 16, False),  # low is narrower than a block of it
+        ([14336, 14336], 4096, 32, False, 16, 3),  # as an 8B Llama's gate and up take it
+        ([4096, 1024, 1024], 4096, 16, True, 4, 3),
+        ([4096], 14336, 64, False, 16, 2),
+        ([1000, 72, 520], 768, 32, True, 8, 3),  # outputs that are no multiple of a block
+        ([2048], 256, 0, False, 12, 3),
+        ([2048, 264], 256, 48, True, 8, 2),
+        ([2048], 512, 16, False, 4, 3),  # low is narrower than a block of it
     ],
     ids=str,
 )
-@pytest.mark.parametrize("groups", [4, 8, 16])
-def test_same_bits(outputs: list[int], I: int, rank: int, bias: bool, groups: int, dtype: torch.dtype) -> None:  # noqa: E741
+def test_same_bits(
+    outputs: list[int],
+    I: int,  # noqa: E741
+    rank: int,
+    bias: bool,
+    groups: int,
+    stages: int,
+    dtype: torch.dtype,
+) -> None:
     for M in (1, 17, 32, 33, 50, 64):
         x, members, low, expected = made(M, outputs, I, rank, bias, dtype)
         narrow(x, members, low, expected)
-        for tile in (WideTile(groups, 32, 3), WideTile(groups, 64, 2), WideTile(groups, 64, 3)):
+        for tile in (WideTile(groups, 32, stages), WideTile(groups, 64, stages)):
             if tile.rows < M:
                 continue
             found = torch.full_like(expected, float("nan"))
