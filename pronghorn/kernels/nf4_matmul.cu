@@ -193,12 +193,8 @@ extern "C" __global__ void BOUNDS nf4_matmul(const __grid_constant__ Args args) 
 #if !(CHAIN && LOW)
     begin_x();
 #endif
-    if (NESTED)
-        for (int i = threadIdx.x; i < 256; i += WARPS * 32) levels[i] = __ldg(own.levels + i);
-    for (int i = threadIdx.x; i < 256 * 8; i += WARPS * 32) {  // whole warps, each with one first level
-        const float first = __shfl_sync(0xffffffffu, level, i / 128), second = __shfl_sync(0xffffffffu, level, i / 8 % 16);
-        *(float4*)(shared + i / 8 * 256 + i % 8 * 16) = make_float4(first, second, first, second);
-    }
+    copy_levels(own);
+    make_table(level);
 #if LOW && RING == 1
     if (threadIdx.x == 0) counter_begin(low_is_there, 1);
 #endif

@@ -68,7 +68,7 @@ def rows_by_codes(members: Sequence[Member]) -> int:
         return _ROWS_BY_CODES
     from pronghorn.kernels import nf4_wide_cuda
 
-    ranks = [0 if m.b_Or is None else m.b_Or.shape[1] for m in members]
+    ranks = [m.rank for m in members]
     outputs, nested = sum(m.weight.shape[0] for m in members), weight.nested_absmax is not None
     processors = nf4_wide_cuda.processors_of(weight.codes.device)
     wide = nf4_wide_cuda.wide_tile_for(MAX_ROWS, outputs, weight.shape[1], ranks, nested, processors=processors)
@@ -183,7 +183,7 @@ def _check(x_MI: torch.Tensor, members: Sequence[Member], low_MR: torch.Tensor |
     for m in members:
         check_member(x_MI, m.weight.shape, m, low_MR)
     if x_MI.is_cuda:
-        ranks = [0 if m.b_Or is None else m.b_Or.shape[1] for m in members]
+        ranks = [m.rank for m in members]
         reason = why_not([m.weight for m in members], x_MI.dtype, x_MI.device, ranks)
         if reason:
             raise ValueError(f"{reason}; dequantize and multiply instead")

@@ -248,7 +248,7 @@ def arguments(
             codes=pointer(w.codes), scales=pointer(w.scales), nested=pointer(w.nested_absmax),
             offset=pointer(w.offset), levels=pointer(levels if w.nested_code is None else w.nested_code),
             b=pointer(m.b_Or), bias=pointer(m.bias_O), outputs=w.shape[0], column=column, at=m.at,
-            rank=0 if m.b_Or is None else m.b_Or.shape[1],
+            rank=m.rank,
         )  # fmt: skip
         column += w.shape[0]
         blocks += -(-w.shape[0] // tile.outputs)

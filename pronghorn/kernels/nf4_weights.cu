@@ -36,6 +36,18 @@ __device__ __forceinline__ u32 weights(u32 word, int byte, u32 column, float sca
     const float2 level = *(const float2*)(shared + __byte_perm(word, column, 0x5504 | byte << 4));
     return pair(scaled(level.x, scale), scaled(level.y, scale));
 }
+// Both by all threads of a block. level: of the code lane % 16.
+__device__ __forceinline__ void copy_levels(const Member& own) {
+    float* const levels = (float*)(shared + TABLE);
+    if (NESTED)
+        for (int i = threadIdx.x; i < 256; i += WARPS * 32) levels[i] = __ldg(own.levels + i);
+}
+__device__ __forceinline__ void make_table(float level) {
+    for (int i = threadIdx.x; i < 256 * 8; i += WARPS * 32) {  // whole warps, each with one first level
+        const float first = __shfl_sync(0xffffffffu, level, i / 128), second = __shfl_sync(0xffffffffu, level, i / 8 % 16);
+        *(float4*)(shared + i / 8 * 256 + i % 8 * 16) = make_float4(first, second, first, second);
+    }
+}
 // The same without memory, for some of the weights, as the unit that looks levels up is what the sums wait for. A thread's
 // 16 weights of a block have one scale: their 16 possible values, rounded, by bytes, low[i] of four values and high[i],
 // are looked up by permutations.

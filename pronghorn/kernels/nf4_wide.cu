@@ -93,13 +93,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
         for (int p = 0; p < PAIR; ++p) FETCH_TO_L2(own.b + (u64)(min(o0 + p * 8, last) + g) * own.rank);
 #endif
     const float offset = NESTED ? __ldg(own.offset) : 0.0f;
-    if (NESTED)
-        for (int i = threadIdx.x; i < 256; i += WARPS * 32) levels[i] = __ldg(own.levels + i);
-    const float level = args.nf4[lane % 16];
-    for (int i = threadIdx.x; i < 256 * 8; i += WARPS * 32) {  // whole warps, each with one first level
-        const float first = __shfl_sync(0xffffffffu, level, i / 128), second = __shfl_sync(0xffffffffu, level, i / 8 % 16);
-        *(float4*)(shared + i / 8 * 256 + i % 8 * 16) = make_float4(first, second, first, second);
-    }
+    copy_levels(own);
+    make_table(args.nf4[lane % 16]);
     u32 column = lane % 16 * 8;
     KEEP(column);
     float c[EIGHTS][4] = {};

@@ -120,17 +120,13 @@ def chosen(
     if not _aligned(x_MI, low_MR, out_MO):
         return None
     M, K = x_MI.shape
-    ranks, nested = [_rank(m) for m in members], members[0].weight.nested_absmax is not None
+    ranks, nested = [m.rank for m in members], members[0].weight.nested_absmax is not None
     return wide_tile_for(M, out_MO.shape[1], K, ranks, nested, processors=processors_of(x_MI.device))
 
 
 def _aligned(*tensors: torch.Tensor | None) -> bool:
     """Whether rows begin at multiples of 16 bytes."""
     return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in tensors if t is not None)
-
-
-def _rank(member: Member) -> int:
-    return 0 if member.b_Or is None else member.b_Or.shape[1]
 
 
 @lru_cache(maxsize=1)
@@ -164,7 +160,7 @@ def nf4_wide(
     low and out begin at multiples of 16 bytes.
     """
     (M, K), device = x_MI.shape, x_MI.device
-    ranks, nested = {_rank(m) for m in members} - {0}, members[0].weight.nested_absmax is not None
+    ranks, nested = {m.rank for m in members} - {0}, members[0].weight.nested_absmax is not None
     if tile.rows < M or len(ranks) > 1 or max(ranks, default=0) > _RANKS:
         raise ValueError(
             f"{M} rows, ranks {sorted(ranks)}, {tile}; give up to {tile.rows} rows and one rank of up to {_RANKS}"

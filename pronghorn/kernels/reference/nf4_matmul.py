@@ -51,6 +51,10 @@ class Member:
     at: int = 0
     bias_O: torch.Tensor | None = None
 
+    @property
+    def rank(self) -> int:
+        return 0 if self.b_Or is None else self.b_Or.shape[1]
+
 
 def nf4_matmul(
     x_MI: torch.Tensor,
