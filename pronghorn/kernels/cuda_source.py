@@ -184,8 +184,24 @@ class Map(ctypes.Structure):
     _fields_ = [("opaque", ctypes.c_uint64 * 16)]
 
 
+_WORDS = 2  # CU_TENSOR_MAP_DATA_TYPE_UINT32
 _MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}
 _SWIZZLE_128, _PROMOTE_256 = 3, 3
+
+
+def _map(
+    of: str, kind: int, address: int, shape: tuple[int, int], stride: int, block: tuple[int, int], swizzle: int
+) -> Map:
+    """Rows and columns of ``shape`` and ``block``; ``stride`` is a row's bytes. Outside the tensor is zero."""
+    room = (ctypes.c_char * 192)()  # it has to begin at a multiple of 64 bytes
+    at = (ctypes.addressof(room) + 63) // 64 * 64
+    u64, u32 = ctypes.c_uint64, ctypes.c_uint32
+    code = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(at), kind, 2, ctypes.c_void_p(address), (u64 * 2)(*shape[::-1]), (u64 * 1)(stride),
+        (u32 * 2)(*block[::-1]), (u32 * 2)(1, 1), 0, swizzle, _PROMOTE_256, 0,
+    )  # fmt: skip
+    _check_driver(code, f"a map of {shape[0]} x {shape[1]} {of} with a stride of {stride} bytes")
+    return Map.from_buffer_copy((ctypes.c_char * 128).from_address(at))
 
 
 def map_of(tensor_RC: torch.Tensor, rows: int) -> Map:
@@ -196,17 +212,15 @@ def map_of(tensor_RC: torch.Tensor, rows: int) -> Map:
     Args:
         tensor_RC: ``[R, C]``, bfloat16 or float16, rows contiguous, beginning at multiples of 16 bytes.
     """
-    (R, C), size = tensor_RC.shape, tensor_RC.element_size()
-    room = (ctypes.c_char * 192)()  # it has to begin at a multiple of 64 bytes
-    at = (ctypes.addressof(room) + 63) // 64 * 64
-    u64, u32 = ctypes.c_uint64, ctypes.c_uint32
-    code = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(at), _MAP_TYPES[tensor_RC.dtype], 2, ctypes.c_void_p(tensor_RC.data_ptr()),
-        (u64 * 2)(C, R), (u64 * 1)(tensor_RC.stride(0) * size), (u32 * 2)(64, rows), (u32 * 2)(1, 1),
-        0, _SWIZZLE_128, _PROMOTE_256, 0,
-    )  # fmt: skip
-    _check_driver(code, f"a map of {R} x {C} {tensor_RC.dtype} with a stride of {tensor_RC.stride(0)}")
-    return Map.from_buffer_copy((ctypes.c_char * 128).from_address(at))
+    (R, C), dtype = tensor_RC.shape, tensor_RC.dtype
+    stride = tensor_RC.stride(0) * tensor_RC.element_size()
+    return _map(str(dtype), _MAP_TYPES[dtype], tensor_RC.data_ptr(), (R, C), stride, (rows, 64), _SWIZZLE_128)
+
+
+@lru_cache(maxsize=4096)
+def map_of_words(address: int, rows: int, columns: int, block: tuple[int, int]) -> Map:
+    """For blocks of so many rows and columns (at most 256 of each) of 32-bit words, rows side by side, as they lie."""
+    return _map("words", _WORDS, address, (rows, columns), columns * 4, block, 0)
 
 
 @lru_cache(maxsize=8)

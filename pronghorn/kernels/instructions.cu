@@ -17,6 +17,9 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
 __device__ __forceinline__ void copy16(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
 }
+__device__ __forceinline__ void copy4(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from));
+}
 __device__ __forceinline__ uint2 codes8(const u8* from) {  // read once: not to push x out of the cache
     uint2 r;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(from));
@@ -128,12 +131,18 @@ __device__ __forceinline__ void counter_wait(u32 counter, u32 parity) {
                      : "=r"(ended) : "r"(counter), "r"(parity) : "memory");
     while (!ended);
 }
+__device__ __forceinline__ u32 counter_ended(u32 counter, u32 parity) {  // whether that phase has
+    u32 ended;
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(ended) : "r"(counter), "r"(parity) : "memory");
+    return ended;
+}
 // Hopper's own: products of four warps at once (wgmma), and the engine that copies blocks of a tensor by its map.
 #ifdef MULTIPLIES_WIDE
 struct alignas(64) Map {
     u64 opaque[16];
 };
-// A block of 64 columns to shared memory. Its bytes count for the counter, whose phase ends with the last that is expected.
+// A block of a tensor to shared memory. Its bytes count for the counter, whose phase ends with the last that is expected.
 __device__ __forceinline__ void bring(u32 to, const Map& map, int column, int row, u32 counter) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(counter) : "memory");
@@ -144,11 +153,10 @@ __device__ __forceinline__ void counter_arrive_expecting(u32 counter, int bytes)
 }
 // To the engine, counters that this thread has begun. It waits for all that the thread reads, too: ahead of other reads.
 #define SHOW_COUNTERS asm volatile("fence.proxy.async.shared::cta;" ::: "memory")
-// As the engine brings it, eight rows of 128 bytes are 1024 bytes, aligned to as many; 16 bytes of a row lie where their
-// number, exclusive or the row's, says (PTX, wgmma, "128-byte swizzle").
-__device__ __forceinline__ u64 described(u32 at) {
-    return (u64)(at >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
+// Where x is, as the instruction reads it, in units of 16 bytes. As the engine brings it, eight rows of 128 bytes are 1024
+// bytes, aligned to as many; 16 bytes of a row lie where their number, exclusive or the row's, says (PTX, wgmma, "128-byte
+// swizzle").
+__device__ __forceinline__ u32 described(u32 at) { return at >> 4 | 1 << 16; }
 #define FOUR(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #if F16
 #define WIDE_TYPES ".f32.f16.f16 "
@@ -157,7 +165,8 @@ __device__ __forceinline__ u64 described(u32 at) {
 #endif
 // c += k x^T for a warp's 16 outputs, which a thread has as `multiply` has its left operand, and ROWS rows of x in shared
 // memory, 16 columns of them. Begun, not done: until MULTIPLIES_WAIT neither k nor c may be touched, nor x written.
-__device__ __forceinline__ void multiply_wide(float (*c)[4], u32 k0, u32 k1, u32 k2, u32 k3, u64 x) {
+__device__ __forceinline__ void multiply_wide(float (*c)[4], u32 k0, u32 k1, u32 k2, u32 k3, u32 described_x) {
+    const u64 x = (u64)(1024 >> 4 | 1 << 30) << 32 | described_x;
 #if ROWS == 32
     asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" WIDE_TYPES
                  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"

@@ -61,7 +61,7 @@ _COLUMNS = 256  # inputs that are made into operands at a time, at most
 
 def rows_by_codes(members: Sequence[Member]) -> int:
     """Rows up to which many outputs of ``members`` are read by codes where weights in 16 bits are there, too: 32, or,
-    where Hopper's wide instruction takes them and its blocks fill the GPU, 64.
+    where Hopper's wide instruction takes them, 64.
     """
     weight = members[0].weight
     if not launch.has_copy_engine(weight.codes):
@@ -69,10 +69,10 @@ def rows_by_codes(members: Sequence[Member]) -> int:
     from pronghorn.kernels import nf4_wide_cuda
 
     ranks = [m.rank for m in members]
-    outputs, nested = sum(m.weight.shape[0] for m in members), weight.nested_absmax is not None
+    outputs, nested = [m.weight.shape[0] for m in members], weight.nested_absmax is not None
     processors = nf4_wide_cuda.processors_of(weight.codes.device)
     wide = nf4_wide_cuda.wide_tile_for(MAX_ROWS, outputs, weight.shape[1], ranks, nested, processors=processors)
-    return MAX_ROWS if wide is not None and nf4_wide_cuda.fills(wide, outputs, processors) else _ROWS_BY_CODES
+    return _ROWS_BY_CODES if wide is None else MAX_ROWS
 
 
 def _path(tensor: torch.Tensor) -> ModuleType:

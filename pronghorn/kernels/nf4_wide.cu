@@ -1,17 +1,22 @@
 // y = x [W_1; W_2; W_3]^T + low (s B)^T + bias for 17 to 64 rows and many outputs, weights read as NF4 codes, once. What the
 // kernel is and why it is so: nf4_wide_cuda.py. Compiled at run time behind instructions.cu and nf4_weights.cu, with:
 //   GROUPS  warps in a block, four by four, 16 outputs each (PAIR 2, RING 1)      ROWS    rows of x: 32 or 64
-//   STAGES  of 256 columns (a chunk) of x in shared memory                        NESTED, RANK16, F16: as in nf4_matmul.cu
+//   IDLE    of the warps, the last ones: without outputs                          NESTED, RANK16, F16: as in nf4_matmul.cu
+//   STAGES  of SPAN (1, 2 or 4) times 64 columns of x and codes in shared memory
 //   CHAIN   begins while the kernel before runs, which makes low alone (x is whole)
 
-#define OUTPUTS (GROUPS * 16)
+#define WORKING (GROUPS - IDLE)
+#define OUTPUTS (WORKING * 16)
 #define EIGHTS (ROWS / 8)
-#define X_BLOCK (ROWS * 128)  // bytes: 64 columns of all rows
-#define STAGE (4 * X_BLOCK)
+#define X_BLOCK (ROWS * 128)                        // bytes: 64 columns of all rows
+#define CODES_ROW (SPAN * 256)                      // bytes: a stage's codes of 8 outputs
+#define STAGE_BYTES (SPAN * X_BLOCK + WORKING * PAIR * CODES_ROW)
+#define STAGE ((STAGE_BYTES + 1023) / 1024 * 1024)  // x first
 #define Y_ROW (OUTPUTS * 2 + 16)
 
 struct WideArgs {
-    Map x, low;  // in blocks of ROWS rows
+    Map x, low;    // in blocks of ROWS rows
+    Map codes[3];  // of each member, as 32-bit numbers, a row 8 outputs: in blocks of WORKING PAIR rows, SPAN 64 columns
     Args args;
 };
 
@@ -29,22 +34,26 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
 #endif
     const Member& own = args.member[which];
     const int K = args.K, blocks = K / 64, chunks = K / 256, last = own.outputs - 8, first_output = tile * OUTPUTS;
-    const int steps = chunks + (RANK16 && own.b != 0 ? 1 : 0);  // stages in all, the adapter's the last
+    const int stages = blocks / SPAN, steps = stages + (RANK16 && own.b != 0 ? 1 : 0);  // the adapter's is the last
+    // The last IDLE warps have no outputs: the wide instruction is four warps', whose other rows nobody stores.
+    const bool works = warp < WORKING;
+    const int base = works ? warp * 16 : 0, o0 = first_output + base;
 
     float* const levels = (float*)(shared + TABLE);
-    u8* const scales = shared + TABLE + LEVELS;       // [OUTPUTS, blocks]
-    const int scale_row = blocks * (NESTED ? 1 : 4);  // bytes
-    const u32 filled = shared_address(scales) + (OUTPUTS * scale_row + 127) / 128 * 128, emptied = filled + STAGES * 8;
+    u8* const scales = shared + TABLE + LEVELS;  // [OUTPUTS, blocks], rows so far apart that eight lie in different banks
+    const int scale_row = blocks * (NESTED ? 1 : 4), scale_place = scale_row + 16;  // bytes
+    const u32 filled = shared_address(scales) + (OUTPUTS * scale_place + 127) / 128 * 128, emptied = filled + STAGES * 8;
     const u32 ring = (emptied + STAGES * 8 + 1023) / 1024 * 1024;  // as the host counts it: `shared` begins at such a place
     auto fill = [&](int i) {  // by one thread: the engine counts bytes, so nobody else has to wait and tell
         const int stage = i % STAGES;
         const u32 counter = filled + stage * 8;
         if (i >= STAGES) counter_wait(emptied + stage * 8, (i / STAGES - 1) & 1);
         const u32 to = ring + stage * STAGE;
-        if (i < chunks) {
-            counter_arrive_expecting(counter, STAGE);
+        if (i < stages) {
+            counter_arrive_expecting(counter, STAGE_BYTES);
+            bring(to + SPAN * X_BLOCK, given.codes[which], i * CODES_ROW / 4, first_output / 8, counter);
 #pragma unroll
-            for (int b = 0; b < 4; ++b) bring(to + b * X_BLOCK, given.x, i * 256 + b * 64, 0, counter);
+            for (int b = 0; b < SPAN; ++b) bring(to + b * X_BLOCK, given.x, (i * SPAN + b) * 64, 0, counter);
         } else {
             counter_arrive_expecting(counter, X_BLOCK);
 #if CHAIN
@@ -53,7 +62,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
             bring(to, given.low, own.at, 0, counter);
         }
     };
-    if (threadIdx.x == 0) {
+    const bool fills = threadIdx.x == (WARPS - 1) * 32;
+    if (fills) {
 #pragma unroll 1
         for (int i = 0; i < STAGES; ++i) {
             counter_begin(filled + i * 8, 1);
@@ -65,24 +75,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
     }
     __syncwarp();
 
-    const int base = warp * 16, o0 = first_output + base;
-    const u8* codes[PAIR];
-    uint2 w[PAIR][4];
-#pragma unroll
-    for (int p = 0; p < PAIR; ++p) {
-        codes[p] = own.codes + (u64)min(o0 + p * 8, last) * (K / 2) + lane * 8;
-#pragma unroll
-        for (int b = 0; b < 4; ++b) w[p][b] = codes8(codes[p] + b * 256);
+    const int scale_rows = works ? min(PAIR * 8, own.outputs - o0) : 0;
+    const int piece = scale_row % 16 ? 4 : 16, pieces = scale_row / piece;
+    for (int i = lane; i < scale_rows * pieces; i += 32) {
+        const int row = i / pieces, at = i % pieces * piece;
+        const u32 to = shared_address(scales) + (base + row) * scale_place + at;
+        const u8* const from = (const u8*)own.scales + (u64)(o0 + row) * scale_row + at;
+        if (piece == 16)
+            copy16(to, from);
+        else
+            copy4(to, from);
     }
-    const int scale_bytes = min(PAIR * 8, own.outputs - o0) * scale_row;
-    for (int i = lane * 16; i < scale_bytes; i += 512)
-        copy16(shared_address(scales) + base * scale_row + i, (const u8*)own.scales + (u64)o0 * scale_row + i);
     COPIES_END;
     float nested[PAIR], scale[PAIR];
     auto read_nested = [&](int chunk) {
 #pragma unroll
         for (int p = 0; p < PAIR; ++p) {
-            const u32 at = (u32)(min(o0 + p * 8, last) + g) * blocks + chunk * 4 + t;
+            const u32 at = (u32)(min(o0 + p * 8, last) + g) * blocks + min(chunk, chunks - 1) * 4 + t;
             nested[p] = NESTED ? __ldg(own.nested + (at >> 8)) : 0.0f;
         }
     };
@@ -100,41 +109,71 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
     float c[EIGHTS][4] = {};
     COPIES_WAIT(0);
     __syncthreads();
-
-#pragma unroll 1
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-        const int stage = chunk % STAGES, next = min(chunk + 1, chunks - 1);
+    auto make_scales = [&](int chunk) {
 #pragma unroll
         for (int p = 0; p < PAIR; ++p) {
-            const u8* const row = scales + (base + p * 8 + g) * scale_row;
-            const int block = chunk * 4 + t;
+            const u8* const row = scales + (base + p * 8 + g) * scale_place;
+            const int block = min(chunk, chunks - 1) * 4 + t;
             scale[p] = NESTED ? __fadd_rn(__fmul_rn(levels[row[block]], nested[p]), offset) : ((const float*)row)[block];
         }
-        read_nested(next);
+    };
+    make_scales(0);
+    read_nested(1);
+
+    int place = 0, parity = 0;  // of the stage in use
+    const u32 first_x = described(ring);
+    const u8* const first_codes = shared + (ring - shared_address(shared)) + SPAN * X_BLOCK + base / 8 * CODES_ROW + lane * 8;
+    counter_wait(filled, 0);
+    uint2 v[PAIR];
+#pragma unroll
+    for (int p = 0; p < PAIR; ++p) v[p] = *(const uint2*)(first_codes + p * CODES_ROW);
+    // Products read registers until they are waited for, of which the compiler knows nothing: without a use behind the wait
+    // it makes other things in them.
+    auto keep = [](u32 (*own_k)[PAIR][2]) {
+#pragma unroll
+        for (int i = 0; i < 4 * PAIR * 2; ++i) KEEP(own_k[i / (PAIR * 2)][i / 2 % PAIR][i % 2]);
+    };
+    u32 k[2][4][PAIR][2] = {};  // of two blocks: products read one's while the other's are made
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
 #pragma unroll
         for (int b = 0; b < 4; ++b) {
-            u32 k[4][PAIR][2];
-#pragma unroll
-            for (int p = 0; p < PAIR; ++p) {
-                const float s = of_quad(scale[p], b);
-                const uint2 v = w[p][b];
-#pragma unroll
-                for (int q = 0; q < 4; ++q) k[q][p][0] = weights(v.x, q, column, s), k[q][p][1] = weights(v.y, q, column, s);
+            const int stage = chunk * (4 / SPAN) + b / SPAN;
+            const u32 x = first_x + (place * STAGE + b % SPAN * X_BLOCK) / 16;
+            const int before = place == 0 ? STAGES - 1 : place - 1;
+            u32 ready = 1;
+            if (b % SPAN == SPAN - 1) {
+                if (++place == STAGES) place = 0, parity ^= 1;
+                ready = counter_ended(filled + place * 8, parity);  // asked here, as the answer takes a while
             }
-            if (b == 0) counter_wait(filled + stage * 8, chunk / STAGES & 1);
-            const u32 x = ring + stage * STAGE + b * X_BLOCK;
+            u32(*const own_k)[PAIR][2] = k[b % 2];
+            if (works) {
+#pragma unroll
+                for (int p = 0; p < PAIR; ++p) {
+                    const float s = of_quad(scale[p], b);
+#pragma unroll
+                    for (int q = 0; q < 4; ++q)
+                        own_k[q][p][0] = weights(v[p].x, q, column, s), own_k[q][p][1] = weights(v[p].y, q, column, s);
+                }
+                if (b == 3) {
+                    make_scales(chunk + 1);
+                    read_nested(chunk + 2);
+                }
+            }
+            if (!ready && stage + 1 < stages) counter_wait(filled + place * 8, parity);
+#pragma unroll
+            for (int p = 0; p < PAIR; ++p)
+                v[p] = *(const uint2*)(first_codes + place * STAGE + (b + 1) % SPAN * 256 + p * CODES_ROW);
             MULTIPLIES_BEGIN;
 #pragma unroll
-            for (int q = 0; q < 4; ++q) multiply_wide(c, k[q][0][0], k[q][1][0], k[q][0][1], k[q][1][1], described(x + q * 32));
+            for (int q = 0; q < 4; ++q)
+                multiply_wide(c, own_k[q][0][0], own_k[q][1][0], own_k[q][0][1], own_k[q][1][1], x + q * 2);
             MULTIPLIES_END;
-            // The next codes, into the registers of those just used: asked for any earlier they would come to others, and be
-            // waited for here to be moved.
-#pragma unroll
-            for (int p = 0; p < PAIR; ++p) w[p][b] = codes8(codes[p] + (next * 4 + b) * 256);
-            MULTIPLIES_WAIT(1);  // of the block before: its registers are free, and so is x of its chunk
-            if (b == 0 && chunk > 0 && lane == 0) counter_arrive(emptied + (chunk - 1) % STAGES * 8);
-            if (b == 2) {  // by now all have read it
-                if (threadIdx.x == 0 && chunk + STAGES - 1 < steps) fill(chunk + STAGES - 1);
+            MULTIPLIES_WAIT(1);  // of the block before: its registers are free, and so is x of its stage
+            keep(k[(b + 1) % 2]);
+            if (b % SPAN == 0 && stage > 0 && lane == 0) counter_arrive(emptied + before * 8);
+            if (b % SPAN == SPAN / 2) {  // by now all have read it
+                if (fills && stage + STAGES - 1 < steps) fill(stage + STAGES - 1);
                 __syncwarp();
             }
         }
@@ -143,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
     BEFORE_HAS_ENDED;  // so that who waits for this waits for it, too
 #endif
 #if RANK16
-    if (steps > chunks) {  // all ranks are equal: not to ask at each product, which would keep them from overlapping
+    if (steps > stages) {  // all ranks are equal: not to ask at each product, which would keep them from overlapping
         u32 up[RANK16][PAIR][2];
 #pragma unroll
         for (int q = 0; q < RANK16; ++q)
@@ -152,16 +191,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
                 const u32* const from = (const u32*)(own.b + (u64)(min(o0 + p * 8, last) + g) * own.rank + q * 16 + t * 2);
                 up[q][p][0] = __ldg(from), up[q][p][1] = __ldg(from + 4);
             }
-        counter_wait(filled + chunks % STAGES * 8, chunks / STAGES & 1);
-        const u32 x = ring + chunks % STAGES * STAGE;
+        counter_wait(filled + place * 8, parity);
+        const u32 x = first_x + place * STAGE / 16;
         MULTIPLIES_BEGIN;
 #pragma unroll
         for (int q = 0; q < RANK16; ++q)
-            multiply_wide(c, up[q][0][0], up[q][1][0], up[q][0][1], up[q][1][1], described(x + q * 32));
+            multiply_wide(c, up[q][0][0], up[q][1][0], up[q][0][1], up[q][1][1], x + q * 2);
         MULTIPLIES_END;
     }
 #endif
     MULTIPLIES_WAIT(0);
+    keep(k[1]);
 #pragma unroll
     for (int j = 0; j < EIGHTS; ++j)
 #pragma unroll
@@ -182,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
             y[i] = pair(rounded(of[0], o), rounded(of[1], o));
         }
         const u32 to = ring + (j * 8 + lane / 16 * 8 + lane % 8) * Y_ROW + (base + lane / 8 % 2 * 8) * 2;
-        write_pieces_turned(to, y[0], y[1], y[2], y[3]);
+        if (works) write_pieces_turned(to, y[0], y[1], y[2], y[3]);
     }
     __syncthreads();
     const u8* const made = shared + (ring - shared_address(shared));

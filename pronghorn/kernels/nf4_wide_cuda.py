@@ -3,14 +3,20 @@
 **Why another kernel than** ``nf4_matmul.cu``. With more rows that one is bound by shared memory, where each warp reads
 all of x for its own outputs. Hopper's wide instruction (``wgmma``) takes x out of shared memory once for the 64
 outputs of four warps, and weights on its left out of registers, where a thread has just made them; it runs beside the
-making of the next. Gate and up of an 8B Llama at 64 rows: 48 microseconds for 75, where reading the weight in 16 bits
+making of the next. Gate and up of an 8B Llama at 64 rows: 45 microseconds for 75, where reading the weight in 16 bits
 takes cuBLAS 62.
 
-**What it took** (``docs/log.md``). x is brought by the copy engine, whose bytes a counter in shared memory awaits.
-Copies by threads have to be shown to the instruction by a fence, and that waits for all that the thread reads: the
-next codes, a microsecond each time. No product may be asked for under a condition, or the compiler lets each wait for
-the one before. And codes are asked for behind the products of those before, or they come to other registers and are
-waited for to be moved.
+**What it took** (``docs/log.md``). x and codes are brought by the copy engine, whose bytes a counter in shared memory
+awaits. Copies by threads have to be shown to the instruction by a fence, and that waits for all that the thread reads,
+a microsecond each time; codes read into registers are waited for when the compiler likes, all at once. No product may
+be asked for under a condition, or the compiler lets each wait for the one before. The registers that a product reads
+have to be kept until it is waited for, or the compiler may make the next weights in them. And each multiprocessor has
+as many outputs: a block has as few warps with outputs as let all of them have one, and the wide instruction's fourth,
+eighth, twelfth or sixteenth warp may have none.
+
+**What bounds it** is shared memory, by the GPU's counters: for 1,024 weights the table of levels takes 32 turns of its
+port, and the instruction 16, for as long as 32. (Levels by permutations, as ``nf4_matmul.cu`` has some, cost more than
+they spare here.)
 
 **Bits.** The instruction sums its 16 products as ``mma`` does, in the order of the inputs, and so does the adapter's
 rank, which follows them as one more stage of x: the same bits as ``nf4_matmul.cu`` (``tests/gpu/test_nf4_wide.py``).
@@ -25,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 
-from pronghorn.kernels.cuda_source import CudaKernel, Map, map_of, source
+from pronghorn.kernels.cuda_source import CudaKernel, Map, map_of, map_of_words, source
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.launch import current_recording
 from pronghorn.kernels.nf4_code import dynamic_code
@@ -34,24 +40,27 @@ from pronghorn.kernels.reference.nf4_matmul import Member
 
 _HOPPER = (9, 0)
 _WARPS = 16  # at most, as many outputs each
-_RANKS = 64  # at most: a stage of x has so many columns of low
+_RANKS = 64  # at most: a stage of x has so many columns of low, of which a block is brought
+_SPAN = 2
 _LEAST_OUTPUTS = {32: 6144, 64: 4096}
-"""Outputs of a group from which on it is faster than ``nf4_matmul.cu``, by the tile's rows, at 4,096 inputs; and never
-fewer than inputs: a block's warps are too few for a long sum of few outputs."""
+"""Outputs of a group from which on it is faster than ``nf4_matmul.cu``, by the tile's rows, at 4,096 inputs. With 32
+rows as many as inputs, too: a block's warps are too few for a long sum of few outputs."""
 
 
 class WideArgs(ctypes.Structure):
     """The kernel's parameter; its alignment of 64 bytes ends it at a multiple of as many."""
 
-    _fields_ = (("x", Map), ("low", Map), ("args", Args), ("_rest", ctypes.c_char * 64))
+    _fields_ = (("x", Map), ("low", Map), ("codes", Map * 3), ("args", Args), ("_rest", ctypes.c_char * 64))
 
 
 class WideTile(NamedTuple):
-    """A launch configuration: the macros of ``nf4_wide.cu`` of the same names."""
+    """A launch configuration: the macros of ``nf4_wide.cu`` of the same names; ``groups`` are a block's warps."""
 
     groups: int
     rows: int
+    idle: int
     stages: int
+    span: int
 
     @property
     def pair(self) -> int:
@@ -66,67 +75,72 @@ class WideTile(NamedTuple):
     @property
     def outputs(self) -> int:
         """Outputs of a block."""
-        return self.groups * 16
+        return (self.groups - self.idle) * 16
 
     def shared_bytes(self, K: int, nested: bool) -> int:
         """Shared memory of a block; outputs lie where x's stages were."""
-        scales = -(-self.outputs * (K // 64) * (1 if nested else 4) // 128) * 128
+        scales = -(-self.outputs * (K // 64 * (1 if nested else 4) + 16) // 128) * 128
         before = -(-(TABLE_BYTES + scales + self.stages * 16) // 1024) * 1024
-        return before + max(self.stages * self.rows * 512, self.rows * (self.outputs * 2 + 16))
+        stage = -(-(self.rows * self.span * 128 + self.outputs * self.span * 32) // 1024) * 1024
+        return before + max(self.stages * stage, self.rows * (self.outputs * 2 + 16))
 
 
 def wide_tile_for(
     M: int,
-    outputs: int,
+    outputs: Sequence[int],
     K: int,
     ranks: Sequence[int],
     nested: bool = True,
     shared: int = HOPPER_SHARED,
     processors: int = HOPPER_PROCESSORS,
 ) -> WideTile | None:
-    """The tile for M rows of K columns and so many outputs of all members; None where ``nf4_matmul.cu`` is the faster,
-    or this does not take it.
+    """The tile for M rows of K columns; None where ``nf4_matmul.cu`` is the faster, or this does not take it.
 
     Args:
+        outputs: of each member.
         ranks: of the members' adapters, 0 without one.
     """
-    rows = 32 if M <= 32 else 64
-    adapted = set(ranks) - {0}
-    if not 16 < M <= 64 or outputs < max(_LEAST_OUTPUTS[rows], K) or len(adapted) > 1 or max(ranks) > _RANKS:
+    rows, total = 32 if M <= 32 else 64, sum(outputs)
+    least = max(_LEAST_OUTPUTS[rows], K if rows == 32 else 0)
+    if not 16 < M <= 64 or total < least or len(set(ranks) - {0}) > 1 or max(ranks) > _RANKS:
         return None
-    groups = min(4 * -(-outputs // (64 * processors)), _WARPS)
-    for stages in (3, 2):
-        tile = WideTile(groups, rows, stages)
+    warps = _warps(outputs, processors)
+    groups = -(-warps // 4) * 4
+    for stages in (4, 3, 2):
+        tile = WideTile(groups, rows, groups - warps, stages, _SPAN)
         if tile.shared_bytes(K, nested) <= shared:
             return tile
     return None
 
 
-def fills(tile: WideTile, outputs: int, processors: int = HOPPER_PROCESSORS) -> bool:
-    """Whether the blocks' turns, one block a multiprocessor, are so full that the product is faster than one with
-    weights in 16 bits that are there.
-
-    With one turn and 28,672 of 33,792 outputs it takes 51 microseconds for 66 (an H200, with a norm and ``x A^T``): by
-    counting, until turns are two thirds full.
-    """
-    turns = -(-outputs // (tile.outputs * processors))
-    return turns * processors * tile.outputs * 2 <= outputs * 3
+def _warps(outputs: Sequence[int], processors: int) -> int:
+    """Warps of a block with 16 outputs each: as few as need no more turns, as turns are then as full as they can be."""
+    turns = -(-sum(outputs) // (16 * _WARPS * processors))
+    for warps in range(1, _WARPS):
+        if sum(-(-o // (16 * warps)) for o in outputs) <= turns * processors:  # a block has outputs of one member
+            return warps
+    return _WARPS
 
 
 def chosen(
     x_MI: torch.Tensor, members: Sequence[Member], low_MR: torch.Tensor | None, out_MO: torch.Tensor
 ) -> WideTile | None:
     """The tile for these operands on a Hopper GPU; None where they are for ``nf4_matmul.cu``."""
-    if not _aligned(x_MI, low_MR, out_MO):
+    if not _aligned(x_MI, low_MR, out_MO) or not _codes_aligned(members):
         return None
     M, K = x_MI.shape
     ranks, nested = [m.rank for m in members], members[0].weight.nested_absmax is not None
-    return wide_tile_for(M, out_MO.shape[1], K, ranks, nested, processors=processors_of(x_MI.device))
+    outputs = [m.weight.shape[0] for m in members]
+    return wide_tile_for(M, outputs, K, ranks, nested, processors=processors_of(x_MI.device))
 
 
 def _aligned(*tensors: torch.Tensor | None) -> bool:
     """Whether rows begin at multiples of 16 bytes."""
     return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in tensors if t is not None)
+
+
+def _codes_aligned(members: Sequence[Member]) -> bool:
+    return all(m.weight.codes.data_ptr() % 16 == 0 for m in members)
 
 
 @lru_cache(maxsize=1)
@@ -136,7 +150,7 @@ def _source() -> str:
 
 def _defines(tile: WideTile, nested: bool, rank16: int, half: bool, chain: bool) -> dict[str, int]:
     macros = {name.upper(): value for name, value in tile._asdict().items()}
-    given = {"RING": 1, "PAIR": 2, "PERMUTED": 0, "NESTED": nested, "RANK16": rank16, "F16": half, "CHAIN": chain}
+    given = {"RING": 1, "PAIR": 2, "NESTED": nested, "RANK16": rank16, "F16": half, "CHAIN": chain}
     return macros | {name: int(value) for name, value in given.items()} | {"MULTIPLIES_WIDE": 1}
 
 
@@ -165,8 +179,8 @@ def nf4_wide(
         raise ValueError(
             f"{M} rows, ranks {sorted(ranks)}, {tile}; give up to {tile.rows} rows and one rank of up to {_RANKS}"
         )
-    if tile.groups % 4 or not _aligned(x_MI, low_MR, out_MO):
-        raise ValueError(f"{tile}: give groups in fours, and x, low and out with rows at multiples of 16 bytes")
+    if tile.groups % 4 or not _aligned(x_MI, low_MR, out_MO) or not _codes_aligned(members):
+        raise ValueError(f"{tile}: give groups in fours, and x, low, out and codes with rows at multiples of 16 bytes")
     args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, dynamic_code(device))
     rank16, half = max(ranks, default=0) // 16, x_MI.dtype == torch.float16
     chain = overlap and rank16 > 0
@@ -176,4 +190,6 @@ def nf4_wide(
         return
     kernel = _kernel(tile, K, nested, rank16, half, chain, device)
     low = map_of(low_MR, tile.rows) if rank16 and low_MR is not None else Map()
-    kernel((blocks, 1, 1), tile.groups * 32, WideArgs(map_of(x_MI, tile.rows), low, args), chain)
+    block = (tile.outputs // 8, tile.span * 64)
+    codes = (Map * 3)(*(map_of_words(m.weight.codes.data_ptr(), m.weight.shape[0] // 8, K, block) for m in members))
+    kernel((blocks, 1, 1), tile.groups * 32, WideArgs(map_of(x_MI, tile.rows), low, codes, args), chain)

@@ -33,15 +33,15 @@ def made(M: int, outputs: list[int], I: int, rank: int, bias: bool, dtype: torch
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("outputs", "I", "rank", "bias", "groups", "stages"),
+    ("outputs", "I", "rank", "bias", "groups", "rest"),
     [
-        ([14336, 14336], 4096, 32, False, 16, 3),  # as an 8B Llama's gate and up take it
-        ([4096, 1024, 1024], 4096, 16, True, 4, 3),
-        ([4096], 14336, 64, False, 16, 2),
-        ([1000, 72, 520], 768, 32, True, 8, 3),  # outputs that are no multiple of a block
-        ([2048], 256, 0, False, 12, 3),
-        ([2048, 264], 256, 48, True, 8, 2),
-        ([2048], 512, 16, False, 4, 3),  # low is narrower than a block of it
+        ([14336, 14336], 4096, 32, False, 16, (2, 4, 2)),  # as an 8B Llama's gate and up take it
+        ([4096, 1024, 1024], 4096, 16, True, 4, (1, 4, 2)),
+        ([4096], 14336, 64, False, 16, (0, 2, 2)),
+        ([1000, 72, 520], 768, 32, True, 8, (3, 3, 1)),  # outputs that are no multiple of a block
+        ([2048], 256, 0, False, 12, (0, 2, 2)),
+        ([2048, 264], 256, 48, True, 8, (0, 2, 4)),
+        ([2048], 512, 16, False, 4, (3, 3, 2)),  # low is narrower than a block of it
     ],
     ids=str,
 )
@@ -51,13 +51,13 @@ def test_same_bits(
     rank: int,
     bias: bool,
     groups: int,
-    stages: int,
+    rest: tuple[int, int, int],
     dtype: torch.dtype,
 ) -> None:
     for M in (1, 17, 32, 33, 50, 64):
         x, members, low, expected = made(M, outputs, I, rank, bias, dtype)
         narrow(x, members, low, expected)
-        for tile in (WideTile(groups, 32, stages), WideTile(groups, 64, stages)):
+        for tile in (WideTile(groups, 32, *rest), WideTile(groups, 64, *rest)):
             if tile.rows < M:
                 continue
             found = torch.full_like(expected, float("nan"))
@@ -71,7 +71,7 @@ def test_scales_of_32_bits_and_a_member_without_an_adapter() -> None:
     plain[0] = dataclasses.replace(plain[0], b_Or=None, at=0)
     narrow(x, plain, low, expected)
     found = torch.full_like(expected, float("nan"))
-    nf4_wide(x, plain, low, found, WideTile(8, 64, 3))
+    nf4_wide(x, plain, low, found, WideTile(8, 64, 1, 3, 2))
     assert torch.equal(found, expected)
 
 
@@ -83,7 +83,7 @@ def test_views_and_which_kernel_it_is() -> None:
     x, low = table[:, :K], table[:, K:]
     wider = torch.zeros(M, 6160, device="cuda", dtype=torch.bfloat16)
     found = wider[:, 8:6152]
-    assert chosen(x, members, low, found) == wide_tile_for(M, 6144, K, [32, 32])
+    assert chosen(x, members, low, found) == wide_tile_for(M, [4096, 2048], K, [32, 32])
     assert chosen(x, members, low, found) is not None
     narrow(x, members, low, expected)
     nf4_matmul(x, members, low, found)
@@ -96,7 +96,7 @@ def test_views_and_which_kernel_it_is() -> None:
 
 def test_no_race_and_nan_shows() -> None:
     x, members, low, first = made(50, [14336, 14336], 4096, 32, False, torch.bfloat16)
-    assert chosen(x, members, low, first) == WideTile(16, 64, 3)
+    assert chosen(x, members, low, first) == WideTile(16, 64, 2, 4, 2)
     narrow(x, members, low, first)
     for _ in range(100):
         assert torch.equal(nf4_matmul(x, members, low), first)
@@ -127,10 +127,15 @@ def test_begun_beside_the_low_rank_product_it_has_the_same_bits(outputs: list[in
 def test_what_it_does_not_take_is_an_error() -> None:
     x, members, low, out = made(40, [512, 256], 1024, 32, False, torch.bfloat16)
     with pytest.raises(ValueError, match="give up to 32 rows"):
-        nf4_wide(x, members, low, out, WideTile(4, 32, 3))
+        nf4_wide(x, members, low, out, WideTile(4, 32, 0, 3, 2))
     with pytest.raises(ValueError, match="groups in fours"):
-        nf4_wide(x, members, low, out, WideTile(6, 64, 3))
+        nf4_wide(x, members, low, out, WideTile(6, 64, 0, 3, 2))
+    codes = torch.empty(members[1].weight.codes.numel() + 8, dtype=torch.uint8, device="cuda")[8:]
+    odd = dataclasses.replace(members[1], weight=dataclasses.replace(members[1].weight, codes=codes))
+    assert chosen(x, [members[0], odd], low, out) is None
+    with pytest.raises(ValueError, match="codes with rows"):
+        nf4_wide(x, [members[0], odd], low, out, WideTile(4, 64, 0, 3, 2))
     assert members[0].b_Or is not None
     other = [Member(members[0].weight, members[0].b_Or[:, :16].contiguous(), 0, None), members[1]]
     with pytest.raises(ValueError, match=r"ranks \[16, 32\]"):
-        nf4_wide(x, other, low, out, WideTile(4, 64, 3))
+        nf4_wide(x, other, low, out, WideTile(4, 64, 0, 3, 2))

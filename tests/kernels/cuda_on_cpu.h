@@ -139,17 +139,19 @@ inline float scaled(float level, float scale) { return level * scale; }
 
 inline unsigned shared_address(const void* p) { return (unsigned)((const unsigned char*)p - shared); }
 // Copies happen as late as they may: those of a thread when it waits for them, or when it says that they have come.
-struct Copy { unsigned to; const void* from; };
+struct Copy { unsigned to; const void* from; unsigned bytes; };
 thread_local std::vector<std::vector<Copy>> copies(1);  // the last group is open
 void too_early_to_read(const void* from);
-inline void copy16(unsigned to, const void* from) {
+inline void copy(unsigned to, const void* from, unsigned bytes) {
     too_early_to_read(from);
-    copies.back().push_back({to, from});
+    copies.back().push_back({to, from, bytes});
 }
+inline void copy16(unsigned to, const void* from) { copy(to, from, 16); }
+inline void copy4(unsigned to, const void* from) { copy(to, from, 4); }
 inline void copies_end() { copies.emplace_back(); }
 inline void copies_wait(size_t newest, bool open) {  // all groups but the newest ones, the open one not counted
     while (copies.size() > newest + 1 || (open && !copies.front().empty())) {
-        for (const Copy& c : copies.front()) std::memcpy(shared + c.to, c.from, 16);
+        for (const Copy& c : copies.front()) std::memcpy(shared + c.to, c.from, c.bytes);
         if (copies.size() > 1) copies.erase(copies.begin()); else copies.front().clear();
     }
 }
@@ -194,7 +196,7 @@ inline void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a
     }
     __syncwarp();
 }
-inline unsigned described(unsigned at) { return at; }
+inline unsigned described(unsigned at) { return at / 16; }
 #ifdef MULTIPLIES_WIDE
 // What is read here may not be written before the thread waits again, which nothing here looks at.
 inline void multiply_wide(float (*c)[4], unsigned k0, unsigned k1, unsigned k2, unsigned k3, unsigned x) {
@@ -215,7 +217,7 @@ inline void multiply_wide(float (*c)[4], unsigned k0, unsigned k1, unsigned k2, 
             const int row = g + i / 2 * 8, column = t * 2 + i % 2;
             double sum = 0;
             for (int k = 0; k < 16; ++k)
-                sum += half(w.u[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) * at(x, j * 8 + column, k);
+                sum += half(w.u[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) * at(x * 16, j * 8 + column, k);
             c[j][i] = (float)(c[j][i] + sum);
         }
     __syncwarp();
@@ -240,40 +242,41 @@ std::atomic<bool> stuck;  // a wait that did not end: no other waits then
 struct Counter {  // mbarrier
     std::mutex mutex;
     std::condition_variable changed;
-    int all = 0, missing = 0;
+    int all = 0, missing = 0, bytes = 0;  // arrivals, and bytes to come
     unsigned phase = 0;
+    void count(int arrivals, int more) {
+        std::unique_lock lock(mutex);
+        missing -= arrivals, bytes += more;
+        if (missing || bytes) return;
+        missing = all, ++phase;
+        changed.notify_all();
+    }
 };
 Counter counters[sizeof shared / 8];
 inline void counter_begin(unsigned at, int arrivals) {
     Counter& c = counters[at / 8];
     std::unique_lock lock(c.mutex);
-    c.all = c.missing = arrivals, c.phase = 0;
+    c.all = c.missing = arrivals, c.bytes = 0, c.phase = 0;
 }
-inline void counter_arrive(unsigned at) {
-    Counter& c = counters[at / 8];
-    std::unique_lock lock(c.mutex);
-    if (--c.missing == 0) {
-        c.missing = c.all, ++c.phase;
-        c.changed.notify_all();
-    }
-}
+inline void counter_arrive(unsigned at) { counters[at / 8].count(1, 0); }
 inline void counter_arrive_with_copies(unsigned at) {
     copies_wait(0, true);
     counter_arrive(at);
 }
-struct Map { uint64_t from, stride, rows, columns, box_rows, unused[11]; };  // as a test fills it
-unsigned expected[sizeof shared / 8];  // bytes; written by the thread alone that has them brought
-inline void counter_arrive_expecting(unsigned at, int bytes) { expected[at / 8] = bytes; }
+struct Map { uint64_t from, stride, rows, columns, box_rows, words, unused[10]; };  // as a test fills it; words: if not 0,
+unsigned row_bytes(const Map& map) { return map.words ? map.words * 4 : 128; }       // of 32 bits, as they lie
+inline void counter_arrive_expecting(unsigned at, int bytes) { counters[at / 8].count(1, bytes); }
 // Nothing is left of what lay there, and the block comes when someone waits for it.
 struct Brought { unsigned to; const Map* map; int column, row; unsigned counter; };
 std::vector<Brought> brought;
 std::mutex engine;
-inline const uint16_t* place_of(const Map& map, unsigned column, unsigned row) {
-    return row < map.rows && column < map.columns ? (const uint16_t*)map.from + row * map.stride + column : nullptr;
+inline const char* place_of(const Map& map, unsigned column, unsigned row) {
+    const unsigned size = map.words ? 4 : 2;
+    return row < map.rows && column < map.columns ? (const char*)map.from + (row * map.stride + column) * size : nullptr;
 }
 inline void bring(unsigned to, const Map& map, int column, int row, unsigned counter) {
-    if (const uint16_t* const from = place_of(map, column, row)) too_early_to_read(from);
-    std::memset(shared + to, 0xff, map.box_rows * 128);
+    if (const void* const from = place_of(map, column, row)) too_early_to_read(from);
+    std::memset(shared + to, 0xff, map.box_rows * row_bytes(map));
     std::unique_lock lock(engine);
     brought.push_back({to, &map, column, row, counter});
 }
@@ -281,24 +284,29 @@ inline void come(unsigned counter) {
     std::unique_lock lock(engine);
     for (const Brought& b : brought) {
         if (b.counter != counter) continue;
+        const unsigned size = b.map->words ? 4 : 2, bytes = row_bytes(*b.map);
         for (unsigned r = 0; r < b.map->box_rows; ++r)
-            for (unsigned i = 0; i < 64; ++i) {
-                const uint16_t* const from = place_of(*b.map, b.column + i, b.row + r);
-                const uint16_t value = from ? *from : 0;
-                const unsigned place = b.to + r * 128 + i * 2;
-                std::memcpy(shared + (place ^ (place >> 7 & 7) << 4), &value, 2);
+            for (unsigned i = 0; i < bytes / size; ++i) {
+                const char* const from = place_of(*b.map, b.column + i, b.row + r);
+                const unsigned place = b.to + r * bytes + i * size;
+                unsigned char* const at = shared + (b.map->words ? place : place ^ (place >> 7 & 7) << 4);
+                if (from) std::memcpy(at, from, size); else std::memset(at, 0, size);
             }
-        if ((expected[counter / 8] -= b.map->box_rows * 128) == 0) counter_arrive(counter);
+        counters[counter / 8].count(0, -(int)(b.map->box_rows * bytes));
     }
     std::erase_if(brought, [=](const Brought& b) { return b.counter == counter; });
 }
 #define SHOW_COUNTERS
+inline unsigned counter_ended(unsigned, unsigned) { return 0; }  // as far as one can tell without waiting
 inline void counter_wait(unsigned at, unsigned parity) {  // until the phase of this parity has ended
     Counter& c = counters[at / 8];
-    come(at);
-    std::unique_lock lock(c.mutex);
     if (c.all == 1) asked = true;
-    if (!c.changed.wait_for(lock, std::chrono::seconds(60), [&] { return (c.phase & 1) != parity || stuck; })) stuck = true;
+    for (int i = 0; i < 6000; ++i) {
+        come(at);
+        std::unique_lock lock(c.mutex);
+        if (c.changed.wait_for(lock, std::chrono::milliseconds(10), [&] { return (c.phase & 1) != parity || stuck; })) return;
+    }
+    stuck = true;
 }
 #define COPIES_END copies_end()
 #define COPIES_WAIT(n) copies_wait(n, false)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pronghorn.kernels import nf4_wide_cuda
-from pronghorn.kernels.cuda_source import pointer
+from pronghorn.kernels.cuda_source import Map, pointer
 from pronghorn.kernels.nf4_code import dynamic_code
 from pronghorn.kernels.nf4_matmul import Member
 from pronghorn.kernels.nf4_matmul_cuda import arguments
@@ -39,11 +39,11 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "blocks that are not whole": Case(WideTile(4, 64, 3), 50, [72, 40], 512, 32, False, True, BF16),
-    "two stages, filled often": Case(WideTile(4, 32, 2), 32, [64], 1280, 16, False, True, BF16),
-    "three stages, two groups": Case(WideTile(8, 64, 3), 64, [136], 1536, 64, False, True, BF16),
-    "fewer chunks than stages, a bias": Case(WideTile(4, 32, 3), 17, [24, 16, 8], 256, 16, True, True, F16),
-    "no adapter, plain scales": Case(WideTile(4, 64, 3), 33, [48], 768, 0, False, False, BF16),
+    "blocks that are not whole": Case(WideTile(4, 64, 0, 3, 2), 50, [72, 40], 512, 32, False, True, BF16),
+    "two stages, filled often": Case(WideTile(4, 32, 0, 2, 4), 32, [64], 1280, 16, False, True, BF16),
+    "three stages, two groups": Case(WideTile(8, 64, 2, 3, 2), 64, [136], 1536, 64, False, True, BF16),
+    "fewer chunks than stages, a bias": Case(WideTile(4, 32, 1, 3, 4), 17, [24, 16, 8], 256, 16, True, True, F16),
+    "no adapter, plain scales": Case(WideTile(4, 64, 3, 4, 1), 33, [48], 768, 0, False, False, BF16),
 }
 
 
@@ -76,7 +76,12 @@ def library(case: Case, folder: Path, chain: bool, changed: tuple[str, str] = ("
 def given(tile: WideTile, operands: Made, low: torch.Tensor | None, y: torch.Tensor) -> tuple[WideArgs, int]:
     x = operands.x
     args, blocks = arguments(x, operands.members, low, y, tile, dynamic_code(x.device))
-    return WideArgs(on_cpu.map_of(x, tile.rows), on_cpu.map_of(low, tile.rows), args), blocks
+    block = (tile.outputs // 8, tile.span * 64)
+    codes = [
+        on_cpu.map_of_words(m.weight.codes.data_ptr(), m.weight.shape[0] // 8, x.shape[1], block)
+        for m in operands.members
+    ]
+    return WideArgs(on_cpu.map_of(x, tile.rows), on_cpu.map_of(low, tile.rows), (Map * 3)(*codes), args), blocks
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -92,8 +97,8 @@ def test_equals_the_reference(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        ("if (b == 0) counter_wait(filled + stage * 8, chunk / STAGES & 1);", ""),
-        ("        counter_wait(filled + chunks % STAGES * 8, chunks / STAGES & 1);\n", ""),
+        ("if (!ready && stage + 1 < stages) counter_wait(filled + place * 8, parity);", ""),
+        ("        counter_wait(filled + place * 8, parity);\n", ""),
     ],
     ids=["x", "low"],
 )

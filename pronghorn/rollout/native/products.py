@@ -15,7 +15,7 @@ import torch
 
 from ...kernels import ordered_matmul as ordered
 from ...kernels.low_rank import low_rank
-from ...kernels.nf4_matmul import LOW_ROWS, Member, low_rank_aligned, nf4_matmul, rows_by_codes, why_not
+from ...kernels.nf4_matmul import LOW_ROWS, MAX_ROWS, Member, low_rank_aligned, nf4_matmul, rows_by_codes, why_not
 from ...kernels.ordered_matmul import DenseMember, ordered_matmul
 from ...lora.fused import ORDERED_ROWS
 from ...lora.held import HeldWeights
@@ -25,7 +25,8 @@ from .dense import DenseProduct, TrainerProduct, agrees, dense_members
 _STEP = 16  # columns of one matrix instruction: an adapter's ranks are multiplied in whole ones
 _EVEN = 128  # columns of one step of that kernel: a sum that ends within a step takes a third longer
 _FEW = 64  # rows from which on it splits no shorter sum
-_MANY_OUTPUTS = 24576  # of a group: from here on the 4-bit kernel has enough of them for six warps a multiprocessor
+_MANY_OUTPUTS = 24576  # of a group: from here on the 4-bit kernel has enough of them for six warps a multiprocessor,
+_MANY_WIDE = 16384  # and Hopper's for eight
 
 
 class Product(Protocol):
@@ -141,9 +142,7 @@ class HeldProduct:
             self.most_own = (
                 ordered.most_rows([self.member]) if long else ordered.mapped_rows([self.member], group.rank > 0)
             )
-        many = group.outputs >= _MANY_OUTPUTS and takes_nf4(group, dtype)
-        self.in_nf4 = NF4Product(group, dtype) if many else None
-        self.rows_by_codes = rows_by_codes(self.in_nf4.members) if self.in_nf4 else 0
+        self.in_nf4, self.rows_by_codes = _many_in_nf4(group, dtype)
 
     def _by_codes(self, rows: int) -> NF4Product | None:
         return self.in_nf4 if self.in_nf4 and rows <= self.rows_by_codes else None
@@ -175,6 +174,15 @@ class HeldProduct:
             late = self.inputs if self.group.rank and M <= ordered.MAX_ROWS else 0
             return ordered_matmul(whole_rows(self.table_TK[:M]), [self.member], late=late)
         return torch.mm(self.table_TK[: max(M, self.least)], self.right)[:M]
+
+
+def _many_in_nf4(group: Group, dtype: torch.dtype) -> tuple[NF4Product | None, int]:
+    """The 4-bit product of a group with so many outputs that it is the faster one, and up to how many rows."""
+    if group.outputs < min(_MANY_OUTPUTS, _MANY_WIDE) or not takes_nf4(group, dtype):
+        return None, 0
+    product = NF4Product(group, dtype)
+    rows = rows_by_codes(product.members)
+    return (product, rows) if group.outputs >= _MANY_OUTPUTS or rows == MAX_ROWS else (None, 0)
 
 
 def align_of(inputs: int) -> int:
