@@ -25,10 +25,15 @@ def on_hopper() -> None:
 
 def made(M: int, outputs: list[int], I: int, rank: int, bias: bool, dtype: torch.dtype):  # noqa: E741
     members = group(outputs, I, rank, bias, dtype)
-    x = torch.randn(M, I, device="cuda").to(dtype)
-    low = torch.randn(M, rank * len(outputs), device="cuda").to(dtype) if rank else None
-    expected = torch.empty(M, sum(outputs), device="cuda", dtype=dtype)
+    x, low, expected = inputs(M, members, dtype)
     return x, members, low, expected
+
+
+def inputs(M: int, members: list[Member], dtype: torch.dtype):
+    ranks, outputs = sum(m.rank for m in members), sum(m.weight.shape[0] for m in members)
+    x = torch.randn(M, members[0].weight.shape[1], device="cuda").to(dtype)
+    low = torch.randn(M, ranks, device="cuda").to(dtype) if ranks else None
+    return x, low, torch.empty(M, outputs, device="cuda", dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -54,8 +59,9 @@ def test_same_bits(
     rest: tuple[int, int, int],
     dtype: torch.dtype,
 ) -> None:
+    members = group(outputs, I, rank, bias, dtype)
     for M in (1, 17, 32, 33, 50, 64):
-        x, members, low, expected = made(M, outputs, I, rank, bias, dtype)
+        x, low, expected = inputs(M, members, dtype)
         narrow(x, members, low, expected)
         for tile in (WideTile(groups, 32, *rest), WideTile(groups, 64, *rest)):
             if tile.rows < M:
