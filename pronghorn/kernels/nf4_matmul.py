@@ -68,6 +68,8 @@ def rows_by_codes(members: Sequence[Member]) -> int:
         return _ROWS_BY_CODES
     from pronghorn.kernels import nf4_wide_cuda
 
+    if not nf4_wide_cuda.codes_aligned(members):
+        return _ROWS_BY_CODES
     ranks = [m.rank for m in members]
     outputs, nested = [m.weight.shape[0] for m in members], weight.nested_absmax is not None
     processors = nf4_wide_cuda.processors_of(weight.codes.device)

@@ -2,7 +2,7 @@
 // kernel is and why it is so: nf4_wide_cuda.py. Compiled at run time behind instructions.cu and nf4_weights.cu, with:
 //   GROUPS  warps in a block, four by four, 16 outputs each (PAIR 2, RING 1)      ROWS    rows of x: 32 or 64
 //   IDLE    of the warps, the last ones: without outputs                          NESTED, RANK16, F16: as in nf4_matmul.cu
-//   STAGES  of SPAN (1, 2 or 4) times 64 columns of x and codes in shared memory
+//   STAGES  of SPAN (1, 2 or 4) times 64 columns of x and codes in shared memory; three of them, or with SPAN 4 two
 //   CHAIN   begins while the kernel before runs, which makes low alone (x is whole)
 
 #define WORKING (GROUPS - IDLE)
@@ -13,6 +13,10 @@
 #define STAGE_BYTES (SPAN * X_BLOCK + WORKING * PAIR * CODES_ROW)
 #define STAGE ((STAGE_BYTES + 1023) / 1024 * 1024)  // x first
 #define Y_ROW (OUTPUTS * 2 + 16)
+
+#if STAGES < 3 && SPAN < 4
+#error who fills a stage waits for it before it does so
+#endif
 
 struct WideArgs {
     Map x, low;    // in blocks of ROWS rows
@@ -40,8 +44,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
     const int base = works ? warp * 16 : 0, o0 = first_output + base;
 
     float* const levels = (float*)(shared + TABLE);
-    u8* const scales = shared + TABLE + LEVELS;  // [OUTPUTS, blocks], rows so far apart that eight lie in different banks
-    const int scale_row = blocks * (NESTED ? 1 : 4), scale_place = scale_row + 16;  // bytes
+    u8* const scales = shared + TABLE + LEVELS;        // [OUTPUTS, blocks]
+    const int scale_row = blocks * (NESTED ? 1 : 4);  // bytes
+    // An odd number of 16 bytes apart, where they are as many: eight rows lie in different banks.
+    const int scale_place = scale_row + (scale_row / 16 % 2 ? 0 : 16);
     const u32 filled = shared_address(scales) + (OUTPUTS * scale_place + 127) / 128 * 128, emptied = filled + STAGES * 8;
     const u32 ring = (emptied + STAGES * 8 + 1023) / 1024 * 1024;  // as the host counts it: `shared` begins at such a place
     auto fill = [&](int i) {  // by one thread: the engine counts bytes, so nobody else has to wait and tell

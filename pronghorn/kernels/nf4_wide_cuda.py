@@ -11,8 +11,8 @@ awaits. Copies by threads have to be shown to the instruction by a fence, and th
 a microsecond each time; codes read into registers are waited for when the compiler likes, all at once. No product may
 be asked for under a condition, or the compiler lets each wait for the one before. The registers that a product reads
 have to be kept until it is waited for, or the compiler may make the next weights in them. And each multiprocessor has
-as many outputs: a block has as few warps with outputs as let all of them have one, and the wide instruction's fourth,
-eighth, twelfth or sixteenth warp may have none.
+as many outputs: a block has as few warps with outputs as let all of them have one, and the last one to three of its
+warps, which the wide instruction counts four by four, may have none.
 
 **What bounds it** is shared memory, by the GPU's counters: for 1,024 weights the table of levels takes 32 turns of its
 port, and the instruction 16, for as long as 32. (Levels by permutations, as ``nf4_matmul.cu`` has some, cost more than
@@ -79,7 +79,8 @@ class WideTile(NamedTuple):
 
     def shared_bytes(self, K: int, nested: bool) -> int:
         """Shared memory of a block; outputs lie where x's stages were."""
-        scales = -(-self.outputs * (K // 64 * (1 if nested else 4) + 16) // 128) * 128
+        row = K // 64 * (1 if nested else 4)
+        scales = -(-self.outputs * (row + (0 if row // 16 % 2 else 16)) // 128) * 128
         before = -(-(TABLE_BYTES + scales + self.stages * 16) // 1024) * 1024
         stage = -(-(self.rows * self.span * 128 + self.outputs * self.span * 32) // 1024) * 1024
         return before + max(self.stages * stage, self.rows * (self.outputs * 2 + 16))
@@ -106,7 +107,7 @@ def wide_tile_for(
         return None
     warps = _warps(outputs, processors)
     groups = -(-warps // 4) * 4
-    for stages in (4, 3, 2):
+    for stages in (4, 3):  # with two the thread that fills one would wait for it
         tile = WideTile(groups, rows, groups - warps, stages, _SPAN)
         if tile.shared_bytes(K, nested) <= shared:
             return tile
@@ -115,18 +116,20 @@ def wide_tile_for(
 
 def _warps(outputs: Sequence[int], processors: int) -> int:
     """Warps of a block with 16 outputs each: as few as need no more turns, as turns are then as full as they can be."""
-    turns = -(-sum(outputs) // (16 * _WARPS * processors))
-    for warps in range(1, _WARPS):
-        if sum(-(-o // (16 * warps)) for o in outputs) <= turns * processors:  # a block has outputs of one member
-            return warps
-    return _WARPS
+
+    def turns(
+        warps: int,
+    ) -> int:  # blocks that a multiprocessor has one after another; a block's outputs are a member's
+        return -(-sum(-(-o // (16 * warps)) for o in outputs) // processors)
+
+    return next(warps for warps in range(1, _WARPS + 1) if turns(warps) == turns(_WARPS))
 
 
 def chosen(
     x_MI: torch.Tensor, members: Sequence[Member], low_MR: torch.Tensor | None, out_MO: torch.Tensor
 ) -> WideTile | None:
     """The tile for these operands on a Hopper GPU; None where they are for ``nf4_matmul.cu``."""
-    if not _aligned(x_MI, low_MR, out_MO) or not _codes_aligned(members):
+    if not _aligned(x_MI, low_MR, out_MO) or not codes_aligned(members):
         return None
     M, K = x_MI.shape
     ranks, nested = [m.rank for m in members], members[0].weight.nested_absmax is not None
@@ -139,7 +142,8 @@ def _aligned(*tensors: torch.Tensor | None) -> bool:
     return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in tensors if t is not None)
 
 
-def _codes_aligned(members: Sequence[Member]) -> bool:
+def codes_aligned(members: Sequence[Member]) -> bool:
+    """Whether the copy engine can bring their codes."""
     return all(m.weight.codes.data_ptr() % 16 == 0 for m in members)
 
 
@@ -179,7 +183,11 @@ def nf4_wide(
         raise ValueError(
             f"{M} rows, ranks {sorted(ranks)}, {tile}; give up to {tile.rows} rows and one rank of up to {_RANKS}"
         )
-    if tile.groups % 4 or not _aligned(x_MI, low_MR, out_MO) or not _codes_aligned(members):
+    if not 0 <= tile.idle < 4 or tile.span not in (1, 2, 4) or tile.stages < (2 if tile.span == 4 else 3):
+        raise ValueError(
+            f"{tile}: give 0 to 3 idle warps, a span of 1, 2 or 4, and 3 stages, with a span of 4 at least 2"
+        )
+    if tile.groups % 4 or not _aligned(x_MI, low_MR, out_MO) or not codes_aligned(members):
         raise ValueError(f"{tile}: give groups in fours, and x, low, out and codes with rows at multiples of 16 bytes")
     args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, dynamic_code(device))
     rank16, half = max(ranks, default=0) // 16, x_MI.dtype == torch.float16

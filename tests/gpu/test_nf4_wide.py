@@ -42,9 +42,9 @@ def inputs(M: int, members: list[Member], dtype: torch.dtype):
     [
         ([14336, 14336], 4096, 32, False, 16, (2, 4, 2)),  # as an 8B Llama's gate and up take it
         ([4096, 1024, 1024], 4096, 16, True, 4, (1, 4, 2)),
-        ([4096], 14336, 64, False, 16, (0, 2, 2)),
+        ([4096], 14336, 64, False, 16, (0, 3, 2)),
         ([1000, 72, 520], 768, 32, True, 8, (3, 3, 1)),  # outputs that are no multiple of a block
-        ([2048], 256, 0, False, 12, (0, 2, 2)),
+        ([2048], 256, 0, False, 12, (0, 3, 2)),
         ([2048, 264], 256, 48, True, 8, (0, 2, 4)),
         ([2048], 512, 16, False, 4, (3, 3, 2)),  # low is narrower than a block of it
     ],
@@ -141,6 +141,9 @@ def test_what_it_does_not_take_is_an_error() -> None:
     assert chosen(x, [members[0], odd], low, out) is None
     with pytest.raises(ValueError, match="codes with rows"):
         nf4_wide(x, [members[0], odd], low, out, WideTile(4, 64, 0, 3, 2))
+    for tile in (WideTile(4, 64, 0, 2, 2), WideTile(4, 64, 4, 3, 2), WideTile(4, 64, 0, 3, 3)):
+        with pytest.raises(ValueError, match="give 0 to 3 idle warps"):
+            nf4_wide(x, members, low, out, tile)
     assert members[0].b_Or is not None
     other = [Member(members[0].weight, members[0].b_Or[:, :16].contiguous(), 0, None), members[1]]
     with pytest.raises(ValueError, match=r"ranks \[16, 32\]"):

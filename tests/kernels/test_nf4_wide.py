@@ -23,7 +23,9 @@ def test_the_tile_is_for_rows_between_and_many_outputs() -> None:
     assert wide_tile_for(64, [4096], 14336, [32]) and not wide_tile_for(32, [8192], 14336, [32]), "a long sum"
 
 
-@pytest.mark.parametrize("outputs", [GATE_UP, [4096], [4096, 1024, 1024], [17408, 17408], [57344], [33792], [6160]])
+@pytest.mark.parametrize(
+    "outputs", [GATE_UP, [4096], [4096, 1024, 1024], [17408, 17408], [57344], [33792], [6160], [16880, 16904]]
+)
 def test_all_processors_have_as_many_outputs(outputs: list[int]) -> None:
     tile = wide_tile_for(64, outputs, 4096, [32])
     assert tile is not None and 0 <= tile.idle < 4 and tile.groups % 4 == 0 and tile.groups <= 16
@@ -50,9 +52,10 @@ def test_adapters_have_one_rank_that_a_stage_holds() -> None:
 def test_a_block_fits_or_there_is_none() -> None:
     for K in (256, 4096, 8192, 16384, 28672):
         for nested in (True, False):
-            tile = wide_tile_for(64, [57344], K, [16], nested)
-            assert tile is None or tile.shared_bytes(K, nested) <= HOPPER_SHARED
-            assert tile is not None or K * (1 if nested else 4) > 8192
+            for rows in (32, 64):
+                tile = wide_tile_for(rows, [57344], K, [16], nested)
+                assert tile is None or (tile.shared_bytes(K, nested) <= HOPPER_SHARED and tile.stages >= 3)
+                assert tile is not None or K * (1 if nested else 4) > 8192
 
 
 def test_weights_in_16_bits_begin_where_codes_are_slower(monkeypatch) -> None:
@@ -67,3 +70,5 @@ def test_weights_in_16_bits_begin_where_codes_are_slower(monkeypatch) -> None:
     monkeypatch.setattr(nf4_wide_cuda, "processors_of", lambda device: 132)
     assert nf4_matmul.rows_by_codes([member(28672, 32)]) == nf4_matmul.rows_by_codes([member(34816, 32)]) == 64
     assert nf4_matmul.rows_by_codes([member(28672, 80)]) == 32
+    monkeypatch.setattr(nf4_wide_cuda, "codes_aligned", lambda members: False)
+    assert nf4_matmul.rows_by_codes([member(28672, 32)]) == 32

@@ -40,6 +40,8 @@ class Case(NamedTuple):
 
 CASES = {
     "blocks that are not whole": Case(WideTile(4, 64, 0, 3, 2), 50, [72, 40], 512, 32, False, True, BF16),
+    "as an 8B Llama's are": Case(WideTile(8, 64, 2, 4, 2), 64, [192, 40], 1280, 32, False, True, BF16),
+    "stages of 64 columns": Case(WideTile(4, 32, 1, 3, 1), 20, [48], 1024, 16, False, True, BF16),
     "two stages, filled often": Case(WideTile(4, 32, 0, 2, 4), 32, [64], 1280, 16, False, True, BF16),
     "three stages, two groups": Case(WideTile(8, 64, 2, 3, 2), 64, [136], 1536, 64, False, True, BF16),
     "fewer chunks than stages, a bias": Case(WideTile(4, 32, 1, 3, 4), 17, [24, 16, 8], 256, 16, True, True, F16),
@@ -99,11 +101,13 @@ def test_equals_the_reference(case: str, tmp_path: Path) -> None:
     [
         ("if (!ready && stage + 1 < stages) counter_wait(filled + place * 8, parity);", ""),
         ("        counter_wait(filled + place * 8, parity);\n", ""),
+        ("counter_ended(filled + place * 8, parity)", "counter_ended(filled + place * 8, parity ^ 1)"),
+        ("counter_ended(filled + place * 8, parity)", "counter_ended(filled, 0)"),
     ],
-    ids=["x", "low"],
+    ids=["x", "low", "another phase", "another stage"],
 )
 def test_what_is_not_waited_for_is_not_there(changed: tuple[str, str], tmp_path: Path) -> None:
-    of = CASES["blocks that are not whole"]
+    of = CASES["three stages, two groups"]
     operands = made(of)
     y = torch.full_like(operands.expected, float("nan"))
     args, blocks = given(of.tile, operands, operands.low, y)

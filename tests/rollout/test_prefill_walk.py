@@ -136,6 +136,23 @@ def test_rows_of_long_sums_end_with_a_whole_step_of_zeros(made: Any, monkeypatch
     torch.testing.assert_close(inputs @ weight.T, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [32, 64])
+def test_fewer_outputs_read_the_4_bit_weights_where_all_rows_can(
+    made: Any, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    group = made[1].layers[0].gate_up.group
+    if group.members[0].nf4 is None:
+        pytest.skip("a 16-bit base")
+    monkeypatch.setattr(products, "_MANY_OUTPUTS", group.outputs + 1)
+    monkeypatch.setattr(products, "_MANY_WIDE", group.outputs)
+    monkeypatch.setattr(products, "takes_nf4", lambda *_: True)
+    monkeypatch.setattr(products, "rows_by_codes", lambda members: rows)
+    product = HeldProduct(group, torch.float32, Tables(), 65)
+    assert [product.place(n) is None for n in (1, 64, 65)] == [rows == 64, rows == 64, False]
+    monkeypatch.setattr(products, "_MANY_WIDE", group.outputs + 1)
+    assert HeldProduct(group, torch.float32, Tables(), 65).in_nf4 is None
+
+
 @pytest.mark.parametrize("many", [True, False])
 def test_many_outputs_of_some_rows_read_the_4_bit_weights(
     made: Any, monkeypatch: pytest.MonkeyPatch, many: bool
