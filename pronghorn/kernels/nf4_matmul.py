@@ -63,18 +63,11 @@ def rows_by_codes(members: Sequence[Member]) -> int:
     """Rows up to which many outputs of ``members`` are read by codes where weights in 16 bits are there, too: 32, or,
     where Hopper's wide instruction takes them, 64.
     """
-    weight = members[0].weight
-    if not launch.has_copy_engine(weight.codes):
+    if not launch.has_copy_engine(members[0].weight.codes):
         return _ROWS_BY_CODES
     from pronghorn.kernels import nf4_wide_cuda
 
-    if not nf4_wide_cuda.codes_aligned(members):
-        return _ROWS_BY_CODES
-    ranks = [m.rank for m in members]
-    outputs, nested = [m.weight.shape[0] for m in members], weight.nested_absmax is not None
-    processors = nf4_wide_cuda.processors_of(weight.codes.device)
-    wide = nf4_wide_cuda.wide_tile_for(MAX_ROWS, outputs, weight.shape[1], ranks, nested, processors=processors)
-    return _ROWS_BY_CODES if wide is None else MAX_ROWS
+    return _ROWS_BY_CODES if nf4_wide_cuda.tile_of(MAX_ROWS, members) is None else MAX_ROWS
 
 
 def _path(tensor: torch.Tensor) -> ModuleType:

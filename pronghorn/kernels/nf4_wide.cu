@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
 #pragma unroll
     for (int p = 0; p < PAIR; ++p) v[p] = *(const uint2*)(first_codes + p * CODES_ROW);
     // Products read registers until they are waited for, of which the compiler knows nothing: without a use behind the wait
-    // it makes other things in them.
+    // it may make other things in them.
     auto keep = [](u32 (*own_k)[PAIR][2]) {
 #pragma unroll
         for (int i = 0; i < 4 * PAIR * 2; ++i) KEEP(own_k[i / (PAIR * 2)][i / 2 % PAIR][i % 2]);

@@ -41,7 +41,7 @@ from pronghorn.kernels.reference.nf4_matmul import Member
 _HOPPER = (9, 0)
 _WARPS = 16  # at most, as many outputs each
 _RANKS = 64  # at most: a stage of x has so many columns of low, of which a block is brought
-_SPAN = 2
+_SPAN = 2  # stages of 64 or 256 columns were no faster (docs/log.md)
 _LEAST_OUTPUTS = {32: 6144, 64: 4096}
 """Outputs of a group from which on it is faster than ``nf4_matmul.cu``, by the tile's rows, at 4,096 inputs. With 32
 rows as many as inputs, too: a block's warps are too few for a long sum of few outputs."""
@@ -95,7 +95,8 @@ def wide_tile_for(
     shared: int = HOPPER_SHARED,
     processors: int = HOPPER_PROCESSORS,
 ) -> WideTile | None:
-    """The tile for M rows of K columns; None where ``nf4_matmul.cu`` is the faster, or this does not take it.
+    """The tile for M rows of K columns; None where ``nf4_matmul.cu`` is the faster, or this does not take it: adapters
+    of two ranks or large ones, or so many scales (32-bit ones of many inputs) that three stages do not fit beside them.
 
     Args:
         outputs: of each member.
@@ -115,11 +116,11 @@ def wide_tile_for(
 
 
 def _warps(outputs: Sequence[int], processors: int) -> int:
-    """Warps of a block with 16 outputs each: as few as need no more turns, as turns are then as full as they can be."""
+    """Warps of a block with 16 outputs each, of one member: as few as need no more turns (blocks that a multiprocessor
+    has one after another), as turns are then as full as they can be.
+    """
 
-    def turns(
-        warps: int,
-    ) -> int:  # blocks that a multiprocessor has one after another; a block's outputs are a member's
+    def turns(warps: int) -> int:
         return -(-sum(-(-o // (16 * warps)) for o in outputs) // processors)
 
     return next(warps for warps in range(1, _WARPS + 1) if turns(warps) == turns(_WARPS))
@@ -129,12 +130,17 @@ def chosen(
     x_MI: torch.Tensor, members: Sequence[Member], low_MR: torch.Tensor | None, out_MO: torch.Tensor
 ) -> WideTile | None:
     """The tile for these operands on a Hopper GPU; None where they are for ``nf4_matmul.cu``."""
-    if not _aligned(x_MI, low_MR, out_MO) or not codes_aligned(members):
+    return tile_of(x_MI.shape[0], members) if _aligned(x_MI, low_MR, out_MO) else None
+
+
+def tile_of(M: int, members: Sequence[Member]) -> WideTile | None:
+    """The tile for M rows and these weights on a Hopper GPU, wherever x lies."""
+    if not _codes_aligned(members):
         return None
-    M, K = x_MI.shape
-    ranks, nested = [m.rank for m in members], members[0].weight.nested_absmax is not None
-    outputs = [m.weight.shape[0] for m in members]
-    return wide_tile_for(M, outputs, K, ranks, nested, processors=processors_of(x_MI.device))
+    weight = members[0].weight
+    ranks, outputs = [m.rank for m in members], [m.weight.shape[0] for m in members]
+    nested, processors = weight.nested_absmax is not None, processors_of(weight.codes.device)
+    return wide_tile_for(M, outputs, weight.shape[1], ranks, nested, processors=processors)
 
 
 def _aligned(*tensors: torch.Tensor | None) -> bool:
@@ -142,7 +148,7 @@ def _aligned(*tensors: torch.Tensor | None) -> bool:
     return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in tensors if t is not None)
 
 
-def codes_aligned(members: Sequence[Member]) -> bool:
+def _codes_aligned(members: Sequence[Member]) -> bool:
     """Whether the copy engine can bring their codes."""
     return all(m.weight.codes.data_ptr() % 16 == 0 for m in members)
 
@@ -187,7 +193,7 @@ def nf4_wide(
         raise ValueError(
             f"{tile}: give 0 to 3 idle warps, a span of 1, 2 or 4, and 3 stages, with a span of 4 at least 2"
         )
-    if tile.groups % 4 or not _aligned(x_MI, low_MR, out_MO) or not codes_aligned(members):
+    if tile.groups % 4 or not _aligned(x_MI, low_MR, out_MO) or not _codes_aligned(members):
         raise ValueError(f"{tile}: give groups in fours, and x, low, out and codes with rows at multiples of 16 bytes")
     args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, dynamic_code(device))
     rank16, half = max(ranks, default=0) // 16, x_MI.dtype == torch.float16

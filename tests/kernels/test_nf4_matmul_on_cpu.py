@@ -106,11 +106,24 @@ class Made(NamedTuple):
 
 
 def made(case: str) -> Made:
-    _, M, outputs, K, rank, bias, nested, dtype = CASES[case]
+    return operands_of(*CASES[case][1:])
+
+
+def operands_of(
+    M: int,
+    outputs: list[int],
+    K: int,
+    rank: int,
+    bias: bool,
+    nested: bool,
+    dtype: torch.dtype,
+    bare: bool = False,
+) -> Made:
+    """``bare``: the first member has no adapter."""
     members = [
         Member(
             weight(O, K, nested, dtype),
-            (torch.randn(O, rank) * 0.1).to(dtype) if rank else None,
+            (torch.randn(O, rank) * 0.1).to(dtype) if rank and (i or not bare) else None,
             i * rank,
             torch.randn(O).to(dtype) if bias else None,
         )

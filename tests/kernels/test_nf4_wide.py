@@ -70,5 +70,5 @@ def test_weights_in_16_bits_begin_where_codes_are_slower(monkeypatch) -> None:
     monkeypatch.setattr(nf4_wide_cuda, "processors_of", lambda device: 132)
     assert nf4_matmul.rows_by_codes([member(28672, 32)]) == nf4_matmul.rows_by_codes([member(34816, 32)]) == 64
     assert nf4_matmul.rows_by_codes([member(28672, 80)]) == 32
-    monkeypatch.setattr(nf4_wide_cuda, "codes_aligned", lambda members: False)
+    monkeypatch.setattr(nf4_wide_cuda, "_codes_aligned", lambda members: False)
     assert nf4_matmul.rows_by_codes([member(28672, 32)]) == 32

@@ -7,7 +7,6 @@ products read while it is written again, as they are done at once here.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +16,10 @@ import torch
 from pronghorn.kernels import nf4_wide_cuda
 from pronghorn.kernels.cuda_source import Map, pointer
 from pronghorn.kernels.nf4_code import dynamic_code
-from pronghorn.kernels.nf4_matmul import Member
 from pronghorn.kernels.nf4_matmul_cuda import arguments
 from pronghorn.kernels.nf4_wide_cuda import WideArgs, WideTile
-from pronghorn.kernels.reference import nf4_matmul as reference
 from tests.kernels import on_cpu
-from tests.kernels.test_nf4_matmul_on_cpu import BF16, F16, Before, Made, unwritten, weight
+from tests.kernels.test_nf4_matmul_on_cpu import BF16, F16, Before, Made, operands_of, unwritten
 
 pytestmark = on_cpu.needs_compiler
 
@@ -51,22 +48,7 @@ CASES = {
 
 def made(case: Case) -> Made:
     torch.manual_seed(0)
-    _, M, outputs, K, rank, bias, nested, dtype = case
-    members = [
-        Member(weight(O, K, nested, dtype), (torch.randn(O, rank) * 0.1).to(dtype) if rank else None, i * rank, None)
-        for i, O in enumerate(outputs)  # noqa: E741
-    ]
-    if len(members) > 2:  # one without an adapter, in the first block
-        members[0] = dataclasses.replace(members[0], b_Or=None, at=0)
-    x = torch.randn(M, K).to(dtype)
-    low = torch.randn(M, rank * len(outputs)).to(dtype) if rank else None
-    expected = torch.empty(M, sum(outputs), dtype=dtype)
-    reference.nf4_matmul(x, members, low, expected)
-    if bias:  # the product is rounded before the bias is added, as by cuBLAS
-        biases = [torch.randn(m.weight.shape[0]).to(dtype) for m in members]
-        members = [dataclasses.replace(m, bias_O=b) for m, b in zip(members, biases)]
-        expected += torch.cat(biases)
-    return Made(members, x, low, expected)
+    return operands_of(*case[1:], bare=len(case.outputs) > 2)  # without an adapter is then who is in the first block
 
 
 def library(case: Case, folder: Path, chain: bool, changed: tuple[str, str] = ("", "")) -> ctypes.CDLL:
