@@ -28,8 +28,8 @@ _MANY = 2048
 
 
 class Tile(NamedTuple):
-    """Rows, ranks and inputs of a program's step, warps, and stages of inputs on their way or in use; and whether the
-    copy engine brings the inputs (a run is whole steps then).
+    """Rows, ranks and inputs of a program's step, warps, and stages of inputs on their way or in use; whether the copy
+    engine brings the inputs (a run is whole steps then); and how many runs a program takes one after another.
     """
 
     rows: int
@@ -38,6 +38,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     mapped: bool = False
+    runs: int = 1
 
 
 def few_rows_tile(T: int, R: int, step: int, capability: tuple[int, int] = (9, 0), mapped: bool = False) -> Tile:
@@ -117,35 +118,36 @@ def _few_rows(
     x_ptr, a_ptr, out_ptr, also_ptr, also_stride, part_ptr, arrived_ptr, x_map, a_map, T, R,
     x_stride, out_stride, width, step,
     SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, TWICE: tl.constexpr,
-    MAPPED: tl.constexpr, EARLY: tl.constexpr, CHAIN: tl.constexpr,
+    MAPPED: tl.constexpr, RUNS: tl.constexpr, EARLY: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """A run a program; the last of a tile adds all of them up, from the first, and clears the count. What comes out is
+    """RUNS runs a program; the last of a tile adds all of them up, from the first, and clears the count. What comes out is
     written to a second place too if TWICE.
 
     MAPPED: x and A are read by descriptors, which give zeros beyond their ends. EARLY lets a kernel that was launched
     to overlap begin when x is whole; others still wait for the end.
     """
-    split = tl.program_id(0)
+    split = tl.program_id(0) * RUNS
     tile = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    last = tl.minimum((split + 1) * step, width)
-    if CHAIN:
-        _fetch(a_ptr, r, R, split * step, last, width, BLOCK_I)  # adapters are older than the chain
+    if CHAIN:  # adapters are older than the chain
+        _fetch(a_ptr, r, R, split * step, tl.minimum((split + RUNS) * step, width), width, BLOCK_I)
         gdc_wait()
     if EARLY:
         gdc_launch_dependents()
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    if MAPPED:
-        acc = _mapped_run(x_map, a_map, split * step, last, BLOCK_T, BLOCK_R, BLOCK_I)
-    else:
-        x_row = x_ptr + t.to(tl.int64)[:, None] * x_stride
-        a_row = a_ptr + r[:, None] * width
-        acc = _run(a_row, x_row, r < R, t < T, split * step, last, BLOCK_R, BLOCK_T, BLOCK_I)
     place = tl.arange(0, BLOCK_R)[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
     parts = part_ptr + tile * (SPLITS * BLOCK_T * BLOCK_R)
-    tl.store(parts + split * (BLOCK_T * BLOCK_R) + place, acc, cache_modifier=".cg")
+    for run in range(split, split + RUNS):
+        last = tl.minimum((run + 1) * step, width)
+        if MAPPED:
+            acc = _mapped_run(x_map, a_map, run * step, last, BLOCK_T, BLOCK_R, BLOCK_I)
+        else:
+            x_row = x_ptr + t.to(tl.int64)[:, None] * x_stride
+            a_row = a_ptr + r[:, None] * width
+            acc = _run(a_row, x_row, r < R, t < T, run * step, last, BLOCK_R, BLOCK_T, BLOCK_I)
+        tl.store(parts + run * (BLOCK_T * BLOCK_R) + place, acc, cache_modifier=".cg")
     tl.debug_barrier()  # all of this program's stores, before its arrival is seen
-    if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1:
+    if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS // RUNS - 1:
         tl.debug_barrier()
         total = tl.load(parts + place, cache_modifier=".cg")
         for s in tl.static_range(1, SPLITS):
@@ -230,7 +232,7 @@ def low_rank(
         capability = _capability(x_TI.get_device())
         also = out_TR if also_TR is None else also_TR
         if few_rows >= T or (few_rows and T <= FEW_ROWS_OF_THESE and R <= FEW_RANKS):
-            block_t, block_r, block_i, num_warps, num_stages, mapped = tile or few_rows_tile(
+            block_t, block_r, block_i, num_warps, num_stages, mapped, runs = tile or few_rows_tile(
                 T, R, step, capability, _can_map(x_TI, a_RI)
             )
             if mapped and step % block_i:
@@ -240,13 +242,13 @@ def low_rank(
             tiles = int(triton.next_power_of_2(tiles_t * tiles_r))
             part, arrived = _workspace(x_TI.device, stream, tiles, block_t * block_r)
             _launch_few(
-                (SPLITS, tiles_t, tiles_r), x_TI, a_RI, out_TR, also, also.stride(0), part, arrived,
+                (SPLITS // runs, tiles_t, tiles_r), x_TI, a_RI, out_TR, also, also.stride(0), part, arrived,
                 *(_maps(x_TI, a_RI, block_t, block_r, block_i) if mapped else (x_TI, a_RI)),
-                *common, block_t, block_r, block_i, also_TR is not None, mapped, x_TI.is_cuda and capability >= (9, 0),
+                *common, block_t, block_r, block_i, also_TR is not None, mapped, runs, x_TI.is_cuda and capability >= (9, 0),
                 num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
             )  # fmt: skip
         else:
-            block_t, block_r, block_i, num_warps, num_stages, _ = tile or many_rows_tile(R, width, capability)
+            block_t, block_r, block_i, num_warps, num_stages, *_ = tile or many_rows_tile(R, width, capability)
             _launch_many(
                 (triton.cdiv(T, block_t), triton.cdiv(R, block_r)), x_TI, a_RI, out_TR, also, also.stride(0), *common,
                 block_t, block_r, block_i, also_TR is not None,

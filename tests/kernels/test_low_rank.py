@@ -20,7 +20,9 @@ def test_runs_cover_the_inputs_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("tile", [None, Tile(16, 32, 64, 2, 3), Tile(16, 64, 64, 2, 3, True)])
+@pytest.mark.parametrize(
+    "tile", [None, Tile(16, 32, 64, 2, 3), Tile(16, 64, 64, 2, 3, True), Tile(16, 32, 64, 2, 3, False, 2), Tile(32, 64, 64, 2, 3, True, 4)]
+)
 @pytest.mark.parametrize(("T", "I", "R"), [(1, 64, 4), (17, 130, 16), (3, 700, 40), (33, 512, 96), (5, 1000, 130)])
 def test_both_launches_give_the_product(T: int, I: int, R: int, tile: Tile | None, dtype: torch.dtype) -> None:  # noqa: E741
     if tile and tile.mapped and (I % 8 or run_length(I) % tile.inputs):
