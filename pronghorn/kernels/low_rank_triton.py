@@ -49,7 +49,16 @@ def few_rows_tile(T: int, R: int, step: int, capability: tuple[int, int] = (9, 0
     steps (Triton makes one less than it is told); four warps share the loads and repeat the few products. With more
     rows the ranks are more, so that x is read less often; thousands of rows are read once for all ranks, by the copy
     engine where there is one (4,096 rows of 14,336 inputs: 41 microseconds for 60, reading 27).
+
+    On Hopper a product begins beside this one, for 9 to 64 rows with a block for nearly each multiprocessor: what
+    counts there is to leave 128 free, and by few programs the two end sooner although this one takes longer (down, 64
+    rows: 44.6 to 40.4 microseconds). Four take all ranks and two runs each; with more than 64 ranks eight one run. With
+    more ranks to a row many programs are faster (measured up to 96 at 16 and 32 rows).
     """
+    rows = 16 if T <= 16 else 32 if T <= 32 else 64
+    if capability[0] == 9 and 8 < T <= 64 and 2 * rows >= R:
+        ranks = max(32, int(triton.next_power_of_2(R)))
+        return Tile(rows, ranks, 128, 4, min(6, 180 * 1024 // ((rows + ranks) * 256)), False, 2 if R <= 64 else 1)
     if T > _MANY and mapped:
         ranks, inputs = max(16, int(triton.next_power_of_2(R))), 64
         return Tile(128, ranks, inputs, 8, 112 * 1024 // ((128 + ranks) * inputs * 2), True)
@@ -120,8 +129,8 @@ def _few_rows(
     SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, TWICE: tl.constexpr,
     MAPPED: tl.constexpr, RUNS: tl.constexpr, EARLY: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """RUNS runs a program; the last of a tile adds all of them up, from the first, and clears the count. What comes out is
-    written to a second place too if TWICE.
+    """RUNS runs a program; the last of a tile adds all of them up, from the first, and clears the count. What comes out
+    is written to a second place too if TWICE.
 
     MAPPED: x and A are read by descriptors, which give zeros beyond their ends. EARLY lets a kernel that was launched
     to overlap begin when x is whole; others still wait for the end.
@@ -244,7 +253,8 @@ def low_rank(
             _launch_few(
                 (SPLITS // runs, tiles_t, tiles_r), x_TI, a_RI, out_TR, also, also.stride(0), part, arrived,
                 *(_maps(x_TI, a_RI, block_t, block_r, block_i) if mapped else (x_TI, a_RI)),
-                *common, block_t, block_r, block_i, also_TR is not None, mapped, runs, x_TI.is_cuda and capability >= (9, 0),
+                *common, block_t, block_r, block_i, also_TR is not None, mapped, runs,
+                x_TI.is_cuda and capability >= (9, 0),
                 num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
             )  # fmt: skip
         else:

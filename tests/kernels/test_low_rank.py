@@ -21,7 +21,14 @@ def test_runs_cover_the_inputs_once() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    "tile", [None, Tile(16, 32, 64, 2, 3), Tile(16, 64, 64, 2, 3, True), Tile(16, 32, 64, 2, 3, False, 2), Tile(32, 64, 64, 2, 3, True, 4)]
+    "tile",
+    [
+        None,
+        Tile(16, 32, 64, 2, 3),
+        Tile(16, 64, 64, 2, 3, True),
+        Tile(16, 32, 64, 2, 3, False, 2),
+        Tile(32, 64, 64, 2, 3, True, 4),
+    ],
 )
 @pytest.mark.parametrize(("T", "I", "R"), [(1, 64, 4), (17, 130, 16), (3, 700, 40), (33, 512, 96), (5, 1000, 130)])
 def test_both_launches_give_the_product(T: int, I: int, R: int, tile: Tile | None, dtype: torch.dtype) -> None:  # noqa: E741
@@ -56,6 +63,19 @@ def test_the_copy_engine_brings_thousands_of_rows_where_it_can() -> None:
         low_rank_triton.low_rank(
             torch.ones(2, 64), torch.ones(3, 64), torch.ones(2, 3), tile=Tile(16, 16, 128, 2, 3, True)
         )
+
+
+def test_few_programs_leave_a_product_its_multiprocessors() -> None:
+    for T in range(9, 65):
+        for R in range(1, 129):
+            tile = few_rows_tile(T, R, 512)
+            programs = SPLITS // tile.runs * -(-T // tile.rows) * -(-R // tile.ranks)
+            if (32 if T <= 16 else 64 if T <= 32 else 128) >= R:
+                assert programs == (4 if R <= 64 else 8)
+            assert SPLITS % tile.runs == 0
+            assert tile.num_stages >= 3 and tile.num_stages * (tile.rows + tile.ranks) * tile.inputs * 2 <= 180 * 1024
+    assert few_rows_tile(8, 32, 512).runs == few_rows_tile(65, 32, 512).runs == 1
+    assert few_rows_tile(64, 32, 512, (8, 0)).runs == 1, "no product begins beside it"
 
 
 def test_the_count_of_arrivals_is_cleared() -> None:
