@@ -21,7 +21,7 @@ struct Args {
     float *part, *stats;                // [rows, segments, K * HEADS, E]; the same, 2: peak and total
     int* arrived;                       // [rows, K]; 0, and 0 again at the end
     int q_stride, k_stride, v_stride, cos_stride, sin_stride, table_stride, o_stride;
-    int N, P, K, segments;
+    int N, P, K, segments, rows;
     float scale;                        // times log2(e)
 };
 

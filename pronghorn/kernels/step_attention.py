@@ -5,11 +5,15 @@ What :func:`pronghorn.kernels.rope_kv.rope_and_write_kv` and
 is that of :mod:`pronghorn.kernels.ordered_attention`. There it is three launches, each of which begins when the one
 before has ended and waits for memory more than once; with few rows that is all of their time.
 
-**How** (``step_attention.cu``). A block has one segment's keys and values in shared memory, and asks for those of
-earlier tokens before the projections that make the new one have ended. The new token goes from its projection into
-shared memory and into the cache. Scores, maxima and exponentials of a segment's tiles do not depend on each other and
-are taken at once; the sums go from tile to tile. Of a row of several segments the block that ends last merges all of
-them, in their order. More rows, long ones, or shapes that do not suit it take the two operations.
+**How.** Few rows (``step_attention.cu``): a block has one segment's keys and values in shared memory, and asks for
+those of earlier tokens before the projections that make the new one have ended. The new token goes from its projection
+into shared memory and into the cache. Scores, maxima and exponentials of a segment's tiles do not depend on each other
+and are taken at once; the sums go from tile to tile. Of a row of several segments the block that ends last merges all
+of them, in their order.
+
+More rows, or long ones (``step_attention_many.cu``): two blocks for each multiprocessor share all tiles of all rows,
+and each goes from its tiles of one row to those of the next, two of them on their way while it computes a third. Shapes
+that suit neither take the two operations.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""The GPU side of a decode step's attention: the call of ``step_attention.cu``, and which calls it takes."""
+"""The GPU side of a decode step's attention: ``step_attention.cu`` or ``step_attention_many.cu``, and which of them."""
 
 from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -16,31 +18,121 @@ from pronghorn.kernels.ordered_rows import SEGMENT, TILE
 
 _P, _I = ctypes.c_void_p, ctypes.c_int
 
-MAX_ROWS, MAX_BLOCKS = 16, 384
-"""Rows, and blocks (rows, kv heads and segments of the table multiplied), up to which this is the faster way. A block
-has a multiprocessor for itself: where more of them have keys, kernels whose blocks share one, of which one computes
-while others read, are faster (6 rows from some 1,400 tokens on). How many have, only the GPU knows."""
+FEW_ROWS, FEW_BLOCKS = 16, 384
+"""Rows, and blocks (rows, kv heads and segments of the table multiplied), up to which the kernel for few is the faster
+one. A block has a multiprocessor for itself: where more of them have keys, blocks that go on to others' while they
+compute are faster. How many have, only the GPU knows."""
 
-MAX_HEADS, MAX_ELEMENTS = 8, 128
-_WARPS = 8
+MANY_ROWS, MAX_HEADS, MAX_ELEMENTS, STAGES = 256, 8, 128, 3
+_RESERVED, _MULTIPROCESSOR = 1024, 228 * 1024
+"""Bytes of shared memory that a block has besides its own, and that a multiprocessor has where the kernel for many
+runs: two blocks share it."""
 
 
 class _Args(ctypes.Structure):
-    """As in ``step_attention.cu``."""
+    """As in both sources."""
 
     _fields_ = (
         *((name, _P) for name in ("q", "k_new", "v_new", "cos", "sin", "k", "v", "table", "lengths", "o")),
         *((name, _P) for name in ("part", "stats", "arrived")),
         *((name, _I) for name in ("q_stride", "k_stride", "v_stride", "cos_stride", "sin_stride", "table_stride")),
-        *((name, _I) for name in ("o_stride", "N", "P", "K", "segments")),
+        *((name, _I) for name in ("o_stride", "N", "P", "K", "segments", "rows")),
         ("scale", ctypes.c_float),
     )
 
 
-def shared_bytes(E: int, rotary: int) -> int:
-    """Shared memory of a block: the places of ``step_attention.cu``."""
-    row = E * 2 + 16
-    return 2 * SEGMENT * row + 8 * row + 8 * (SEGMENT * 2 + 16) + _WARPS * 8 * 4 + rotary * 4 + 16
+class Shape(NamedTuple):
+    """What decides on a kernel, and its macros: rows, query and kv heads, elements of a head, how many of them are
+    rotated, bytes of an angle, tokens of a table.
+    """
+
+    B: int
+    H: int
+    K: int
+    E: int
+    rotary: int
+    angle: int
+    tokens: int
+
+
+class Way(NamedTuple):
+    """One of the two kernels: its file, warps of a block, bytes of shared memory for a shape, its own macros."""
+
+    file: str
+    warps: int
+    shared_bytes: Callable[[Shape], int]
+    macros: dict[str, int]
+
+
+def _few_bytes(shape: Shape) -> int:
+    """The places of ``step_attention.cu``."""
+    row = shape.E * 2 + 16
+    return 2 * SEGMENT * row + 8 * row + 8 * (SEGMENT * 2 + 16) + FEW.warps * 8 * 4 + shape.rotary * 4 + 16
+
+
+def _many_bytes(shape: Shape) -> int:
+    """The places of ``step_attention_many.cu``."""
+    row = shape.E * 2 + 16
+    inputs = shape.H // shape.K * row + 2 * shape.E * 2 + shape.rotary * shape.angle
+    return STAGES * (2 * TILE * row + inputs) + 8 * (TILE * 2 + 16) + TILE // 16 * 8 * 4 + MANY_ROWS * 4 + 48
+
+
+FEW = Way("step_attention.cu", 8, _few_bytes, {})
+MANY = Way("step_attention_many.cu", 4, _many_bytes, {"STAGES": STAGES, "MOST": MANY_ROWS})
+
+
+def _shape_of(q_BHE: torch.Tensor, k_BKE: torch.Tensor, cos_PE: torch.Tensor, table_tokens: int) -> Shape:
+    (B, H, E), K = q_BHE.shape, k_BKE.shape[1]
+    return Shape(B, H, K, E, cos_PE.shape[1], cos_PE.element_size(), table_tokens)
+
+
+def _neither(
+    q_BHE: torch.Tensor, shape: Shape, angles: tuple[torch.Tensor, ...], pages: tuple[torch.Tensor, ...]
+) -> str:
+    """Why neither kernel takes such rows, whatever their number."""
+    if q_BHE.dtype not in (torch.bfloat16, torch.float16):
+        return f"{q_BHE.dtype} in place of bfloat16 or float16"
+    group, E = shape.H // shape.K, shape.E
+    if E % 16 or E > MAX_ELEMENTS or group > MAX_HEADS:
+        return f"{group} query heads of {E} elements: up to {MAX_HEADS} of up to {MAX_ELEMENTS}, in multiples of 16"
+    for of in angles:
+        if of.dtype not in (q_BHE.dtype, torch.float32) or of.dtype != angles[0].dtype:
+            return f"angles in {angles[0].dtype} and {of.dtype}"
+    if any(t.data_ptr() % 16 for t in pages) or pages[0].stride(0) % 8:
+        return "values, or a cache, that are not aligned to 16 bytes"
+    if not shape.tokens or not len(angles[0]):
+        return "a table of no blocks, or of no angles"
+    if q_BHE.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(q_BHE.device) < (8, 0)):
+        return "a GPU older than compute capability 8.0"
+    return ""
+
+
+def not_few(q_BHE: torch.Tensor, shape: Shape) -> str:
+    """Why the kernel for few rows does not take them; empty where it does."""
+    if shape.B > FEW_ROWS:
+        return f"{shape.B} rows in place of up to {FEW_ROWS}"
+    blocks = shape.B * shape.K * segments_of(shape.tokens)
+    if blocks > FEW_BLOCKS:
+        return f"{blocks} blocks for tables of {shape.tokens} tokens in place of up to {FEW_BLOCKS}"
+    if q_BHE.is_cuda and _few_bytes(shape) > shared_memory(q_BHE.device):
+        return f"{shared_memory(q_BHE.device)} bytes of shared memory"
+    return ""
+
+
+def not_many(q_BHE: torch.Tensor, k_BKE: torch.Tensor, shape: Shape, angles: tuple[torch.Tensor, ...]) -> str:
+    """Why the kernel for many rows does not take them; empty where it does."""
+    if shape.B > MANY_ROWS:
+        return f"{shape.B} rows in place of up to {MANY_ROWS}"
+    if any(t.data_ptr() % 16 or t.stride(0) % 8 for t in (q_BHE, k_BKE)):
+        return "queries or keys that are not aligned to 16 bytes"
+    size = shape.angle
+    if shape.rotary // 2 * size % 16 or any(t.data_ptr() % 16 or t.stride(0) * size % 16 for t in angles):
+        return f"angles of {shape.rotary} elements: halves that are no multiples of 16 bytes, or not aligned to them"
+    if 2 * (_many_bytes(shape) + _RESERVED) > _MULTIPROCESSOR:
+        return f"{_many_bytes(shape)} bytes of shared memory, with which no two blocks share a multiprocessor"
+    if q_BHE.is_cuda and shared_memory(q_BHE.device) < 227 * 1024:
+        return f"{shared_memory(q_BHE.device)} bytes of shared memory"
+    return ""
 
 
 def why_not(
@@ -53,41 +145,29 @@ def why_not(
     v_cache: torch.Tensor,
     table_tokens: int,
 ) -> str:
-    """In words, why the kernel does not take these rows of up to ``table_tokens`` tokens; empty where it does."""
-    (B, H, E), K = q_BHE.shape, k_BKE.shape[1]
-    if q_BHE.dtype not in (torch.bfloat16, torch.float16):
-        return f"{q_BHE.dtype} in place of bfloat16 or float16"
-    if B > MAX_ROWS:
-        return f"{B} rows in place of up to {MAX_ROWS}"
-    blocks = B * K * segments_of(table_tokens)
-    if blocks > MAX_BLOCKS:
-        return f"{blocks} blocks for tables of {table_tokens} tokens in place of up to {MAX_BLOCKS}"
-    if E % 16 or E > MAX_ELEMENTS or H // K > MAX_HEADS:
-        return f"{H // K} query heads of {E} elements: up to {MAX_HEADS} of up to {MAX_ELEMENTS}, in multiples of 16"
-    for angles in (cos_PE, sin_PE):
-        if angles.dtype not in (q_BHE.dtype, torch.float32) or angles.dtype != cos_PE.dtype:
-            return f"angles in {cos_PE.dtype} and {sin_PE.dtype}"
-    if any(t.data_ptr() % 16 for t in (v_BKE, k_cache, v_cache)) or v_BKE.stride(0) % 8:
-        return "values, or a cache, that are not aligned to 16 bytes"
-    if not table_tokens or not len(cos_PE):
-        return "a table of no blocks, or of no angles"
-    if q_BHE.is_cuda:
-        if torch.version.hip or torch.cuda.get_device_capability(q_BHE.device) < (8, 0):
-            return "a GPU older than compute capability 8.0"
-        if shared_bytes(E, cos_PE.shape[1]) > shared_memory(q_BHE.device):
-            return f"{shared_memory(q_BHE.device)} bytes of shared memory"
-    return ""
+    """In words, why neither kernel takes these rows of up to ``table_tokens`` tokens; empty where one does."""
+    shape, angles = _shape_of(q_BHE, k_BKE, cos_PE, table_tokens), (cos_PE, sin_PE)
+    neither = _neither(q_BHE, shape, angles, (v_BKE, k_cache, v_cache))
+    if neither or not (few := not_few(q_BHE, shape)):
+        return neither
+    many = not_many(q_BHE, k_BKE, shape, angles)
+    return many and f"{few}; {many}"
 
 
-@lru_cache(maxsize=1)
-def _source() -> str:
-    return source("step_attention.cu")
+@lru_cache(maxsize=2)
+def _source(file: str) -> str:
+    return source(file)
 
 
 @lru_cache(maxsize=64)
-def _kernel(defines: tuple[tuple[str, int], ...], device: torch.device) -> CudaKernel:
-    given = dict(defines)
-    return CudaKernel(_source(), "step_attention", given, device, shared_bytes(given["E"], given["ROTARY"]))
+def _kernel(file: str, defines: tuple[tuple[str, int], ...], device: torch.device, shared_bytes: int) -> CudaKernel:
+    return CudaKernel(_source(file), "step_attention", dict(defines), device, shared_bytes)
+
+
+@cache
+def _blocks(device: torch.device) -> int:
+    """Blocks of the kernel for many that run at once."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
@@ -132,16 +212,20 @@ def step_attention(
         o=pointer(o_BHE), part=pointer(workspace), stats=pointer(workspace) + 4 * parts, arrived=pointer(arrived),
         q_stride=q_BHE.stride(0), k_stride=k_BKE.stride(0), v_stride=v_BKE.stride(0), cos_stride=cos_PE.stride(0),
         sin_stride=sin_PE.stride(0), table_stride=block_table_BN.stride(0), o_stride=o_BHE.stride(0),
-        N=N, P=cos_PE.shape[0], K=K, segments=segments, scale=scale * math.log2(math.e),
+        N=N, P=cos_PE.shape[0], K=K, segments=segments, rows=B, scale=scale * math.log2(math.e),
     )  # fmt: skip
     chain = chain_of(q_BHE)
+    shape = _shape_of(q_BHE, k_BKE, cos_PE, N * page)
+    way = MANY if not_few(q_BHE, shape) else FEW
     defines = {
-        "E": E, "HEADS": H // K, "ROTARY": cos_PE.shape[1], "PAGE": page, "ANGLES": cos_PE.element_size(),
-        "F16": int(q_BHE.dtype == torch.float16), "CHAIN": chain, "SEGMENT": SEGMENT, "TILE": TILE,
+        "E": E, "HEADS": H // K, "ROTARY": shape.rotary, "PAGE": page, "ANGLES": shape.angle,
+        "F16": int(q_BHE.dtype == torch.float16), "CHAIN": chain, "SEGMENT": SEGMENT, "TILE": TILE, **way.macros,
     }  # fmt: skip
     recorded = current_recording()
     if recorded is not None:
-        recorded.source(_source(), defines, torch.cuda.get_device_capability(device))
+        recorded.source(_source(way.file), defines, torch.cuda.get_device_capability(device))
         return o_BHE
-    _kernel(tuple(defines.items()), device)((K, segments, B), _WARPS * 32, args, chain > 0)
+    grid = (K, segments, B) if way is FEW else (min(_blocks(device), B * K * segments), 1, 1)
+    kernel = _kernel(way.file, tuple(defines.items()), device, way.shared_bytes(shape))
+    kernel(grid, way.warps * 32, args, chain > 0)
     return o_BHE

@@ -20,10 +20,11 @@ from tests.kernels import on_cpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["cuda", "triton", "reference"])
+@pytest.fixture(params=["cuda", "many", "triton", "reference"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """The kernel (compiled for a CPU where there is no GPU), the two operations in its place, and the reference. What
-    they are compared with is the two operations, in Triton or plain; tiles of 32 and segments of 128 on a CPU.
+    """The kernel for few rows, that for many (compiled for a CPU where there is no GPU), the two operations in their
+    place, and the reference. What they are compared with is the two operations, in Triton or plain; tiles of 32 and
+    segments of 128 on a CPU.
     """
     triton = request.param != "reference"
     for where, ours, plain in (
@@ -34,10 +35,13 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pa
         monkeypatch.setattr(where, "_path", lambda tensor, found=ours if triton else plain: found)
     if request.param == "triton":
         monkeypatch.setattr(step_attention_cuda, "why_not", lambda *_: "not here")
+    if request.param == "many":
+        monkeypatch.setattr(step_attention_cuda, "not_few", lambda *_: "not here")
     if DEVICE == "cpu":
-        if request.param == "cuda" and shutil.which("g++") is None:
+        if request.param in ("cuda", "many") and shutil.which("g++") is None:
             pytest.skip("needs g++")
         monkeypatch.setattr(step_attention_cuda, "_kernel", OnCPU.of(tmp_path))
+        monkeypatch.setattr(step_attention_cuda, "_blocks", lambda device: 3)
         for where in (decode_attention_triton, step_attention_cuda):
             monkeypatch.setattr(where, "TILE", 32)
         for where in (decode_attention, decode_attention_triton, step_attention_cuda):
@@ -51,25 +55,28 @@ Defines = tuple[tuple[str, int], ...]
 class OnCPU:
     """In place of ``CudaKernel``."""
 
-    def __init__(self, defines: Defines, folder: Path, changed: tuple[str, str]) -> None:
-        source = step_attention_cuda._source()
-        self.run = on_cpu.compiled(source, "step_attention", dict(defines), folder, changed).run
+    def __init__(
+        self, file: str, defines: Defines, shared_bytes: int, folder: Path, changed: tuple[str, str] = ("", "")
+    ) -> None:
+        source = step_attention_cuda._source(file)
+        places = f"\nstatic_assert(SHARED_BYTES == {shared_bytes});\n"
+        self.run = on_cpu.compiled(source + places, "step_attention", dict(defines), folder, changed).run
 
     @classmethod
-    def of(cls, folder: Path, changed: tuple[str, str] = ("", "")) -> Callable[[Defines, torch.device], OnCPU]:
-        made: dict[Defines, OnCPU] = {}
+    def of(cls, folder: Path, changed: tuple[str, str] = ("", "")) -> Callable[..., OnCPU]:
+        made: dict[tuple[str, Defines], OnCPU] = {}
 
-        def kernel(defines: Defines, device: torch.device) -> OnCPU:
-            if defines not in made:
+        def kernel(file: str, defines: Defines, device: torch.device, shared_bytes: int) -> OnCPU:
+            if (file, defines) not in made:
                 own = folder / str(len(made))
                 own.mkdir()
-                made[defines] = cls(defines, own, changed)
-            return made[defines]
+                made[file, defines] = cls(file, defines, shared_bytes, own, changed)
+            return made[file, defines]
 
         return kernel
 
     def __call__(self, grid: tuple[int, int, int], threads: int, args: ctypes.Structure, overlap: bool) -> None:
-        assert threads == 256 and not overlap
+        assert threads in (128, 256) and not overlap
         self.run(ctypes.byref(args), *grid)
 
 
@@ -117,7 +124,7 @@ class Step:
         needed = workspace_elements(B, tokens, self.heads[0], E)
         got = self.at_once(workspace=torch.full((needed,), float("nan"), device=DEVICE))
         assert torch.isfinite(wanted).all()
-        if path == "cuda" and DEVICE == "cpu" and self.qkv.dtype == torch.float16:
+        if path in ("cuda", "many") and DEVICE == "cpu" and self.qkv.dtype == torch.float16:
             torch.testing.assert_close(got, wanted, rtol=2e-3, atol=1e-3 * wanted.abs().max().item())
         else:
             assert torch.equal(got, wanted)

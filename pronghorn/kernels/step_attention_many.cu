@@ -1,0 +1,443 @@
+// A decode step's attention for many rows: rotation, the write of the new token, attention, merging. What it computes and
+// in which order: step_attention.py. Compiled at run time behind instructions.cu, with these given:
+//   E       elements of a head, a multiple of 16, 128 at most     HEADS   query heads of a kv head, 8 at most
+//   ROTARY  elements of a head that are rotated                   PAGE    tokens of a block of the cache
+//   ANGLES  bytes of an angle: 2 (as all else) or 4 (float)       F16     float16 in place of bfloat16
+//   SEGMENT, TILE, STAGES                                         MOST    rows at most
+//   CHAIN   begins while the kernel before runs; 2: lets the next do so at once
+//
+// All there is to do are tiles of keys: of all rows, of a row all kv heads, of a head all tiles, one after another. A
+// block takes as many of them as any other, whole segments, and asks for the next ones while it computes one, whoever
+// they belong to: memory is never idle between rows. A head whose segments are all of one block is merged in its
+// registers; of others the block that ends last merges all. Keys are the rows of the instruction's left operand and
+// queries the columns of the right one, of which there are 8: no bit depends on which is which.
+
+struct Args {
+    const u16 *q, *k_new, *v_new;
+    const void *cos, *sin;              // [P, ROTARY], both halves equal
+    u16 *k, *v;                         // [blocks, PAGE, K, E]
+    const int *table, *lengths;         // [rows, N], [rows]
+    u16* o;
+    float *part, *stats;                // [rows, segments, K * HEADS, E]; the same, 2: peak and total
+    int* arrived;                       // [rows, K]; 0, and 0 again at the end
+    int q_stride, k_stride, v_stride, cos_stride, sin_stride, table_stride, o_stride;
+    int N, P, K, segments, rows;
+    float scale;                        // times log2(e)
+};
+
+#define WARPS 4
+#define THREADS (WARPS * 32)
+#define ROW (E * 2 + 16)                // bytes: eight rows' 16 bytes lie in different banks
+#define P_ROW (TILE * 2 + 16)
+#define PIECES (E / 8)                  // of 16 bytes
+#define HALF (ROTARY / 2)
+#define TILES (SEGMENT / TILE)
+#define SCORERS (TILE / 16)             // warps that score 16 keys each
+#define COPIES ((TILE * PIECES + THREADS - 1) / THREADS)  // of 16 bytes, of keys and of values, by a thread
+#define BLOCKS ((E / 16 + WARPS - 1) / WARPS)             // of 16 elements of o, by a warp
+#define NONE __int_as_float(0xff800000)  // -inf
+
+// Where in shared memory. A stage: a tile's keys and values. Inputs of a row's kv head: queries, the new key and value,
+// cos and sin; of as many heads as tiles on their way or in use may belong to.
+#define STAGE (2 * TILE * ROW)
+#define V_AT (TILE * ROW)
+#define INPUTS_AT (STAGES * STAGE)
+#define K_NEW_AT (HEADS * ROW)
+#define V_NEW_AT (K_NEW_AT + E * 2)
+#define COS_AT (V_NEW_AT + E * 2)
+#define SIN_AT (COS_AT + HALF * ANGLES)
+#define INPUTS (SIN_AT + HALF * ANGLES)
+#define P_AT (INPUTS_AT + STAGES * INPUTS)
+#define MAX_AT (P_AT + 8 * P_ROW)
+#define LENGTHS_AT (MAX_AT + SCORERS * 8 * 4)
+#define WORDS_AT (LENGTHS_AT + MOST * 4)  // sums of warps; where to begin; who comes last
+#define SHARED_BYTES (WORDS_AT + 48)
+
+__device__ __forceinline__ float angle(const u8* table, int at) {
+    return ANGLES == 4 ? ((const float*)table)[at] : wide(((const u16*)table)[at]);
+}
+__device__ __forceinline__ u16 narrowed(float value) { return (u16)pair(value, 0.0f); }
+__device__ __forceinline__ float finite(float peak) { return peak == NONE ? 0.0f : peak; }
+
+// A tile among all: its number, its row and kv head, its number among that head's, how many these are. A row without a
+// token has one.
+struct Place {
+    int x, row, head, tile, tiles, asked, length;
+};
+__device__ __forceinline__ void in_row(const Args& args, Place& at) {
+    if (at.row >= args.rows) return;
+    at.asked = ((const int*)(shared + LENGTHS_AT))[at.row];
+    at.length = min(max(at.asked, 0), args.N * PAGE);
+    at.tiles = max((at.length + TILE - 1) / TILE, 1);
+}
+__device__ __forceinline__ void advance(const Args& args, Place& at) {
+    ++at.x;
+    if (++at.tile < at.tiles) return;
+    at.tile = 0;
+    if (++at.head < args.K) return;
+    at.head = 0, ++at.row;
+    in_row(args, at);
+}
+__device__ __forceinline__ bool behind(const Place& at, int end) { return at.tile % TILES == 0 && at.x >= end; }
+// The new token's place in this tile; -1 where it is in another, or has no slot or angle.
+__device__ __forceinline__ int fresh_of(const Args& args, const Place& at) {
+    const int position = at.length - 1;
+    const bool known = at.length > 0 && at.asked == at.length && position < args.P;
+    return known && position / TILE == at.tile ? position % TILE : -1;
+}
+__device__ __forceinline__ void ask_pages(const Args& args, const Place& at, int* pages) {
+#pragma unroll
+    for (int n = 0; n < COPIES; ++n) {
+        const int token = at.tile * TILE + (n * THREADS + (int)threadIdx.x) / PIECES;
+        pages[n] = read_early(args.table + (u64)at.row * args.table_stride + min(token / PAGE, args.N - 1));
+    }
+}
+__device__ __forceinline__ void ask_tile(const Args& args, const Place& at, const int* pages, u32 stage) {
+    const int count = at.length - at.tile * TILE, fresh = fresh_of(args, at);
+    const u32 here = shared_address(shared) + stage;
+#pragma unroll
+    for (int n = 0; n < COPIES; ++n) {
+        const int i = n * THREADS + threadIdx.x, key = i / PIECES, piece = i % PIECES;
+        const u32 to = key * ROW + piece * 16;
+        if (key >= TILE) break;
+        if (key >= count) {  // hidden, but multiplied by 0: numbers
+            *(float4*)(shared + stage + V_AT + to) = make_float4(0, 0, 0, 0);
+        } else if (key != fresh) {
+            const u64 token = (u64)pages[n] * PAGE + (at.tile * TILE + key) % PAGE;
+            const u64 from = (token * args.K + at.head) * E + piece * 8;
+            copy16(here + to, args.k + from);
+            copy16(here + V_AT + to, args.v + from);
+        }
+    }
+}
+__device__ __forceinline__ void ask_inputs(const Args& args, const Place& at, u32 inputs) {
+    const u32 here = shared_address(shared) + inputs;
+    const u16* const q = args.q + (u64)at.row * args.q_stride + at.head * (HEADS * E);
+    const u16* const k = args.k_new + (u64)at.row * args.k_stride + at.head * E;
+    const u16* const v = args.v_new + (u64)at.row * args.v_stride + at.head * E;
+    const int position = min(max(at.length - 1, 0), args.P - 1), angles = HALF * ANGLES / 16;
+    for (int i = threadIdx.x; i < (HEADS + 2) * PIECES + 2 * angles; i += THREADS) {
+        const int j = i - HEADS * PIECES, a = j - 2 * PIECES;
+        if (j < 0) copy16(here + i / PIECES * ROW + i % PIECES * 16, q + i * 8);
+        else if (j < PIECES) copy16(here + K_NEW_AT + j * 16, k + j * 8);
+        else if (a < 0) copy16(here + V_NEW_AT + (j - PIECES) * 16, v + (j - PIECES) * 8);
+        else if (a < angles) copy16(here + COS_AT + a * 16, (const u8*)args.cos + (u64)position * args.cos_stride * ANGLES + a * 16);
+        else copy16(here + SIN_AT + (a - angles) * 16, (const u8*)args.sin + (u64)position * args.sin_stride * ANGLES + (a - angles) * 16);
+    }
+}
+// Queries where they are; the new key to its place among its tile's, the new value, too.
+__device__ __forceinline__ void rotate(u8* inputs, u8* stage, bool queries, int fresh) {
+    for (int i = (queries ? 0 : HEADS * HALF) + threadIdx.x; i < (HEADS + (fresh >= 0)) * HALF; i += THREADS) {
+        const int row = i / HALF, at = i % HALF;
+        const u16* const from = (const u16*)(inputs + (row == HEADS ? K_NEW_AT : row * ROW));
+        u16* const to = (u16*)(row == HEADS ? stage + fresh * ROW : inputs + row * ROW);
+        const float left = wide(from[at]), right = wide(from[at + HALF]);
+        const float c = angle(inputs + COS_AT, at), s = angle(inputs + SIN_AT, at);
+        to[at] = narrowed(__fadd_rn(__fmul_rn(left, c), -__fmul_rn(right, s)));
+        to[at + HALF] = narrowed(__fadd_rn(__fmul_rn(right, c), __fmul_rn(left, s)));
+    }
+    if (fresh < 0) return;
+    for (int i = ROTARY + threadIdx.x; i < E; i += THREADS)
+        ((u16*)(stage + fresh * ROW))[i] = ((const u16*)(inputs + K_NEW_AT))[i];
+    for (int i = THREADS - 1 - threadIdx.x; i < PIECES; i += THREADS)  // threads with nothing to rotate, if there are any
+        *(float4*)(stage + V_AT + fresh * ROW + i * 16) = *(const float4*)(inputs + V_NEW_AT + i * 16);
+}
+// The next segment into those before it.
+__device__ __forceinline__ void weights(float& peak, float next, float& before, float& after) {
+    const float higher = larger(peak, next), base = finite(higher);
+    before = power_of_2(__fadd_rn(peak, -base)), after = power_of_2(__fadd_rn(next, -base));
+    peak = higher;
+}
+__device__ __forceinline__ float merged(float sum, float before, float next, float after) {
+    return __fadd_rn(__fmul_rn(sum, before), __fmul_rn(next, after));
+}
+__device__ __forceinline__ u16 finished(float sum, float total) { return narrowed(__fdiv_rn(sum, total == 0.0f ? 1.0f : total)); }
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) step_attention(const __grid_constant__ Args args) {
+#if CHAIN == 2
+    NEXT_MAY_BEGIN;
+#endif
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const u32 base_of_shared = shared_address(shared);
+    int* const lengths = (int*)(shared + LENGTHS_AT);
+    int* const words = (int*)(shared + WORDS_AT);
+
+    // Which tiles are this block's: all of them, counted, in as many parts as there are blocks.
+    const int own_rows = (args.rows + THREADS - 1) / THREADS;
+    int own = 0;
+    for (int n = 0; n < own_rows; ++n) {
+        const int row = thread * own_rows + n;
+        if (row >= args.rows) break;
+        const int asked = read_early(args.lengths + row), length = min(max(asked, 0), args.N * PAGE);
+        lengths[row] = asked;
+        own += max((length + TILE - 1) / TILE, 1);
+    }
+    int sum_of_warp = own;
+    for (int n = 1; n < 32; n *= 2) {
+        const int left = __shfl_sync(0xffffffffu, sum_of_warp, (lane - n) & 31);
+        if (lane >= n) sum_of_warp += left;
+    }
+    if (lane == 31) words[warp] = sum_of_warp;
+    __syncthreads();
+    int all = 0, before = sum_of_warp - own;
+    for (int n = 0; n < WARPS; ++n) {
+        if (n < warp) before += words[n];
+        all += words[n];
+    }
+    all *= args.K;
+    const int first = (int)((u64)all * blockIdx.x / gridDim.x), end = (int)((u64)all * (blockIdx.x + 1) / gridDim.x);
+    int begin = before * args.K;
+    for (int n = 0; n < own_rows; ++n) {
+        Place at;
+        at.row = thread * own_rows + n;
+        if (at.row >= args.rows) break;
+        in_row(args, at);
+        if (first >= begin && first < begin + at.tiles * args.K) {  // one thread's: the next whole segment from there on
+            at.head = (first - begin) / at.tiles;
+            at.tile = ((first - begin) % at.tiles + TILES - 1) / TILES * TILES;
+            if (at.tile >= at.tiles) ++at.head, at.tile = 0;
+            words[4] = begin + at.head * at.tiles + at.tile;
+            words[5] = at.head == args.K ? at.row + 1 : at.row;
+            words[6] = at.head == args.K ? 0 : at.head;
+            words[7] = at.tile;
+        }
+        begin += at.tiles * args.K;
+    }
+    __syncthreads();
+    Place here = {words[4], words[5], words[6], words[7], 1, 0, 0};
+    in_row(args, here);
+    Place next = here;
+    int pages[COPIES];
+#pragma unroll
+    for (int n = 0; n < STAGES - 1; ++n) {
+        if (!behind(next, end)) {
+            ask_pages(args, next, pages);
+            ask_tile(args, next, pages, n * STAGE);
+            advance(args, next);
+        }
+        COPIES_END;
+    }
+    if (!behind(next, end)) ask_pages(args, next, pages);
+#if CHAIN  // what was read up to here is older than the chain
+    BEFORE_HAS_ENDED;
+#endif
+#if CHAIN == 1
+    NEXT_MAY_BEGIN;
+#endif
+    int asked_inputs = 0, inputs = 0;  // of which of STAGES the next are, and those in use
+    Place of = here;
+#pragma unroll
+    for (int n = 0; n < STAGES - 1; ++n) {
+        if (behind(of, end)) break;
+        if (n == 0 || of.tile == 0) ask_inputs(args, of, INPUTS_AT + asked_inputs++ * INPUTS);
+        advance(args, of);
+    }
+    asked_inputs %= STAGES;
+    COPIES_END;
+
+    float peak[2], total[4], sum[BLOCKS][4], all_peak[2], all_total[2], all_sum[BLOCKS][4];
+    bool whole = false;
+    int stage = 0;
+    float* const most = (float*)(shared + MAX_AT);  // [SCORERS][8]
+    const u32 one = pair(1.0f, 1.0f);
+#pragma unroll 1
+    for (bool first_tile = true; !behind(here, end); first_tile = false) {
+        if (first_tile) COPIES_WAIT(0);
+        else COPIES_WAIT(STAGES - 2);
+        __syncthreads();  // this tile is there, and the one before is no longer read
+        if (!behind(next, end)) {
+            if (next.tile == 0) {
+                ask_inputs(args, next, INPUTS_AT + asked_inputs * INPUTS);
+                asked_inputs = asked_inputs == STAGES - 1 ? 0 : asked_inputs + 1;
+            }
+            ask_tile(args, next, pages, (stage == 0 ? STAGES - 1 : stage - 1) * STAGE);
+            advance(args, next);
+            if (!behind(next, end)) ask_pages(args, next, pages);
+        }
+        COPIES_END;
+        const bool starts = first_tile || here.tile == 0;
+        if (starts && !first_tile) inputs = inputs == STAGES - 1 ? 0 : inputs + 1;
+        const u32 of_head = INPUTS_AT + inputs * INPUTS, of_tile = stage * STAGE;
+        const int fresh = fresh_of(args, here), count = here.length - here.tile * TILE;
+        int page = 0;
+        if (fresh >= 0) page = read_early(args.table + (u64)here.row * args.table_stride + (here.length - 1) / PAGE);
+        if (starts || fresh >= 0) {
+            rotate(shared + of_head, shared + of_tile, starts, fresh);
+            __syncthreads();
+        }
+        if (here.tile % TILES == 0) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                peak[j % 2] = NONE, total[j] = 0;
+#pragma unroll
+                for (int n = 0; n < BLOCKS; ++n) sum[n][j] = 0;
+            }
+        }
+        if (starts) {
+            whole = here.tile == 0 && here.x + (here.tiles - 1) / TILES * TILES < end;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                all_peak[j % 2] = NONE, all_total[j % 2] = 0;
+#pragma unroll
+                for (int n = 0; n < BLOCKS; ++n) all_sum[n][j] = 0;
+            }
+        }
+
+        // Scores of a warp's 16 keys: c has keys g and g + 8 of queries 2 t and 2 t + 1.
+        float c[4] = {};
+        if (warp < SCORERS) {
+            const u32 q_at = base_of_shared + of_head + min(lane % 8, HEADS - 1) * ROW;
+            const u32 key_at = base_of_shared + of_tile + (warp * 16 + lane % 16) * ROW + lane / 16 * 16;
+#pragma unroll
+            for (int step = 0; step < E / 16; step += 2) {
+                u32 of_q[4];
+                read_pieces(of_q, q_at + min(step * 2 + lane / 8, PIECES - 1) * 16);
+#pragma unroll
+                for (int j = 0; j < 2 && step + j < E / 16; ++j) {
+                    u32 key[4];
+                    read_pieces(key, key_at + (step + j) * 32);
+                    multiply(c, key[0], key[1], key[2], key[3], of_q[2 * j], of_q[2 * j + 1]);
+                }
+            }
+            float high[2] = {NONE, NONE};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                if (warp * 16 + j / 2 * 8 + g >= count) c[j] = NONE;
+                high[j % 2] = larger(high[j % 2], c[j]);
+            }
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                for (int lanes = 4; lanes < 32; lanes *= 2) high[j] = larger(high[j], of_other(high[j], lanes));
+                if (g == 0) most[warp * 8 + t * 2 + j] = high[j];
+            }
+        }
+        __syncthreads();
+
+        // The peak so far, and what is lost of what was summed under the one before.
+        float own_base[2], decay[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            float high = NONE;
+#pragma unroll
+            for (int w = 0; w < SCORERS; ++w) high = larger(high, most[w * 8 + t * 2 + j]);
+            const float higher = larger(peak[j], __fmul_rn(high, args.scale));
+            own_base[j] = finite(higher);
+            decay[j] = power_of_2(__fadd_rn(peak[j], -own_base[j]));
+            peak[j] = higher;
+        }
+        if (warp < SCORERS)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                u16* const row = (u16*)(shared + P_AT + (t * 2 + j % 2) * P_ROW);
+                row[warp * 16 + j / 2 * 8 + g] = narrowed(power_of_2(__fmaf_rn(c[j], args.scale, -own_base[j % 2])));
+            }
+        __syncthreads();
+
+        // 16 elements of o are rows of a product, and queries its columns; the sum of probabilities, one with ones.
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            total[j] = __fmul_rn(total[j], decay[j % 2]);
+#pragma unroll
+            for (int n = 0; n < BLOCKS; ++n) sum[n][j] = __fmul_rn(sum[n][j], decay[j % 2]);
+        }
+#pragma unroll
+        for (int step = 0; step < TILE / 16; step += 2) {
+            u32 p[4];
+            read_pieces(p, base_of_shared + P_AT + lane % 8 * P_ROW + step * 32 + lane / 8 * 16);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const u32 key_at = base_of_shared + of_tile + V_AT + ((step + j) * 16 + lane / 16 * 8 + lane % 8) * ROW + lane / 8 % 2 * 16;
+                multiply(total, one, one, one, one, p[2 * j], p[2 * j + 1]);
+#pragma unroll
+                for (int n = 0; n < BLOCKS; ++n) {
+                    u32 value[4];
+                    if (warp + n * WARPS >= E / 16) break;
+                    read_pieces_turned(value, key_at + (warp + n * WARPS) * 32);
+                    multiply(sum[n], value[0], value[1], value[2], value[3], p[2 * j], p[2 * j + 1]);
+                }
+            }
+        }
+
+        if (fresh >= 0 && thread < 2 * PIECES) {
+            const int piece = thread % PIECES, position = here.length - 1;
+            const u64 to = (((u64)page * PAGE + position % PAGE) * args.K + here.head) * E + piece * 8;
+            const u8* const from = shared + of_tile + fresh * ROW + piece * 16;
+            if (thread < PIECES) *(float4*)(args.k + to) = *(const float4*)from;
+            else *(float4*)(args.v + to) = *(const float4*)(from + V_AT);
+        }
+        const bool last_tile = here.tile == here.tiles - 1;
+        if (last_tile || here.tile % TILES == TILES - 1) {
+            u16* const o = args.o + (u64)here.row * args.o_stride + here.head * (HEADS * E);
+            const u64 head_part = (u64)here.row * args.segments * (args.K * HEADS) + here.head * HEADS;
+            if (whole) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float of_before, of_this;
+                    weights(all_peak[j], peak[j], of_before, of_this);
+                    all_total[j] = merged(all_total[j], of_before, total[j], of_this);
+#pragma unroll
+                    for (int n = 0; n < BLOCKS; ++n)
+#pragma unroll
+                        for (int i = j; i < 4; i += 2) all_sum[n][i] = merged(all_sum[n][i], of_before, sum[n][i], of_this);
+                }
+                if (last_tile)
+#pragma unroll
+                    for (int n = 0; n < BLOCKS; ++n)
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) {
+                            const int query = t * 2 + j % 2, element = (warp + n * WARPS) * 16 + j / 2 * 8 + g;
+                            if (query < HEADS && element < E) o[query * E + element] = finished(all_sum[n][j], all_total[j % 2]);
+                        }
+            } else {
+                const u64 part_row = head_part + (u64)(here.tile / TILES) * (args.K * HEADS);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const int query = t * 2 + j % 2;
+                    if (query >= HEADS) continue;
+#pragma unroll
+                    for (int n = 0; n < BLOCKS; ++n) {
+                        const int element = (warp + n * WARPS) * 16 + j / 2 * 8 + g;
+                        if (element < E) args.part[(part_row + query) * E + element] = sum[n][j];
+                    }
+                    if (warp == 0 && g == 0 && j < 2) {
+                        args.stats[(part_row + query) * 2] = peak[j];
+                        args.stats[(part_row + query) * 2 + 1] = total[j];
+                    }
+                }
+                // The last of a head's segments to come here merges all of them, from the first.
+                __syncthreads();  // all of this block's part, before its arrival is seen
+                const int used = (here.tiles + TILES - 1) / TILES;
+                int* const arrived = args.arrived + here.row * args.K + here.head;
+                if (thread == 0) words[8] = count_arrival(arrived) == used - 1;
+                __syncthreads();
+                if (words[8]) {
+                    for (int i = thread; i < HEADS * E; i += THREADS) {
+                        float merged_peak = NONE, merged_total = 0.0f, merged_sum = 0.0f;
+                        for (int group = 0; group < used; group += 4) {
+                            float peaks[4], totals[4], sums[4];
+#pragma unroll
+                            for (int j = 0; j < 4; ++j) {
+                                const u64 row = head_part + (u64)(group + j) * (args.K * HEADS) + i / E;
+                                const bool there = group + j < used;
+                                peaks[j] = there ? seen_by_all(args.stats + row * 2) : NONE;
+                                totals[j] = there ? seen_by_all(args.stats + row * 2 + 1) : 0.0f;
+                                sums[j] = there ? seen_by_all(args.part + row * E + i % E) : 0.0f;
+                            }
+#pragma unroll
+                            for (int j = 0; j < 4; ++j) {
+                                float of_before, of_this;
+                                weights(merged_peak, peaks[j], of_before, of_this);
+                                merged_total = merged(merged_total, of_before, totals[j], of_this);
+                                merged_sum = merged(merged_sum, of_before, sums[j], of_this);
+                            }
+                        }
+                        o[i] = finished(merged_sum, merged_total);
+                    }
+                    if (thread == 0) *arrived = 0;
+                }
+            }
+        }
+        stage = stage == STAGES - 1 ? 0 : stage + 1;
+        advance(args, here);
+    }
+}
