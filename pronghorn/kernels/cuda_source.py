@@ -190,17 +190,23 @@ _SWIZZLE_128, _PROMOTE_256 = 3, 3
 
 
 def _map(
-    of: str, kind: int, address: int, shape: tuple[int, int], stride: int, block: tuple[int, int], swizzle: int
+    of: str,
+    kind: int,
+    address: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    block: tuple[int, ...],
+    swizzle: int,
 ) -> Map:
-    """Rows and columns of ``shape`` and ``block``; ``stride`` is a row's bytes. Outside the tensor is zero."""
-    room = (ctypes.c_char * 192)()  # it has to begin at a multiple of 64 bytes
+    """Dimensions of ``shape`` and ``block``, the last one dense; ``strides`` are the others' in bytes. Outside is zero."""
+    room, n = (ctypes.c_char * 192)(), len(shape)  # it has to begin at a multiple of 64 bytes
     at = (ctypes.addressof(room) + 63) // 64 * 64
     u64, u32 = ctypes.c_uint64, ctypes.c_uint32
     code = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(at), kind, 2, ctypes.c_void_p(address), (u64 * 2)(*shape[::-1]), (u64 * 1)(stride),
-        (u32 * 2)(*block[::-1]), (u32 * 2)(1, 1), 0, swizzle, _PROMOTE_256, 0,
+        ctypes.c_void_p(at), kind, n, ctypes.c_void_p(address), (u64 * n)(*shape[::-1]),
+        (u64 * (n - 1))(*strides[::-1]), (u32 * n)(*block[::-1]), (u32 * n)(*[1] * n), 0, swizzle, _PROMOTE_256, 0,
     )  # fmt: skip
-    _check_driver(code, f"a map of {shape[0]} x {shape[1]} {of} with a stride of {stride} bytes")
+    _check_driver(code, f"a map of {' x '.join(map(str, shape))} {of} with strides of {strides} bytes")
     return Map.from_buffer_copy((ctypes.c_char * 128).from_address(at))
 
 
@@ -214,13 +220,27 @@ def map_of(tensor_RC: torch.Tensor, rows: int) -> Map:
     """
     (R, C), dtype = tensor_RC.shape, tensor_RC.dtype
     stride = tensor_RC.stride(0) * tensor_RC.element_size()
-    return _map(str(dtype), _MAP_TYPES[dtype], tensor_RC.data_ptr(), (R, C), stride, (rows, 64), _SWIZZLE_128)
+    return _map(str(dtype), _MAP_TYPES[dtype], tensor_RC.data_ptr(), (R, C), (stride,), (rows, 64), _SWIZZLE_128)
+
+
+@lru_cache(maxsize=4096)
+def _map_of_groups(address: int, dtype: torch.dtype, R: int, C: int, rows: int, groups: int) -> Map:
+    shape, strides = (C // 64, R, 64), (128, C * dtype.itemsize)
+    return _map(str(dtype), _MAP_TYPES[dtype], address, shape, strides, (groups, rows, 64), _SWIZZLE_128)
+
+
+def map_of_groups(tensor_RC: torch.Tensor, rows: int, groups: int) -> Map:
+    """As :func:`map_of`, for blocks of so many ``rows`` and ``groups`` of 64 columns, which come one group after
+    another, of a tensor without gaps; made once, as it is asked for again and again.
+    """
+    R, C = tensor_RC.shape
+    return _map_of_groups(tensor_RC.data_ptr(), tensor_RC.dtype, R, C, rows, groups)
 
 
 @lru_cache(maxsize=4096)
 def map_of_words(address: int, rows: int, columns: int, block: tuple[int, int]) -> Map:
     """For blocks of so many rows and columns (at most 256 of each) of 32-bit words, rows side by side, as they lie."""
-    return _map("words", _WORDS, address, (rows, columns), columns * 4, block, 0)
+    return _map("words", _WORDS, address, (rows, columns), (columns * 4,), block, 0)
 
 
 @lru_cache(maxsize=8)

@@ -137,8 +137,8 @@ __device__ __forceinline__ u32 counter_ended(u32 counter, u32 parity) {  // whet
                  : "=r"(ended) : "r"(counter), "r"(parity) : "memory");
     return ended;
 }
-// Hopper's own: products of four warps at once (wgmma), and the engine that copies blocks of a tensor by its map.
-#ifdef MULTIPLIES_WIDE
+// Hopper's own: the engine that copies blocks of a tensor by its map, and products of four warps at once (wgmma).
+#if defined(COPY_ENGINE) || defined(MULTIPLIES_WIDE)
 struct alignas(64) Map {
     u64 opaque[16];
 };
@@ -147,12 +147,20 @@ __device__ __forceinline__ void bring(u32 to, const Map& map, int column, int ro
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(counter) : "memory");
 }
+// A block of a tensor whose columns are groups of 64: from a group and a row on, as many of both as the map says.
+__device__ __forceinline__ void bring_groups(u32 to, const Map& map, int group, int row, u32 counter) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+                 ::"r"(to), "l"(&map), "r"(0), "r"(row), "r"(group), "r"(counter) : "memory");
+}
 __device__ __forceinline__ void counter_arrive_expecting(u32 counter, int bytes) {
     asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }"
                  ::"r"(counter), "r"(bytes) : "memory");
 }
 // To the engine, counters that this thread has begun. It waits for all that the thread reads, too: ahead of other reads.
 #define SHOW_COUNTERS asm volatile("fence.proxy.async.shared::cta;" ::: "memory")
+#define SHOW_WRITES SHOW_COUNTERS  // of this thread, in shared memory that the engine will write
+#endif
+#ifdef MULTIPLIES_WIDE
 // Where x is, as the instruction reads it, in units of 16 bytes. As the engine brings it, eight rows of 128 bytes are 1024
 // bytes, aligned to as many; 16 bytes of a row lie where their number, exclusive or the row's, says (PTX, wgmma, "128-byte
 // swizzle").
@@ -193,6 +201,7 @@ __device__ __forceinline__ void write_pieces_turned(u32 to, u32 a, u32 b, u32 c,
 #define COPIES_END asm volatile("cp.async.commit_group;")
 #define COPIES_WAIT(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")  // until but n groups are there
 #define ALL_COPIES_WAIT asm volatile("cp.async.wait_all;" ::: "memory")
+#define MEET asm volatile("bar.sync 1, 128;" ::: "memory")  // the first four warps
 #define TURN_WAIT(id) asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory")
 #define TURN_GIVE(id) asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory")
 __device__ __forceinline__ u32 flag_read(const u32* flag) {  // and all that was seen before it was written is seen

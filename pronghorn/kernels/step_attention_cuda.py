@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from pronghorn.kernels.cuda_source import CudaKernel, pointer, shared_memory, source
+from pronghorn.kernels.cuda_source import CudaKernel, Map, map_of_groups, pointer, shared_memory, source
 from pronghorn.kernels.decode_attention import workspace_elements
 from pronghorn.kernels.decode_attention_triton import segments_of
-from pronghorn.kernels.launch import chain_of, current_recording
+from pronghorn.kernels.launch import chain_of, current_recording, has_copy_engine
 from pronghorn.kernels.ordered_rows import SEGMENT, TILE
 
 _P, _I = ctypes.c_void_p, ctypes.c_int
@@ -30,7 +30,7 @@ runs: two blocks share it."""
 
 
 class _Args(ctypes.Structure):
-    """As in both sources."""
+    """As in ``step_attention.cu``."""
 
     _fields_ = (
         *((name, _P) for name in ("q", "k_new", "v_new", "cos", "sin", "k", "v", "table", "lengths", "o")),
@@ -41,9 +41,15 @@ class _Args(ctypes.Structure):
     )
 
 
+class _ManyArgs(ctypes.Structure):
+    """As in ``step_attention_many.cu``, whose parameter is a multiple of 64 bytes."""
+
+    _fields_ = (("of_k", Map), ("of_v", Map), ("args", _Args), ("_rest", ctypes.c_char * 64))
+
+
 class Shape(NamedTuple):
     """What decides on a kernel, and its macros: rows, query and kv heads, elements of a head, how many of them are
-    rotated, bytes of an angle, tokens of a table.
+    rotated, bytes of an angle, tokens of a table and of a block.
     """
 
     B: int
@@ -53,6 +59,7 @@ class Shape(NamedTuple):
     rotary: int
     angle: int
     tokens: int
+    page: int
 
 
 class Way(NamedTuple):
@@ -72,18 +79,18 @@ def _few_bytes(shape: Shape) -> int:
 
 def _many_bytes(shape: Shape) -> int:
     """The places of ``step_attention_many.cu``."""
-    row = shape.E * 2 + 16
-    inputs = shape.H // shape.K * row + 2 * shape.E * 2 + shape.rotary * shape.angle
-    return STAGES * (2 * TILE * row + inputs) + 8 * (TILE * 2 + 16) + TILE // 16 * 8 * 4 + MANY_ROWS * 4 + 48
+    inputs = shape.H // shape.K * (shape.E * 2 + 16) + 2 * shape.E * 2 + shape.rotary * shape.angle
+    words = TILE // 16 * 8 + MANY_ROWS + 16 + 4 * STAGES
+    return STAGES * 2 * TILE * shape.E * 2 + 2 * inputs + 8 * (TILE * 2 + 16) + 4 * words
 
 
 FEW = Way("step_attention.cu", 8, _few_bytes, {})
-MANY = Way("step_attention_many.cu", 4, _many_bytes, {"STAGES": STAGES, "MOST": MANY_ROWS})
+MANY = Way("step_attention_many.cu", 5, _many_bytes, {"STAGES": STAGES, "MOST": MANY_ROWS, "COPY_ENGINE": 1})
 
 
-def _shape_of(q_BHE: torch.Tensor, k_BKE: torch.Tensor, cos_PE: torch.Tensor, table_tokens: int) -> Shape:
-    (B, H, E), K = q_BHE.shape, k_BKE.shape[1]
-    return Shape(B, H, K, E, cos_PE.shape[1], cos_PE.element_size(), table_tokens)
+def _shape_of(q_BHE: torch.Tensor, k_cache: torch.Tensor, cos_PE: torch.Tensor, table_tokens: int) -> Shape:
+    (B, H, E), (_, page, K, _) = q_BHE.shape, k_cache.shape
+    return Shape(B, H, K, E, cos_PE.shape[1], cos_PE.element_size(), table_tokens, page)
 
 
 def _neither(
@@ -125,13 +132,17 @@ def not_many(q_BHE: torch.Tensor, k_BKE: torch.Tensor, shape: Shape, angles: tup
         return f"{shape.B} rows in place of up to {MANY_ROWS}"
     if any(t.data_ptr() % 16 or t.stride(0) % 8 for t in (q_BHE, k_BKE)):
         return "queries or keys that are not aligned to 16 bytes"
+    if shape.E % 64 or shape.page % 8 or (TILE % shape.page and shape.page % TILE):
+        return (
+            f"heads of {shape.E} elements and blocks of {shape.page} tokens: 64 or 128, and 8 to {TILE} or a multiple"
+        )
     size = shape.angle
     if shape.rotary // 2 * size % 16 or any(t.data_ptr() % 16 or t.stride(0) * size % 16 for t in angles):
         return f"angles of {shape.rotary} elements: halves that are no multiples of 16 bytes, or not aligned to them"
     if 2 * (_many_bytes(shape) + _RESERVED) > _MULTIPROCESSOR:
         return f"{_many_bytes(shape)} bytes of shared memory, with which no two blocks share a multiprocessor"
-    if q_BHE.is_cuda and shared_memory(q_BHE.device) < 227 * 1024:
-        return f"{shared_memory(q_BHE.device)} bytes of shared memory"
+    if q_BHE.is_cuda and not has_copy_engine(q_BHE):
+        return "no Hopper GPU"
     return ""
 
 
@@ -146,7 +157,7 @@ def why_not(
     table_tokens: int,
 ) -> str:
     """In words, why neither kernel takes these rows of up to ``table_tokens`` tokens; empty where one does."""
-    shape, angles = _shape_of(q_BHE, k_BKE, cos_PE, table_tokens), (cos_PE, sin_PE)
+    shape, angles = _shape_of(q_BHE, k_cache, cos_PE, table_tokens), (cos_PE, sin_PE)
     neither = _neither(q_BHE, shape, angles, (v_BKE, k_cache, v_cache))
     if neither or not (few := not_few(q_BHE, shape)):
         return neither
@@ -215,7 +226,7 @@ def step_attention(
         N=N, P=cos_PE.shape[0], K=K, segments=segments, rows=B, scale=scale * math.log2(math.e),
     )  # fmt: skip
     chain = chain_of(q_BHE)
-    shape = _shape_of(q_BHE, k_BKE, cos_PE, N * page)
+    shape = _shape_of(q_BHE, k_cache, cos_PE, N * page)
     way = MANY if not_few(q_BHE, shape) else FEW
     defines = {
         "E": E, "HEADS": H // K, "ROTARY": shape.rotary, "PAGE": page, "ANGLES": shape.angle,
@@ -227,5 +238,11 @@ def step_attention(
         return o_BHE
     grid = (K, segments, B) if way is FEW else (min(_blocks(device), B * K * segments), 1, 1)
     kernel = _kernel(way.file, tuple(defines.items()), device, way.shared_bytes(shape))
-    kernel(grid, way.warps * 32, args, chain > 0)
+    if way is FEW:
+        kernel(grid, way.warps * 32, args, chain > 0)
+        return o_BHE
+    of_k, of_v = (
+        map_of_groups(cache.flatten(2).flatten(0, 1), min(page, TILE), E // 64) for cache in (k_cache, v_cache)
+    )
+    kernel(grid, way.warps * 32, _ManyArgs(of_k, of_v, args), chain > 0)
     return o_BHE

@@ -1,18 +1,21 @@
 // A decode step's attention for many rows: rotation, the write of the new token, attention, merging. What it computes and
 // in which order: step_attention.py. Compiled at run time behind instructions.cu, with these given:
-//   E       elements of a head, a multiple of 16, 128 at most     HEADS   query heads of a kv head, 8 at most
-//   ROTARY  elements of a head that are rotated                   PAGE    tokens of a block of the cache
-//   ANGLES  bytes of an angle: 2 (as all else) or 4 (float)       F16     float16 in place of bfloat16
-//   SEGMENT, TILE, STAGES                                         MOST    rows at most
+//   E       elements of a head, 64 or 128                         HEADS   query heads of a kv head, 8 at most
+//   ROTARY  elements of a head that are rotated                   PAGE    tokens of a block of the cache: 8 or more,
+//   ANGLES  bytes of an angle: 2 (as all else) or 4 (float)               that divide a tile or are several
+//   SEGMENT, TILE, STAGES                                         F16     float16 in place of bfloat16
+//   MOST    rows at most                                          COPY_ENGINE
 //   CHAIN   begins while the kernel before runs; 2: lets the next do so at once
 //
 // All there is to do are tiles of keys: of all rows, of a row all kv heads, of a head all tiles, one after another. A
 // block takes as many of them as any other, whole segments, and asks for the next ones while it computes one, whoever
-// they belong to: memory is never idle between rows. A head whose segments are all of one block is merged in its
-// registers; of others the block that ends last merges all. Keys are the rows of the instruction's left operand and
-// queries the columns of the right one, of which there are 8: no bit depends on which is which.
+// they belong to: memory is never idle between rows. Blocks of the cache come by the copy engine, asked for by a warp
+// that does nothing else: with 16 bytes a request, two thirds of all instructions would be addresses. A head whose segments are all of one block is
+// merged in its registers; of others the block that ends last merges all. Keys are the rows of the instruction's left
+// operand and queries the columns of the right one, of which there are 8: no bit depends on which is which.
 
 struct Args {
+    Map of_k, of_v;                     // [blocks PAGE, K E], in boxes of BOX rows and E columns, 64 together
     const u16 *q, *k_new, *v_new;
     const void *cos, *sin;              // [P, ROTARY], both halves equal
     u16 *k, *v;                         // [blocks, PAGE, K, E]
@@ -25,34 +28,44 @@ struct Args {
     float scale;                        // times log2(e)
 };
 
-#define WARPS 4
-#define THREADS (WARPS * 32)
+#define WARPS 5
+#define COMPUTING 4                     // of the warps; the last one asks for tiles
+#define THREADS (COMPUTING * 32)
 #define ROW (E * 2 + 16)                // bytes: eight rows' 16 bytes lie in different banks
 #define P_ROW (TILE * 2 + 16)
 #define PIECES (E / 8)                  // of 16 bytes
 #define HALF (ROTARY / 2)
 #define TILES (SEGMENT / TILE)
 #define SCORERS (TILE / 16)             // warps that score 16 keys each
-#define COPIES ((TILE * PIECES + THREADS - 1) / THREADS)  // of 16 bytes, of keys and of values, by a thread
-#define BLOCKS ((E / 16 + WARPS - 1) / WARPS)             // of 16 elements of o, by a warp
+#define BOX (PAGE < TILE ? PAGE : TILE)  // tokens that one request brings
+#define BOXES (TILE / BOX)
+#define BLOCKS (E / 16 / COMPUTING)     // of 16 elements of o, by a warp
 #define NONE __int_as_float(0xff800000)  // -inf
 
-// Where in shared memory. A stage: a tile's keys and values. Inputs of a row's kv head: queries, the new key and value,
-// cos and sin; of as many heads as tiles on their way or in use may belong to.
-#define STAGE (2 * TILE * ROW)
-#define V_AT (TILE * ROW)
+// Where in shared memory. A stage: a tile's keys and its values, box after box; of a box 64 elements of all tokens and then
+// the other 64, as the engine brings them. Inputs of a row's kv head, and of the next: queries, the new key and value, cos and sin.
+#define V_AT (TILE * E * 2)
+#define STAGE (2 * V_AT)
 #define INPUTS_AT (STAGES * STAGE)
+#define NEXT_INPUTS_AT (INPUTS_AT + INPUTS)
 #define K_NEW_AT (HEADS * ROW)
 #define V_NEW_AT (K_NEW_AT + E * 2)
 #define COS_AT (V_NEW_AT + E * 2)
 #define SIN_AT (COS_AT + HALF * ANGLES)
 #define INPUTS (SIN_AT + HALF * ANGLES)
-#define P_AT (INPUTS_AT + STAGES * INPUTS)
+#define P_AT (INPUTS_AT + 2 * INPUTS)
 #define MAX_AT (P_AT + 8 * P_ROW)
 #define LENGTHS_AT (MAX_AT + SCORERS * 8 * 4)
 #define WORDS_AT (LENGTHS_AT + MOST * 4)  // sums of warps; where to begin; who comes last
-#define SHARED_BYTES (WORDS_AT + 48)
+#define FILLED_AT (WORDS_AT + 64)         // counters of stages: who waits for a tile, who for its last reader
+#define EMPTIED_AT (FILLED_AT + STAGES * 8)
+#define SHARED_BYTES (EMPTIED_AT + STAGES * 8)
 
+// Where of a tile's keys, or values, one begins, and its bytes from ``byte`` on, 16 of which lie together.
+#define ROW_PLACE(key) ((key) / BOX * (BOX * E * 2) + (key) % BOX * 128)
+__device__ __forceinline__ u32 place(int key, int byte) {
+    return ROW_PLACE(key) + byte / 128 * (BOX * 128) + (byte % 128 ^ key % 8 * 16);
+}
 __device__ __forceinline__ float angle(const u8* table, int at) {
     return ANGLES == 4 ? ((const float*)table)[at] : wide(((const u16*)table)[at]);
 }
@@ -61,16 +74,16 @@ __device__ __forceinline__ float finite(float peak) { return peak == NONE ? 0.0f
 
 // A tile among all: its number, its row and kv head, its number among that head's, how many these are. A row without a
 // token has one.
-struct Place {
+struct Tile {
     int x, row, head, tile, tiles, asked, length;
 };
-__device__ __forceinline__ void in_row(const Args& args, Place& at) {
+__device__ __forceinline__ void in_row(const Args& args, Tile& at) {
     if (at.row >= args.rows) return;
     at.asked = ((const int*)(shared + LENGTHS_AT))[at.row];
     at.length = min(max(at.asked, 0), args.N * PAGE);
     at.tiles = max((at.length + TILE - 1) / TILE, 1);
 }
-__device__ __forceinline__ void advance(const Args& args, Place& at) {
+__device__ __forceinline__ void advance(const Args& args, Tile& at) {
     ++at.x;
     if (++at.tile < at.tiles) return;
     at.tile = 0;
@@ -78,39 +91,29 @@ __device__ __forceinline__ void advance(const Args& args, Place& at) {
     at.head = 0, ++at.row;
     in_row(args, at);
 }
-__device__ __forceinline__ bool behind(const Place& at, int end) { return at.tile % TILES == 0 && at.x >= end; }
+__device__ __forceinline__ bool behind(const Tile& at, int end) { return at.tile % TILES == 0 && at.x >= end; }
 // The new token's place in this tile; -1 where it is in another, or has no slot or angle.
-__device__ __forceinline__ int fresh_of(const Args& args, const Place& at) {
+__device__ __forceinline__ int fresh_of(const Args& args, const Tile& at) {
     const int position = at.length - 1;
     const bool known = at.length > 0 && at.asked == at.length && position < args.P;
     return known && position / TILE == at.tile ? position % TILE : -1;
 }
-__device__ __forceinline__ void ask_pages(const Args& args, const Place& at, int* pages) {
-#pragma unroll
-    for (int n = 0; n < COPIES; ++n) {
-        const int token = at.tile * TILE + (n * THREADS + (int)threadIdx.x) / PIECES;
-        pages[n] = read_early(args.table + (u64)at.row * args.table_stride + min(token / PAGE, args.N - 1));
-    }
+// By one warp: a request a lane, of keys or values, one of the tile's boxes. A page is asked for before it is needed.
+__device__ __forceinline__ int ask_page(const Args& args, const Tile& at) {
+    const int token = at.tile * TILE + (int)threadIdx.x % 32 % BOXES * BOX;
+    return read_early(args.table + (u64)at.row * args.table_stride + min(token / PAGE, args.N - 1));
 }
-__device__ __forceinline__ void ask_tile(const Args& args, const Place& at, const int* pages, u32 stage) {
-    const int count = at.length - at.tile * TILE, fresh = fresh_of(args, at);
-    const u32 here = shared_address(shared) + stage;
-#pragma unroll
-    for (int n = 0; n < COPIES; ++n) {
-        const int i = n * THREADS + threadIdx.x, key = i / PIECES, piece = i % PIECES;
-        const u32 to = key * ROW + piece * 16;
-        if (key >= TILE) break;
-        if (key >= count) {  // hidden, but multiplied by 0: numbers
-            *(float4*)(shared + stage + V_AT + to) = make_float4(0, 0, 0, 0);
-        } else if (key != fresh) {
-            const u64 token = (u64)pages[n] * PAGE + (at.tile * TILE + key) % PAGE;
-            const u64 from = (token * args.K + at.head) * E + piece * 8;
-            copy16(here + to, args.k + from);
-            copy16(here + V_AT + to, args.v + from);
-        }
-    }
+__device__ __forceinline__ void ask_tile(const Args& args, const Tile& at, int page, int stage) {
+    const int lane = threadIdx.x % 32, box = lane % BOXES, values = lane / BOXES;
+    const int boxes = min(max((at.length - at.tile * TILE + BOX - 1) / BOX, 0), BOXES);  // with a token
+    const u32 here = shared_address(shared), filled = here + FILLED_AT + stage * 8;
+    if (lane == 0) counter_arrive_expecting(filled, boxes * (BOX * E * 4));
+    __syncwarp();
+    if (box < boxes && values < 2)
+        bring_groups(here + stage * STAGE + values * V_AT + box * (BOX * E * 2), values ? args.of_v : args.of_k,
+                     at.head * (E / 64), page * PAGE + (at.tile * TILE + box * BOX) % PAGE, filled);
 }
-__device__ __forceinline__ void ask_inputs(const Args& args, const Place& at, u32 inputs) {
+__device__ __forceinline__ void ask_inputs(const Args& args, const Tile& at, u32 inputs) {
     const u32 here = shared_address(shared) + inputs;
     const u16* const q = args.q + (u64)at.row * args.q_stride + at.head * (HEADS * E);
     const u16* const k = args.k_new + (u64)at.row * args.k_stride + at.head * E;
@@ -125,22 +128,26 @@ __device__ __forceinline__ void ask_inputs(const Args& args, const Place& at, u3
         else copy16(here + SIN_AT + (a - angles) * 16, (const u8*)args.sin + (u64)position * args.sin_stride * ANGLES + (a - angles) * 16);
     }
 }
-// Queries where they are; the new key to its place among its tile's, the new value, too.
-__device__ __forceinline__ void rotate(u8* inputs, u8* stage, bool queries, int fresh) {
+// Queries where they are; the new key to its place among its tile's, the new value, too. Values behind the last token are
+// hidden, but multiplied by 0: numbers.
+__device__ __forceinline__ void complete(u8* inputs, u8* stage, bool queries, int fresh, int count) {
     for (int i = (queries ? 0 : HEADS * HALF) + threadIdx.x; i < (HEADS + (fresh >= 0)) * HALF; i += THREADS) {
         const int row = i / HALF, at = i % HALF;
         const u16* const from = (const u16*)(inputs + (row == HEADS ? K_NEW_AT : row * ROW));
-        u16* const to = (u16*)(row == HEADS ? stage + fresh * ROW : inputs + row * ROW);
         const float left = wide(from[at]), right = wide(from[at + HALF]);
         const float c = angle(inputs + COS_AT, at), s = angle(inputs + SIN_AT, at);
-        to[at] = narrowed(__fadd_rn(__fmul_rn(left, c), -__fmul_rn(right, s)));
-        to[at + HALF] = narrowed(__fadd_rn(__fmul_rn(right, c), __fmul_rn(left, s)));
+        u8* const to_left = row == HEADS ? stage + place(fresh, at * 2) : inputs + row * ROW + at * 2;
+        u8* const to_right = row == HEADS ? stage + place(fresh, (at + HALF) * 2) : inputs + row * ROW + (at + HALF) * 2;
+        *(u16*)to_left = narrowed(__fadd_rn(__fmul_rn(left, c), -__fmul_rn(right, s)));
+        *(u16*)to_right = narrowed(__fadd_rn(__fmul_rn(right, c), __fmul_rn(left, s)));
     }
+    for (int i = max(count, 0) * PIECES + threadIdx.x; i < TILE * PIECES; i += THREADS)
+        *(float4*)(stage + V_AT + place(i / PIECES, i % PIECES * 16)) = make_float4(0, 0, 0, 0);
     if (fresh < 0) return;
     for (int i = ROTARY + threadIdx.x; i < E; i += THREADS)
-        ((u16*)(stage + fresh * ROW))[i] = ((const u16*)(inputs + K_NEW_AT))[i];
+        *(u16*)(stage + place(fresh, i * 2)) = ((const u16*)(inputs + K_NEW_AT))[i];
     for (int i = THREADS - 1 - threadIdx.x; i < PIECES; i += THREADS)  // threads with nothing to rotate, if there are any
-        *(float4*)(stage + V_AT + fresh * ROW + i * 16) = *(const float4*)(inputs + V_NEW_AT + i * 16);
+        *(float4*)(stage + V_AT + place(fresh, i * 16)) = *(const float4*)(inputs + V_NEW_AT + i * 16);
 }
 // The next segment into those before it.
 __device__ __forceinline__ void weights(float& peak, float next, float& before, float& after) {
@@ -153,17 +160,24 @@ __device__ __forceinline__ float merged(float sum, float before, float next, flo
 }
 __device__ __forceinline__ u16 finished(float sum, float total) { return narrowed(__fdiv_rn(sum, total == 0.0f ? 1.0f : total)); }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) step_attention(const __grid_constant__ Args args) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) step_attention(const __grid_constant__ Args args) {
 #if CHAIN == 2
     NEXT_MAY_BEGIN;
 #endif
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const int thread = threadIdx.x, warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32, g = lane / 4, t = lane % 4;
     const u32 base_of_shared = shared_address(shared);
     int* const lengths = (int*)(shared + LENGTHS_AT);
     int* const words = (int*)(shared + WORDS_AT);
+    if (thread == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            counter_begin(base_of_shared + FILLED_AT + i * 8, 1);
+            counter_begin(base_of_shared + EMPTIED_AT + i * 8, COMPUTING);
+        }
+        SHOW_COUNTERS;
+    }
 
     // Which tiles are this block's: all of them, counted, in as many parts as there are blocks.
-    const int own_rows = (args.rows + THREADS - 1) / THREADS;
+    const int own_rows = (args.rows + WARPS * 32 - 1) / (WARPS * 32);
     int own = 0;
     for (int n = 0; n < own_rows; ++n) {
         const int row = thread * own_rows + n;
@@ -188,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) step_attention(const __
     const int first = (int)((u64)all * blockIdx.x / gridDim.x), end = (int)((u64)all * (blockIdx.x + 1) / gridDim.x);
     int begin = before * args.K;
     for (int n = 0; n < own_rows; ++n) {
-        Place at;
+        Tile at;
         at.row = thread * own_rows + n;
         if (at.row >= args.rows) break;
         in_row(args, at);
@@ -196,98 +210,93 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) step_attention(const __
             at.head = (first - begin) / at.tiles;
             at.tile = ((first - begin) % at.tiles + TILES - 1) / TILES * TILES;
             if (at.tile >= at.tiles) ++at.head, at.tile = 0;
-            words[4] = begin + at.head * at.tiles + at.tile;
-            words[5] = at.head == args.K ? at.row + 1 : at.row;
-            words[6] = at.head == args.K ? 0 : at.head;
-            words[7] = at.tile;
+            words[8] = begin + at.head * at.tiles + at.tile;
+            words[9] = at.head == args.K ? at.row + 1 : at.row;
+            words[10] = at.head == args.K ? 0 : at.head;
+            words[11] = at.tile;
         }
         begin += at.tiles * args.K;
     }
     __syncthreads();
-    Place here = {words[4], words[5], words[6], words[7], 1, 0, 0};
+    Tile here = {words[8], words[9], words[10], words[11], 1, 0, 0};
     in_row(args, here);
-    Place next = here;
-    int pages[COPIES];
-#pragma unroll
-    for (int n = 0; n < STAGES - 1; ++n) {
-        if (!behind(next, end)) {
-            ask_pages(args, next, pages);
-            ask_tile(args, next, pages, n * STAGE);
-            advance(args, next);
+    const u32 filled = base_of_shared + FILLED_AT, emptied = base_of_shared + EMPTIED_AT;
+    int stage = 0, phase = 0;
+    if (warp == COMPUTING) {
+        int page = 0;  // of this lane's box of the next tile
+        if (!behind(here, end)) page = ask_page(args, here);
+        for (int n = 0; !behind(here, end); ++n) {
+            if (n >= STAGES) counter_wait(emptied + stage * 8, phase ^ 1);
+            ask_tile(args, here, page, stage);
+            advance(args, here);
+            if (!behind(here, end)) page = ask_page(args, here);
+            if (++stage == STAGES) stage = 0, phase ^= 1;
         }
-        COPIES_END;
+        return;
     }
-    if (!behind(next, end)) ask_pages(args, next, pages);
 #if CHAIN  // what was read up to here is older than the chain
     BEFORE_HAS_ENDED;
 #endif
 #if CHAIN == 1
     NEXT_MAY_BEGIN;
 #endif
-    int asked_inputs = 0, inputs = 0;  // of which of STAGES the next are, and those in use
-    Place of = here;
-#pragma unroll
-    for (int n = 0; n < STAGES - 1; ++n) {
-        if (behind(of, end)) break;
-        if (n == 0 || of.tile == 0) ask_inputs(args, of, INPUTS_AT + asked_inputs++ * INPUTS);
-        advance(args, of);
-    }
-    asked_inputs %= STAGES;
+    if (!behind(here, end)) ask_inputs(args, here, INPUTS_AT);
     COPIES_END;
 
     float peak[2], total[4], sum[BLOCKS][4], all_peak[2], all_total[2], all_sum[BLOCKS][4];
-    bool whole = false;
-    int stage = 0;
+    auto begin_segment = [&]() {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            peak[j % 2] = NONE, total[j] = 0;
+#pragma unroll
+            for (int n = 0; n < BLOCKS; ++n) sum[n][j] = 0;
+        }
+    };
+    auto begin_head = [&]() {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            all_peak[j % 2] = NONE, all_total[j % 2] = 0;
+#pragma unroll
+            for (int n = 0; n < BLOCKS; ++n) all_sum[n][j] = 0;
+        }
+        return here.tile == 0 && here.x + (here.tiles - 1) / TILES * TILES < end;  // whether all of it is this block's
+    };
+    begin_segment();
+    bool whole = begin_head(), starts = true;
+    u32 of_head = INPUTS_AT;
+    const int swizzle = lane % 8 * 16;
+    const u32 value_at = ROW_PLACE(lane / 16 * 8 + lane % 8) + (warp * 32 + lane / 8 % 2 * 16 ^ swizzle);
     float* const most = (float*)(shared + MAX_AT);  // [SCORERS][8]
     const u32 one = pair(1.0f, 1.0f);
 #pragma unroll 1
-    for (bool first_tile = true; !behind(here, end); first_tile = false) {
-        if (first_tile) COPIES_WAIT(0);
-        else COPIES_WAIT(STAGES - 2);
-        __syncthreads();  // this tile is there, and the one before is no longer read
-        if (!behind(next, end)) {
-            if (next.tile == 0) {
-                ask_inputs(args, next, INPUTS_AT + asked_inputs * INPUTS);
-                asked_inputs = asked_inputs == STAGES - 1 ? 0 : asked_inputs + 1;
+    while (!behind(here, end)) {
+        const u32 of_tile = stage * STAGE;
+        const int count = here.length - here.tile * TILE;
+        int fresh = -1, page = 0;
+        counter_wait(filled + stage * 8, phase);
+        if (starts || here.tile == here.tiles - 1) {
+            fresh = fresh_of(args, here);
+            if (fresh >= 0) page = read_early(args.table + (u64)here.row * args.table_stride + (here.length - 1) / PAGE);
+            if (starts) {
+                COPIES_WAIT(0);
+                MEET;  // inputs are there, those of all threads
             }
-            ask_tile(args, next, pages, (stage == 0 ? STAGES - 1 : stage - 1) * STAGE);
-            advance(args, next);
-            if (!behind(next, end)) ask_pages(args, next, pages);
+            complete(shared + of_head, shared + of_tile, starts, fresh, count);
+            SHOW_WRITES;
+            MEET;
         }
-        COPIES_END;
-        const bool starts = first_tile || here.tile == 0;
-        if (starts && !first_tile) inputs = inputs == STAGES - 1 ? 0 : inputs + 1;
-        const u32 of_head = INPUTS_AT + inputs * INPUTS, of_tile = stage * STAGE;
-        const int fresh = fresh_of(args, here), count = here.length - here.tile * TILE;
-        int page = 0;
-        if (fresh >= 0) page = read_early(args.table + (u64)here.row * args.table_stride + (here.length - 1) / PAGE);
-        if (starts || fresh >= 0) {
-            rotate(shared + of_head, shared + of_tile, starts, fresh);
-            __syncthreads();
-        }
-        if (here.tile % TILES == 0) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                peak[j % 2] = NONE, total[j] = 0;
-#pragma unroll
-                for (int n = 0; n < BLOCKS; ++n) sum[n][j] = 0;
-            }
-        }
-        if (starts) {
-            whole = here.tile == 0 && here.x + (here.tiles - 1) / TILES * TILES < end;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                all_peak[j % 2] = NONE, all_total[j % 2] = 0;
-#pragma unroll
-                for (int n = 0; n < BLOCKS; ++n) all_sum[n][j] = 0;
-            }
+        Tile next = here;
+        advance(args, next);
+        if (next.tile == 0 && !behind(next, end)) {
+            ask_inputs(args, next, of_head ^ INPUTS_AT ^ NEXT_INPUTS_AT);
+            COPIES_END;
         }
 
         // Scores of a warp's 16 keys: c has keys g and g + 8 of queries 2 t and 2 t + 1.
         float c[4] = {};
-        if (warp < SCORERS) {
+        if (SCORERS == COMPUTING || warp < SCORERS) {
             const u32 q_at = base_of_shared + of_head + min(lane % 8, HEADS - 1) * ROW;
-            const u32 key_at = base_of_shared + of_tile + (warp * 16 + lane % 16) * ROW + lane / 16 * 16;
+            const u32 key_at = base_of_shared + of_tile + ROW_PLACE(warp * 16 + lane % 16);
 #pragma unroll
             for (int step = 0; step < E / 16; step += 2) {
                 u32 of_q[4];
@@ -295,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) step_attention(const __
 #pragma unroll
                 for (int j = 0; j < 2 && step + j < E / 16; ++j) {
                     u32 key[4];
-                    read_pieces(key, key_at + (step + j) * 32);
+                    read_pieces(key, key_at + (step + j) / 4 * (BOX * 128) + ((step + j) % 4 * 32 + lane / 16 * 16 ^ swizzle));
                     multiply(c, key[0], key[1], key[2], key[3], of_q[2 * j], of_q[2 * j + 1]);
                 }
             }
@@ -311,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) step_attention(const __
                 if (g == 0) most[warp * 8 + t * 2 + j] = high[j];
             }
         }
-        __syncthreads();
+        MEET;
 
         // The peak so far, and what is lost of what was summed under the one before.
         float own_base[2], decay[2];
@@ -325,13 +334,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) step_attention(const __
             decay[j] = power_of_2(__fadd_rn(peak[j], -own_base[j]));
             peak[j] = higher;
         }
-        if (warp < SCORERS)
+        if (SCORERS == COMPUTING || warp < SCORERS)
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 u16* const row = (u16*)(shared + P_AT + (t * 2 + j % 2) * P_ROW);
                 row[warp * 16 + j / 2 * 8 + g] = narrowed(power_of_2(__fmaf_rn(c[j], args.scale, -own_base[j % 2])));
             }
-        __syncthreads();
+        MEET;
 
         // 16 elements of o are rows of a product, and queries its columns; the sum of probabilities, one with ones.
 #pragma unroll
@@ -346,13 +355,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) step_attention(const __
             read_pieces(p, base_of_shared + P_AT + lane % 8 * P_ROW + step * 32 + lane / 8 * 16);
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const u32 key_at = base_of_shared + of_tile + V_AT + ((step + j) * 16 + lane / 16 * 8 + lane % 8) * ROW + lane / 8 % 2 * 16;
+                const u32 key_at = base_of_shared + of_tile + V_AT + ROW_PLACE((step + j) * 16) + value_at;
                 multiply(total, one, one, one, one, p[2 * j], p[2 * j + 1]);
 #pragma unroll
                 for (int n = 0; n < BLOCKS; ++n) {
                     u32 value[4];
-                    if (warp + n * WARPS >= E / 16) break;
-                    read_pieces_turned(value, key_at + (warp + n * WARPS) * 32);
+                    read_pieces_turned(value, key_at + n * (BOX * 128));
                     multiply(sum[n], value[0], value[1], value[2], value[3], p[2 * j], p[2 * j + 1]);
                 }
             }
@@ -361,10 +369,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) step_attention(const __
         if (fresh >= 0 && thread < 2 * PIECES) {
             const int piece = thread % PIECES, position = here.length - 1;
             const u64 to = (((u64)page * PAGE + position % PAGE) * args.K + here.head) * E + piece * 8;
-            const u8* const from = shared + of_tile + fresh * ROW + piece * 16;
+            const u8* const from = shared + of_tile + place(fresh, piece * 16);
             if (thread < PIECES) *(float4*)(args.k + to) = *(const float4*)from;
             else *(float4*)(args.v + to) = *(const float4*)(from + V_AT);
         }
+        __syncwarp();
+        if (lane == 0) counter_arrive(emptied + stage * 8);
         const bool last_tile = here.tile == here.tiles - 1;
         if (last_tile || here.tile % TILES == TILES - 1) {
             u16* const o = args.o + (u64)here.row * args.o_stride + here.head * (HEADS * E);
@@ -385,8 +395,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) step_attention(const __
                     for (int n = 0; n < BLOCKS; ++n)
 #pragma unroll
                         for (int j = 0; j < 4; ++j) {
-                            const int query = t * 2 + j % 2, element = (warp + n * WARPS) * 16 + j / 2 * 8 + g;
-                            if (query < HEADS && element < E) o[query * E + element] = finished(all_sum[n][j], all_total[j % 2]);
+                            const int query = t * 2 + j % 2, element = (warp + n * COMPUTING) * 16 + j / 2 * 8 + g;
+                            if (query < HEADS) o[query * E + element] = finished(all_sum[n][j], all_total[j % 2]);
                         }
             } else {
                 const u64 part_row = head_part + (u64)(here.tile / TILES) * (args.K * HEADS);
@@ -396,8 +406,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) step_attention(const __
                     if (query >= HEADS) continue;
 #pragma unroll
                     for (int n = 0; n < BLOCKS; ++n) {
-                        const int element = (warp + n * WARPS) * 16 + j / 2 * 8 + g;
-                        if (element < E) args.part[(part_row + query) * E + element] = sum[n][j];
+                        const int element = (warp + n * COMPUTING) * 16 + j / 2 * 8 + g;
+                        args.part[(part_row + query) * E + element] = sum[n][j];
                     }
                     if (warp == 0 && g == 0 && j < 2) {
                         args.stats[(part_row + query) * 2] = peak[j];
@@ -405,12 +415,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) step_attention(const __
                     }
                 }
                 // The last of a head's segments to come here merges all of them, from the first.
-                __syncthreads();  // all of this block's part, before its arrival is seen
+                MEET;  // all of this block's part, before its arrival is seen
                 const int used = (here.tiles + TILES - 1) / TILES;
                 int* const arrived = args.arrived + here.row * args.K + here.head;
-                if (thread == 0) words[8] = count_arrival(arrived) == used - 1;
-                __syncthreads();
-                if (words[8]) {
+                if (thread == 0) words[12] = count_arrival(arrived) == used - 1;
+                MEET;
+                if (words[12]) {
                     for (int i = thread; i < HEADS * E; i += THREADS) {
                         float merged_peak = NONE, merged_total = 0.0f, merged_sum = 0.0f;
                         for (int group = 0; group < used; group += 4) {
@@ -436,8 +446,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) step_attention(const __
                     if (thread == 0) *arrived = 0;
                 }
             }
+            begin_segment();
         }
-        stage = stage == STAGES - 1 ? 0 : stage + 1;
-        advance(args, here);
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+        starts = next.tile == 0;
+        here = next;
+        if (starts) of_head ^= INPUTS_AT ^ NEXT_INPUTS_AT, whole = begin_head();
     }
 }

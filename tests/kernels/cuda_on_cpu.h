@@ -45,14 +45,14 @@ struct Warp {
     unsigned u[32][8];
     float f[32];
 };
-struct Named {  // bar.sync and bar.arrive of 64 threads
+struct Named {  // bar.sync and bar.arrive
     std::mutex mutex;
     std::condition_variable changed;
     int come = 0, round = 0;
-    void arrive(bool wait) {
+    void arrive(bool wait, int all = 64) {
         std::unique_lock lock(mutex);
         const int mine = round;
-        if (++come == 64) {
+        if (++come == all) {
             come = 0, ++round;
             changed.notify_all();
         } else if (wait) {
@@ -263,8 +263,8 @@ inline void counter_arrive_with_copies(unsigned at) {
     copies_wait(0, true);
     counter_arrive(at);
 }
-struct Map { uint64_t from, stride, rows, columns, box_rows, words, unused[10]; };  // as a test fills it; words: if not 0,
-unsigned row_bytes(const Map& map) { return map.words ? map.words * 4 : 128; }       // of 32 bits, as they lie
+struct Map { uint64_t from, stride, rows, columns, box_rows, words, groups, unused[9]; };  // as a test fills it; words: if
+unsigned row_bytes(const Map& map) { return map.words ? map.words * 4 : 128; }               // not 0, of 32 bits
 inline void counter_arrive_expecting(unsigned at, int bytes) { counters[at / 8].count(1, bytes); }
 // Nothing is left of what lay there, and the block comes when someone waits for it.
 struct Brought { unsigned to; const Map* map; int column, row; unsigned counter; };
@@ -279,6 +279,9 @@ inline void bring(unsigned to, const Map& map, int column, int row, unsigned cou
     std::memset(shared + to, 0xff, map.box_rows * row_bytes(map));
     std::unique_lock lock(engine);
     brought.push_back({to, &map, column, row, counter});
+}
+inline void bring_groups(unsigned to, const Map& map, int group, int row, unsigned counter) {
+    for (int i = 0; i < map.groups; ++i) bring(to + i * map.box_rows * 128, map, (group + i) * 64, row, counter);
 }
 inline void come(unsigned counter) {
     std::unique_lock lock(engine);
@@ -297,6 +300,7 @@ inline void come(unsigned counter) {
     std::erase_if(brought, [=](const Brought& b) { return b.counter == counter; });
 }
 #define SHOW_COUNTERS
+#define SHOW_WRITES
 inline unsigned counter_ended(unsigned at, unsigned parity) {  // copies come to who waits, so it rarely has
     Counter& c = counters[at / 8];
     std::unique_lock lock(c.mutex);
@@ -315,6 +319,7 @@ inline void counter_wait(unsigned at, unsigned parity) {  // until the phase of 
 #define COPIES_END copies_end()
 #define COPIES_WAIT(n) copies_wait(n, false)
 #define ALL_COPIES_WAIT copies_wait(0, true)
+#define MEET named[1].arrive(true, 128)
 #define TURN_WAIT(id) named[id].arrive(true)
 #define TURN_GIVE(id) named[id].arrive(false)
 // What the kernel before makes comes when a thread waits for its end. What is done too early is counted.

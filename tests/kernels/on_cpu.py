@@ -49,6 +49,12 @@ def map_of(tensor: torch.Tensor | None, rows: int) -> Map:
     return Map((ctypes.c_uint64 * 16)(*of))
 
 
+def map_of_groups(tensor: torch.Tensor, rows: int, groups: int) -> Map:
+    """The same, of so many times 64 columns, each by itself."""
+    of = (tensor.data_ptr(), tensor.stride(0), *tensor.shape, rows, 0, groups)
+    return Map((ctypes.c_uint64 * 16)(*of))
+
+
 def map_of_words(address: int, rows: int, columns: int, block: tuple[int, int]) -> Map:
     """Of 32-bit words, as they lie."""
     return Map((ctypes.c_uint64 * 16)(address, columns, rows, columns, block[0], block[1]))
