@@ -102,12 +102,12 @@ def bench_step(results: Results, rows: int, tokens: int, bandwidth: float, strea
             for keys, values in caches:
                 step_attention(q, k, v, cos, sin, keys, values, table, positions, lengths, SCALE, space)
 
-    at_once = step_attention_cuda.why_not
-    for impl, why in (("pronghorn", at_once), ("apart", lambda *_: "the operations are measured")):
-        step_attention_cuda.why_not = why
+    at_once = step_attention_cuda.way_of
+    for impl, way_of in (("pronghorn", at_once), ("apart", lambda *_: "the operations are measured")):
+        step_attention_cuda.way_of = way_of
         ms = graphed(run, stream) / layers
         results.add(f"kernel/step_attention/{rows}x{tokens}", impl, ms=ms, floor_ms=moved / bandwidth)
-    step_attention_cuda.why_not = at_once
+    step_attention_cuda.way_of = at_once
 
 
 def bench_rope_kv(results: Results, rows: int, bandwidth: float, stream: torch.cuda.Stream) -> None:

@@ -198,7 +198,7 @@ def _map(
     block: tuple[int, ...],
     swizzle: int,
 ) -> Map:
-    """Dimensions of ``shape`` and ``block``, the last one dense; ``strides`` are the others' in bytes. Outside is zero."""
+    """Dimensions of ``shape`` and ``block``, the last one dense; ``strides`` are the others' bytes. Outside is zero."""
     room, n = (ctypes.c_char * 192)(), len(shape)  # it has to begin at a multiple of 64 bytes
     at = (ctypes.addressof(room) + 63) // 64 * 64
     u64, u32 = ctypes.c_uint64, ctypes.c_uint32

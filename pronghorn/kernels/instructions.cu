@@ -105,9 +105,9 @@ __device__ __forceinline__ float seen_by_all(const float* from) {  // past L1, w
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(r) : "l"(from) : "memory");
     return r;
 }
-__device__ __forceinline__ int count_arrival(int* counter) {  // of all threads that met at a barrier; what it was
+__device__ __forceinline__ int count_arrivals(int* counter, int n) {  // of all threads that met at a barrier; what it was
     int r;
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(r) : "l"(counter) : "memory");
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(r) : "l"(counter), "r"(n) : "memory");
     return r;
 }
 // Counters of arrivals in shared memory. Each time that all have come a phase ends, whose parity one can wait for.
@@ -147,6 +147,7 @@ __device__ __forceinline__ void bring(u32 to, const Map& map, int column, int ro
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(counter) : "memory");
 }
+#define FETCH_MAP(map) asm volatile("prefetch.tensormap [%0];" ::"l"(&(map)) : "memory")
 // A block of a tensor whose columns are groups of 64: from a group and a row on, as many of both as the map says.
 __device__ __forceinline__ void bring_groups(u32 to, const Map& map, int group, int row, u32 counter) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"

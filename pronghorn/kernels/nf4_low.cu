@@ -68,7 +68,7 @@ __device__ __forceinline__ void make_low(const Args& args, int warp, int lane) {
     }
     int* const last = (int*)shared;
     __syncthreads();
-    if (threadIdx.x == 0) *last = count_arrival(args.counts);
+    if (threadIdx.x == 0) *last = count_arrivals(args.counts, 1);
     __syncthreads();
     if (*last != LOW - 1) return;
     for (int i = threadIdx.x; i < tiles * 128; i += WARPS * 32) {

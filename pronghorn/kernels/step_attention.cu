@@ -265,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step_attention(const __
     __syncthreads();  // all of this block's part, before its arrival is seen
     const int used = (length + SEGMENT - 1) / SEGMENT;
     int* const arrived = args.arrived + b * args.K + head;
-    if (thread == 0) *last = count_arrival(arrived) == used - 1;
+    if (thread == 0) *last = count_arrivals(arrived, 1) == used - 1;
     __syncthreads();
     if (!*last) return;
     const u64 row_parts = (u64)b * args.segments * (args.K * HEADS) + head * HEADS;

@@ -4,15 +4,18 @@
 //   ROTARY  elements of a head that are rotated                   PAGE    tokens of a block of the cache: 8 or more,
 //   ANGLES  bytes of an angle: 2 (as all else) or 4 (float)               that divide a tile or are several
 //   SEGMENT, TILE, STAGES                                         F16     float16 in place of bfloat16
-//   MOST    rows at most                                          COPY_ENGINE
+//   MOST    rows at most                                          SHARE   blocks that share a multiprocessor
+//   COPY_ENGINE
 //   CHAIN   begins while the kernel before runs; 2: lets the next do so at once
 //
-// All there is to do are tiles of keys: of all rows, of a row all kv heads, of a head all tiles, one after another. A
-// block takes as many of them as any other, whole segments, and asks for the next ones while it computes one, whoever
-// they belong to: memory is never idle between rows. Blocks of the cache come by the copy engine, asked for by a warp
-// that does nothing else: with 16 bytes a request, two thirds of all instructions would be addresses. A head whose segments are all of one block is
-// merged in its registers; of others the block that ends last merges all. Keys are the rows of the instruction's left
-// operand and queries the columns of the right one, of which there are 8: no bit depends on which is which.
+// All there is to do are tiles of keys, of one row after another. As many blocks as there are kv heads have the same tiles,
+// each those of its head, so that what lies side by side in memory is read at the same time; groups of blocks have as many
+// tiles as each other, whole segments. A block asks for the next ones while it computes one, whichever row's they are:
+// memory is never idle between rows. Blocks of the cache come by the copy engine, asked for by a warp that does nothing
+// else: with 16 bytes a request, two thirds of all instructions would be addresses. A row whose segments are all of one
+// group is merged in registers; of others, a group's first and last, the block that ends last merges all. Keys are the
+// rows of the instruction's left operand and queries the columns of the right one, of which there are 8: no bit depends on
+// which is which.
 
 struct Args {
     Map of_k, of_v;                     // [blocks PAGE, K E], in boxes of BOX rows and E columns, 64 together
@@ -72,10 +75,9 @@ __device__ __forceinline__ float angle(const u8* table, int at) {
 __device__ __forceinline__ u16 narrowed(float value) { return (u16)pair(value, 0.0f); }
 __device__ __forceinline__ float finite(float peak) { return peak == NONE ? 0.0f : peak; }
 
-// A tile among all: its number, its row and kv head, its number among that head's, how many these are. A row without a
-// token has one.
+// A tile among all: its number, its row, its number among that row's, how many these are. A row without a token has one.
 struct Tile {
-    int x, row, head, tile, tiles, asked, length;
+    int x, row, tile, tiles, asked, length;
 };
 __device__ __forceinline__ void in_row(const Args& args, Tile& at) {
     if (at.row >= args.rows) return;
@@ -86,9 +88,7 @@ __device__ __forceinline__ void in_row(const Args& args, Tile& at) {
 __device__ __forceinline__ void advance(const Args& args, Tile& at) {
     ++at.x;
     if (++at.tile < at.tiles) return;
-    at.tile = 0;
-    if (++at.head < args.K) return;
-    at.head = 0, ++at.row;
+    at.tile = 0, ++at.row;
     in_row(args, at);
 }
 __device__ __forceinline__ bool behind(const Tile& at, int end) { return at.tile % TILES == 0 && at.x >= end; }
@@ -103,7 +103,7 @@ __device__ __forceinline__ int ask_page(const Args& args, const Tile& at) {
     const int token = at.tile * TILE + (int)threadIdx.x % 32 % BOXES * BOX;
     return read_early(args.table + (u64)at.row * args.table_stride + min(token / PAGE, args.N - 1));
 }
-__device__ __forceinline__ void ask_tile(const Args& args, const Tile& at, int page, int stage) {
+__device__ __forceinline__ void ask_tile(const Args& args, const Tile& at, int head, int page, int stage) {
     const int lane = threadIdx.x % 32, box = lane % BOXES, values = lane / BOXES;
     const int boxes = min(max((at.length - at.tile * TILE + BOX - 1) / BOX, 0), BOXES);  // with a token
     const u32 here = shared_address(shared), filled = here + FILLED_AT + stage * 8;
@@ -111,13 +111,13 @@ __device__ __forceinline__ void ask_tile(const Args& args, const Tile& at, int p
     __syncwarp();
     if (box < boxes && values < 2)
         bring_groups(here + stage * STAGE + values * V_AT + box * (BOX * E * 2), values ? args.of_v : args.of_k,
-                     at.head * (E / 64), page * PAGE + (at.tile * TILE + box * BOX) % PAGE, filled);
+                     head * (E / 64), page * PAGE + (at.tile * TILE + box * BOX) % PAGE, filled);
 }
-__device__ __forceinline__ void ask_inputs(const Args& args, const Tile& at, u32 inputs) {
+__device__ __forceinline__ void ask_inputs(const Args& args, const Tile& at, int head, u32 inputs) {
     const u32 here = shared_address(shared) + inputs;
-    const u16* const q = args.q + (u64)at.row * args.q_stride + at.head * (HEADS * E);
-    const u16* const k = args.k_new + (u64)at.row * args.k_stride + at.head * E;
-    const u16* const v = args.v_new + (u64)at.row * args.v_stride + at.head * E;
+    const u16* const q = args.q + (u64)at.row * args.q_stride + head * (HEADS * E);
+    const u16* const k = args.k_new + (u64)at.row * args.k_stride + head * E;
+    const u16* const v = args.v_new + (u64)at.row * args.v_stride + head * E;
     const int position = min(max(at.length - 1, 0), args.P - 1), angles = HALF * ANGLES / 16;
     for (int i = threadIdx.x; i < (HEADS + 2) * PIECES + 2 * angles; i += THREADS) {
         const int j = i - HEADS * PIECES, a = j - 2 * PIECES;
@@ -160,7 +160,7 @@ __device__ __forceinline__ float merged(float sum, float before, float next, flo
 }
 __device__ __forceinline__ u16 finished(float sum, float total) { return narrowed(__fdiv_rn(sum, total == 0.0f ? 1.0f : total)); }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) step_attention(const __grid_constant__ Args args) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, SHARE) step_attention(const __grid_constant__ Args args) {
 #if CHAIN == 2
     NEXT_MAY_BEGIN;
 #endif
@@ -168,7 +168,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) step_attention(const
     const u32 base_of_shared = shared_address(shared);
     int* const lengths = (int*)(shared + LENGTHS_AT);
     int* const words = (int*)(shared + WORDS_AT);
+    const int head = blockIdx.x % args.K, group = blockIdx.x / args.K, groups = gridDim.x / args.K;
     if (thread == 0) {
+        FETCH_MAP(args.of_k);
+        FETCH_MAP(args.of_v);
         for (int i = 0; i < STAGES; ++i) {
             counter_begin(base_of_shared + FILLED_AT + i * 8, 1);
             counter_begin(base_of_shared + EMPTIED_AT + i * 8, COMPUTING);
@@ -176,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) step_attention(const
         SHOW_COUNTERS;
     }
 
-    // Which tiles are this block's: all of them, counted, in as many parts as there are blocks.
+    // Which tiles are this block's: all of them, counted, in as many parts as there are groups.
     const int own_rows = (args.rows + WARPS * 32 - 1) / (WARPS * 32);
     int own = 0;
     for (int n = 0; n < own_rows; ++n) {
@@ -198,27 +201,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) step_attention(const
         if (n < warp) before += words[n];
         all += words[n];
     }
-    all *= args.K;
-    const int first = (int)((u64)all * blockIdx.x / gridDim.x), end = (int)((u64)all * (blockIdx.x + 1) / gridDim.x);
-    int begin = before * args.K;
+    const int first = (int)((u64)all * group / groups), end = (int)((u64)all * (group + 1) / groups);
+    int begin = before;
     for (int n = 0; n < own_rows; ++n) {
         Tile at;
         at.row = thread * own_rows + n;
         if (at.row >= args.rows) break;
         in_row(args, at);
-        if (first >= begin && first < begin + at.tiles * args.K) {  // one thread's: the next whole segment from there on
-            at.head = (first - begin) / at.tiles;
-            at.tile = ((first - begin) % at.tiles + TILES - 1) / TILES * TILES;
-            if (at.tile >= at.tiles) ++at.head, at.tile = 0;
-            words[8] = begin + at.head * at.tiles + at.tile;
-            words[9] = at.head == args.K ? at.row + 1 : at.row;
-            words[10] = at.head == args.K ? 0 : at.head;
-            words[11] = at.tile;
+        if (first >= begin && first < begin + at.tiles) {  // one thread's: the next whole segment from there on
+            at.tile = (first - begin + TILES - 1) / TILES * TILES;
+            const bool in_next = at.tile >= at.tiles;
+            words[8] = begin + (in_next ? at.tiles : at.tile);
+            words[9] = at.row + in_next;
+            words[10] = in_next ? 0 : at.tile;
         }
-        begin += at.tiles * args.K;
+        begin += at.tiles;
     }
     __syncthreads();
-    Tile here = {words[8], words[9], words[10], words[11], 1, 0, 0};
+    Tile here = {words[8], words[9], words[10], 1, 0, 0};
     in_row(args, here);
     const u32 filled = base_of_shared + FILLED_AT, emptied = base_of_shared + EMPTIED_AT;
     int stage = 0, phase = 0;
@@ -227,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) step_attention(const
         if (!behind(here, end)) page = ask_page(args, here);
         for (int n = 0; !behind(here, end); ++n) {
             if (n >= STAGES) counter_wait(emptied + stage * 8, phase ^ 1);
-            ask_tile(args, here, page, stage);
+            ask_tile(args, here, head, page, stage);
             advance(args, here);
             if (!behind(here, end)) page = ask_page(args, here);
             if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -240,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) step_attention(const
 #if CHAIN == 1
     NEXT_MAY_BEGIN;
 #endif
-    if (!behind(here, end)) ask_inputs(args, here, INPUTS_AT);
+    if (!behind(here, end)) ask_inputs(args, here, head, INPUTS_AT);
     COPIES_END;
 
     float peak[2], total[4], sum[BLOCKS][4], all_peak[2], all_total[2], all_sum[BLOCKS][4];
@@ -252,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) step_attention(const
             for (int n = 0; n < BLOCKS; ++n) sum[n][j] = 0;
         }
     };
-    auto begin_head = [&]() {
+    auto begin_row = [&]() {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             all_peak[j % 2] = NONE, all_total[j % 2] = 0;
@@ -262,7 +262,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) step_attention(const
         return here.tile == 0 && here.x + (here.tiles - 1) / TILES * TILES < end;  // whether all of it is this block's
     };
     begin_segment();
-    bool whole = begin_head(), starts = true;
+    bool whole = begin_row(), starts = true;
+    int parts[2] = {}, part_of[2] = {};  // how many of two rows, the first one and the last, are merged by who ends last, and which
     u32 of_head = INPUTS_AT;
     const int swizzle = lane % 8 * 16;
     const u32 value_at = ROW_PLACE(lane / 16 * 8 + lane % 8) + (warp * 32 + lane / 8 % 2 * 16 ^ swizzle);
@@ -276,19 +277,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) step_attention(const
         counter_wait(filled + stage * 8, phase);
         if (starts || here.tile == here.tiles - 1) {
             fresh = fresh_of(args, here);
-            if (fresh >= 0) page = read_early(args.table + (u64)here.row * args.table_stride + (here.length - 1) / PAGE);
             if (starts) {
                 COPIES_WAIT(0);
                 MEET;  // inputs are there, those of all threads
             }
             complete(shared + of_head, shared + of_tile, starts, fresh, count);
-            SHOW_WRITES;
+            if (here.tile == here.tiles - 1) SHOW_WRITES;  // it waits for what this thread reads, too: ahead of other reads
             MEET;
+            if (fresh >= 0) page = read_early(args.table + (u64)here.row * args.table_stride + (here.length - 1) / PAGE);
         }
         Tile next = here;
         advance(args, next);
         if (next.tile == 0 && !behind(next, end)) {
-            ask_inputs(args, next, of_head ^ INPUTS_AT ^ NEXT_INPUTS_AT);
+            ask_inputs(args, next, head, of_head ^ INPUTS_AT ^ NEXT_INPUTS_AT);
             COPIES_END;
         }
 
@@ -368,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) step_attention(const
 
         if (fresh >= 0 && thread < 2 * PIECES) {
             const int piece = thread % PIECES, position = here.length - 1;
-            const u64 to = (((u64)page * PAGE + position % PAGE) * args.K + here.head) * E + piece * 8;
+            const u64 to = (((u64)page * PAGE + position % PAGE) * args.K + head) * E + piece * 8;
             const u8* const from = shared + of_tile + place(fresh, piece * 16);
             if (thread < PIECES) *(float4*)(args.k + to) = *(const float4*)from;
             else *(float4*)(args.v + to) = *(const float4*)(from + V_AT);
@@ -377,8 +378,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) step_attention(const
         if (lane == 0) counter_arrive(emptied + stage * 8);
         const bool last_tile = here.tile == here.tiles - 1;
         if (last_tile || here.tile % TILES == TILES - 1) {
-            u16* const o = args.o + (u64)here.row * args.o_stride + here.head * (HEADS * E);
-            const u64 head_part = (u64)here.row * args.segments * (args.K * HEADS) + here.head * HEADS;
+            u16* const o = args.o + (u64)here.row * args.o_stride + head * (HEADS * E);
+            const u64 head_part = (u64)here.row * args.segments * (args.K * HEADS) + head * HEADS;
             if (whole) {
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
@@ -414,43 +415,53 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) step_attention(const
                         args.stats[(part_row + query) * 2 + 1] = total[j];
                     }
                 }
-                // The last of a head's segments to come here merges all of them, from the first.
-                MEET;  // all of this block's part, before its arrival is seen
-                const int used = (here.tiles + TILES - 1) / TILES;
-                int* const arrived = args.arrived + here.row * args.K + here.head;
-                if (thread == 0) words[12] = count_arrival(arrived) == used - 1;
-                MEET;
-                if (words[12]) {
-                    for (int i = thread; i < HEADS * E; i += THREADS) {
-                        float merged_peak = NONE, merged_total = 0.0f, merged_sum = 0.0f;
-                        for (int group = 0; group < used; group += 4) {
-                            float peaks[4], totals[4], sums[4];
-#pragma unroll
-                            for (int j = 0; j < 4; ++j) {
-                                const u64 row = head_part + (u64)(group + j) * (args.K * HEADS) + i / E;
-                                const bool there = group + j < used;
-                                peaks[j] = there ? seen_by_all(args.stats + row * 2) : NONE;
-                                totals[j] = there ? seen_by_all(args.stats + row * 2 + 1) : 0.0f;
-                                sums[j] = there ? seen_by_all(args.part + row * E + i % E) : 0.0f;
-                            }
-#pragma unroll
-                            for (int j = 0; j < 4; ++j) {
-                                float of_before, of_this;
-                                weights(merged_peak, peaks[j], of_before, of_this);
-                                merged_total = merged(merged_total, of_before, totals[j], of_this);
-                                merged_sum = merged(merged_sum, of_before, sums[j], of_this);
-                            }
-                        }
-                        o[i] = finished(merged_sum, merged_total);
-                    }
-                    if (thread == 0) *arrived = 0;
-                }
+                if (here.row == words[9]) ++parts[0], part_of[0] = here.row;
+                else ++parts[1], part_of[1] = here.row;
             }
             begin_segment();
         }
         if (++stage == STAGES) stage = 0, phase ^= 1;
         starts = next.tile == 0;
         here = next;
-        if (starts) of_head ^= INPUTS_AT ^ NEXT_INPUTS_AT, whole = begin_head();
+        if (starts) of_head ^= INPUTS_AT ^ NEXT_INPUTS_AT, whole = begin_row();
+    }
+    if (parts[0] + parts[1] == 0) return;
+
+    // The last of a row's segments to come here: all of them are merged, from the first.
+    MEET;  // all of this block's parts, before their arrival is seen
+    if (thread < 2) {
+        const int n = thread == 0 ? parts[0] : parts[1], row = thread == 0 ? part_of[0] : part_of[1];
+        const int length = min(max(lengths[row], 0), args.N * PAGE), used = max((length + SEGMENT - 1) / SEGMENT, 1);
+        words[12 + thread] = n > 0 && count_arrivals(args.arrived + row * args.K + head, n) == used - n ? used : 0;
+    }
+    MEET;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+        const int used = words[12 + which], row = part_of[which];
+        if (used == 0) continue;
+        const u64 row_parts = (u64)row * args.segments * (args.K * HEADS) + head * HEADS;
+        for (int i = thread; i < HEADS * E; i += THREADS) {
+            float merged_peak = NONE, merged_total = 0.0f, merged_sum = 0.0f;
+            for (int at = 0; at < used; at += 4) {
+                float peaks[4], totals[4], sums[4];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const u64 part = row_parts + (u64)(at + j) * (args.K * HEADS) + i / E;
+                    const bool there = at + j < used;
+                    peaks[j] = there ? seen_by_all(args.stats + part * 2) : NONE;
+                    totals[j] = there ? seen_by_all(args.stats + part * 2 + 1) : 0.0f;
+                    sums[j] = there ? seen_by_all(args.part + part * E + i % E) : 0.0f;
+                }
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    float of_before, of_this;
+                    weights(merged_peak, peaks[j], of_before, of_this);
+                    merged_total = merged(merged_total, of_before, totals[j], of_this);
+                    merged_sum = merged(merged_sum, of_before, sums[j], of_this);
+                }
+            }
+            args.o[(u64)row * args.o_stride + head * (HEADS * E) + i] = finished(merged_sum, merged_total);
+        }
+        if (thread == 0) args.arrived[row * args.K + head] = 0;
     }
 }

@@ -95,7 +95,7 @@ inline float power_of_2(float x) { return std::exp2(x); }
 inline float larger(float a, float b) { return std::fmax(a, b); }
 inline int read_early(const int* from) { return *from; }
 inline float seen_by_all(const float* from) { return *from; }
-inline int count_arrival(int* counter) { return std::atomic_ref(*counter).fetch_add(1); }
+inline int count_arrivals(int* counter, int n) { return std::atomic_ref(*counter).fetch_add(n); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned picks) {
     const uint64_t both = (uint64_t)b << 32 | a;
     unsigned r = 0;
@@ -299,6 +299,7 @@ inline void come(unsigned counter) {
     }
     std::erase_if(brought, [=](const Brought& b) { return b.counter == counter; });
 }
+#define FETCH_MAP(map)
 #define SHOW_COUNTERS
 #define SHOW_WRITES
 inline unsigned counter_ended(unsigned at, unsigned parity) {  // copies come to who waits, so it rarely has

@@ -34,14 +34,15 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pa
     ):
         monkeypatch.setattr(where, "_path", lambda tensor, found=ours if triton else plain: found)
     if request.param == "triton":
-        monkeypatch.setattr(step_attention_cuda, "why_not", lambda *_: "not here")
-    if request.param == "many":
-        monkeypatch.setattr(step_attention_cuda, "not_few", lambda *_: "not here")
+        monkeypatch.setattr(step_attention_cuda, "way_of", lambda *_: "not here")
+    if request.param in ("cuda", "many"):
+        other = "not_few" if request.param == "many" else "not_many"
+        monkeypatch.setattr(step_attention_cuda, other, lambda *_: "not here")
     if DEVICE == "cpu":
         if request.param in ("cuda", "many") and shutil.which("g++") is None:
             pytest.skip("needs g++")
         monkeypatch.setattr(step_attention_cuda, "_kernel", OnCPU.of(tmp_path))
-        monkeypatch.setattr(step_attention_cuda, "_blocks", lambda device: 3)
+        monkeypatch.setattr(step_attention_cuda, "_multiprocessors", lambda device: 3)
         monkeypatch.setattr(step_attention_cuda, "map_of_groups", on_cpu.map_of_groups)
         for where in (decode_attention_triton, step_attention_cuda):
             monkeypatch.setattr(where, "TILE", 32)
@@ -144,6 +145,16 @@ CASES = [
     ([50], 8, 1, 32, 8, 64),  # a block longer than a tile, as many query heads as one launch takes
     ([50], 9, 1, 16, 16, 16),  # and one more
     ([690, 520, 641], 2, 1, 16, 2, 16),  # 6 segments: more than are read at once
+    (
+        [690, 1, 520, 641, 0, 257, 33],
+        4,
+        2,
+        64,
+        32,
+        16,
+    ),  # rows that several groups of blocks share, and some they do not
+    ([65, 31, 300], 16, 2, 128, 128, 8),  # as many query heads as one launch takes, small blocks
+    ([129, 70], 2, 1, 64, 64, 64),  # blocks of two tiles
 ]
 
 
@@ -158,30 +169,50 @@ def test_equals_the_operations(
     step.check(path)
 
 
-def refused(rows: tuple[torch.Tensor, ...], tokens: int = 512, cache: torch.Tensor | None = None) -> str:
-    """Why rows that fit a cache otherwise are no single launch."""
-    pages = torch.zeros(1, 16, *rows[1].shape[1:], dtype=rows[1].dtype) if cache is None else cache
-    return step_attention_cuda.why_not(*rows, pages, pages, tokens)
+def way(
+    rows: tuple[torch.Tensor, ...], tokens: int = 512, cache: torch.Tensor | None = None, page: int = 16
+) -> step_attention_cuda.Way | str:
+    """The kernel for rows that fit a cache otherwise, or why there is none."""
+    pages = torch.zeros(1, page, *rows[1].shape[1:], dtype=rows[1].dtype) if cache is None else cache
+    return step_attention_cuda.way_of(*rows, pages, pages, tokens)
 
 
-def test_which_shapes_are_one_launch() -> None:
+def test_which_kernel_takes_which_rows() -> None:
     """So that the cases above are what they say."""
-    one = [not refused(step_of(case, torch.float16)) for case in CASES]
-    assert one == [True, True, True, True, True, True, False, True, False, True]
-    assert "float32" in refused(step_of(CASES[0], torch.float32))
+    one = [not isinstance(way(step_of(case, torch.float16)), str) for case in CASES]
+    assert one == [True, True, True, True, True, True, False, True, False, True, True, True, True]
+    assert "float32" in way(step_of(CASES[0], torch.float32))
     q, k, v, cos, sin = step_of(CASES[1], torch.float16)
-    assert "angles" in refused((q, k, v, cos.double(), sin.double()))
-    assert "angles" in refused((q, k, v, cos, sin.half()))
-    assert "no angles" in refused((q, k, v, cos[:0], sin[:0])) and "no blocks" in refused((q, k, v, cos, sin), 0)
-    many = [x[:1].expand(17, -1, -1) for x in (q, k, v)]
-    assert "17 rows" in refused((*many, cos, sin))
-    few = step_of(([3] * 16, 8, 8, 16, 16, 16), torch.float16)  # 128 blocks a segment
-    assert not refused(few, 768) and "512 blocks" in refused(few, 769)
+    assert "angles" in way((q, k, v, cos.double(), sin.double()))
+    assert "angles" in way((q, k, v, cos, sin.half()))
+    assert "no angles" in way((q, k, v, cos[:0], sin[:0])) and "no blocks" in way((q, k, v, cos, sin), 0)
     odd = torch.zeros(5, 65, dtype=torch.float16)[:, 1:].unflatten(1, (1, 64))
-    assert "aligned" in refused((q, k, odd, cos, sin))
-    assert "aligned" in refused(
-        (q, k, v, cos, sin), cache=torch.zeros(1025, dtype=torch.float16)[1:].view(1, 16, 1, 64)
+    assert "aligned" in way((q, k, odd, cos, sin))
+    assert "aligned" in way((q, k, v, cos, sin), cache=torch.zeros(1025, dtype=torch.float16)[1:].view(1, 16, 1, 64))
+
+
+def test_more_blocks_than_multiprocessors_are_many_rows() -> None:
+    few, many = step_attention_cuda.FEW, step_attention_cuda.MANY
+    rows = step_of(([3] * 16, 8, 8, 64, 64, 16), torch.float16)  # 128 blocks a segment
+    assert way(rows, 256) is few and way(rows, 257) is many and way([x[:8] for x in rows[:3]] + [*rows[3:]], 512) is few
+    assert (
+        way([x[:1] for x in rows[:3]] + [*rows[3:]], 12288) is few
+        and way([x[:1] for x in rows[:3]] + [*rows[3:]], 12289) is many
     )
+    more = [x[:1].expand(17, -1, -1) for x in rows[:3]]
+    assert way((*more, *rows[3:])) is many
+    assert "257 rows" in way((*(x[:1].expand(257, -1, -1) for x in rows[:3]), *rows[3:]))
+    assert way(rows, 768, page=12) is few and "blocks of 12 tokens" in way((*more, *rows[3:]), page=12)
+    assert way(rows, 768, page=64) is many and way(rows, 768, page=128) is many and way(rows, 768, page=96) is few
+    q, k, v, cos, sin = rows
+    assert way((q.transpose(0, 1).contiguous().transpose(0, 1), k, v, cos, sin), 512) is many
+    odd = torch.zeros(16, 8 * 64 + 1, dtype=torch.float16)[:, 1:].unflatten(1, (8, 64))
+    assert way((odd, k, v, cos, sin), 512) is few, "whose queries need not be aligned"
+    assert (
+        way((q, k, v, cos[:, :20], sin[:, :20]), 512) is few and way((q, k, v, cos[:, :16], sin[:, :16]), 512) is many
+    )
+    small = step_of(([3] * 16, 8, 8, 96, 96, 16), torch.float16)
+    assert way(small, 512) is few and "heads of 96" in way((*(x[:1].expand(17, -1, -1) for x in small[:3]), *small[3:]))
 
 
 def step_of(case: tuple, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
