@@ -25,6 +25,7 @@ from .dense import DenseProduct, TrainerProduct, agrees, dense_members
 _STEP = 16  # columns of one matrix instruction: an adapter's ranks are multiplied in whole ones
 _EVEN = 128  # columns of one step of that kernel: a sum that ends within a step takes a third longer
 _FEW = 64  # rows from which on it splits no shorter sum
+_FEWER = 16  # rows from which on as many are multiplied beside x A^T
 _MANY_OUTPUTS = 24576  # of a group: from here on the 4-bit kernel has enough of them for six warps a multiprocessor,
 _MANY_WIDE = 16384  # and Hopper's for eight
 
@@ -121,8 +122,9 @@ class HeldProduct:
         dtype: of the products.
         tables: where inputs lie.
         rows: most rows; fewer than cuBLAS sums in order are multiplied as many, or, where the sum is long, by our own
-            kernel. On Hopper that one has 33 to 64 rows of every group with adapters, as it begins beside ``x A^T``,
-            for which the matrix library would wait. With many outputs up to 32 rows read the 4-bit weights, on Hopper
+            kernel. On Hopper that one has 17 to 64 rows of every group with adapters, as it begins beside ``x A^T``,
+            for which the matrix library would wait; it multiplies 64, as the copy engine takes longer where a block
+            reaches beyond its tensor. With many outputs up to 32 rows read the 4-bit weights, on Hopper
             mostly up to 64 (``nf4_matmul.rows_by_codes``); what is kept is for more, and for prefills, then.
     """
 
@@ -142,6 +144,8 @@ class HeldProduct:
             self.most_own = (
                 ordered.most_rows([self.member]) if long else ordered.mapped_rows([self.member], group.rank > 0)
             )
+        # Whether the copy engine brings 64 rows beside x A^T.
+        self.beside = self.most_own > 0 and group.rank > 0 and ordered.mapped_rows([self.member], True) >= _FEW
         self.in_nf4, self.rows_by_codes = _many_in_nf4(group, dtype)
 
     def _by_codes(self, rows: int) -> NF4Product | None:
@@ -169,10 +173,11 @@ class HeldProduct:
             own.copy_(x_MI)
         if self.group.a_RI is not None:
             low_rank(own, self.group.a_RI, self.table_TK[:M, self.inputs :])
+        # With more rows x A^T is the slower for a product that takes its place beside it.
+        if self.beside and _FEWER < M <= _FEW:
+            return ordered_matmul(whole_rows(self.table_TK[:_FEW]), [self.member], late=self.inputs)[:M]
         if self.least_own <= M <= self.most_own:
-            # With more rows x A^T is the slower for a product that takes its place beside it.
-            late = self.inputs if self.group.rank and M <= ordered.MAX_ROWS else 0
-            return ordered_matmul(whole_rows(self.table_TK[:M]), [self.member], late=late)
+            return ordered_matmul(whole_rows(self.table_TK[:M]), [self.member])
         return torch.mm(self.table_TK[: max(M, self.least)], self.right)[:M]
 
 
