@@ -244,6 +244,12 @@ def map_of_words(address: int, rows: int, columns: int, block: tuple[int, int]) 
 
 
 @lru_cache(maxsize=8)
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of ``device``."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache(maxsize=8)
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block can have on ``device``, by the CUDA programming guide's table."""
     return SHARED.get(torch.cuda.get_device_capability(device), 99) * 1024

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from pronghorn.kernels.cuda_source import SHARED, CudaKernel, pointer, shared_memory, source
+from pronghorn.kernels.cuda_source import SHARED, CudaKernel, pointer, processors_of, shared_memory, source
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.launch import begins_early, current_recording
 from pronghorn.kernels.nf4_code import NF4_LEVELS, dynamic_code
@@ -149,12 +149,6 @@ def _stages(panel: int, many: Sequence[int]) -> Iterator[tuple[int, int]]:
 @lru_cache(maxsize=1)
 def _source() -> str:
     return source("nf4_weights.cu", "nf4_low.cu", "nf4_matmul.cu")
-
-
-@lru_cache(maxsize=8)
-def processors_of(device: torch.device) -> int:
-    """Multiprocessors of ``device``."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class Low(NamedTuple):

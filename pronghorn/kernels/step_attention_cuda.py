@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from pronghorn.kernels.cuda_source import CudaKernel, Map, map_of_groups, pointer, shared_memory, source
+from pronghorn.kernels.cuda_source import CudaKernel, Map, map_of_groups, pointer, processors_of, shared_memory, source
 from pronghorn.kernels.decode_attention import workspace_elements
 from pronghorn.kernels.decode_attention_triton import segments_of
 from pronghorn.kernels.launch import chain_of, current_recording, has_copy_engine
@@ -23,7 +23,7 @@ FEW_ROWS, FEW_BLOCKS = 16, 384
 multiprocessor for itself: where more blocks have keys than there are of these, that for many rows is the faster one,
 but for a single row (8,000 tokens: 20.9 microseconds and 23.6). How many have, only the GPU knows."""
 
-MANY_ROWS, MAX_HEADS, MAX_ELEMENTS, STAGES, BLOCKS = 256, 8, 128, 3, 2
+MANY_ROWS, MAX_HEADS, MAX_ELEMENTS, STAGES, BLOCKS = 1024, 8, 128, 3, 2
 _RESERVED, _MULTIPROCESSOR = 1024, 228 * 1024
 """Bytes of shared memory that a block has besides its own, and that a multiprocessor has where the kernel for many
 runs, which so many ``BLOCKS`` share."""
@@ -88,11 +88,6 @@ FEW = Way("step_attention.cu", 8, _few_bytes, {})
 MANY = Way(
     "step_attention_many.cu", 5, _many_bytes, {"STAGES": STAGES, "MOST": MANY_ROWS, "COPY_ENGINE": 1, "SHARE": BLOCKS}
 )
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _shape_of(q_BHE: torch.Tensor, k_cache: torch.Tensor, cos_PE: torch.Tensor, table_tokens: int) -> Shape:
@@ -170,7 +165,7 @@ def way_of(
     few, many = not_few(q_BHE, shape), not_many(q_BHE, k_BKE, shape, angles)
     if few:
         return f"{few}; {many}" if many else MANY
-    crowded = shape.B > 1 and shape.B * shape.K * segments_of(table_tokens) > _multiprocessors(q_BHE.device)
+    crowded = shape.B > 1 and shape.B * shape.K * segments_of(table_tokens) > processors_of(q_BHE.device)
     return MANY if crowded and not many else FEW
 
 
@@ -245,7 +240,7 @@ def step_attention(
     if way is FEW:
         kernel((K, segments, B), way.warps * 32, args, chain > 0)
         return o_BHE
-    groups = max(1, min(BLOCKS * _multiprocessors(device) // K, B * segments))
+    groups = max(1, min(BLOCKS * processors_of(device) // K, B * segments))
     of_k, of_v = (
         map_of_groups(cache.flatten(2).flatten(0, 1), min(page, TILE), E // 64) for cache in (k_cache, v_cache)
     )

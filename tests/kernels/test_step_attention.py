@@ -42,7 +42,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pa
         if request.param in ("cuda", "many") and shutil.which("g++") is None:
             pytest.skip("needs g++")
         monkeypatch.setattr(step_attention_cuda, "_kernel", OnCPU.of(tmp_path))
-        monkeypatch.setattr(step_attention_cuda, "_multiprocessors", lambda device: 3)
+        monkeypatch.setattr(step_attention_cuda, "processors_of", lambda device: 3)
         monkeypatch.setattr(step_attention_cuda, "map_of_groups", on_cpu.map_of_groups)
         for where in (decode_attention_triton, step_attention_cuda):
             monkeypatch.setattr(where, "TILE", 32)
@@ -177,8 +177,9 @@ def way(
     return step_attention_cuda.way_of(*rows, pages, pages, tokens)
 
 
-def test_which_kernel_takes_which_rows() -> None:
+def test_which_kernel_takes_which_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the cases above are what they say."""
+    monkeypatch.setattr(step_attention_cuda, "processors_of", lambda device: 132)
     one = [not isinstance(way(step_of(case, torch.float16)), str) for case in CASES]
     assert one == [True, True, True, True, True, True, False, True, False, True, True, True, True]
     assert "float32" in way(step_of(CASES[0], torch.float32))
@@ -191,7 +192,8 @@ def test_which_kernel_takes_which_rows() -> None:
     assert "aligned" in way((q, k, v, cos, sin), cache=torch.zeros(1025, dtype=torch.float16)[1:].view(1, 16, 1, 64))
 
 
-def test_more_blocks_than_multiprocessors_are_many_rows() -> None:
+def test_more_blocks_than_multiprocessors_are_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_attention_cuda, "processors_of", lambda device: 132)
     few, many = step_attention_cuda.FEW, step_attention_cuda.MANY
     rows = step_of(([3] * 16, 8, 8, 64, 64, 16), torch.float16)  # 128 blocks a segment
     assert way(rows, 256) is few and way(rows, 257) is many and way([x[:8] for x in rows[:3]] + [*rows[3:]], 512) is few
@@ -201,7 +203,7 @@ def test_more_blocks_than_multiprocessors_are_many_rows() -> None:
     )
     more = [x[:1].expand(17, -1, -1) for x in rows[:3]]
     assert way((*more, *rows[3:])) is many
-    assert "257 rows" in way((*(x[:1].expand(257, -1, -1) for x in rows[:3]), *rows[3:]))
+    assert "1025 rows" in way((*(x[:1].expand(1025, -1, -1) for x in rows[:3]), *rows[3:]))
     assert way(rows, 768, page=12) is few and "blocks of 12 tokens" in way((*more, *rows[3:]), page=12)
     assert way(rows, 768, page=64) is many and way(rows, 768, page=128) is many and way(rows, 768, page=96) is few
     q, k, v, cos, sin = rows
@@ -286,14 +288,41 @@ MUTATIONS = {
     "arrivals are never 0 again": ("if (thread == 0) *arrived = 0;", ""),
 }
 
+MANY_MUTATIONS = {
+    "inputs are not waited for": ("COPIES_WAIT(0);", ""),
+    "a tile is not waited for": ("counter_wait(filled + stage * 8, phase);", ""),
+    "inputs of the next row come to those in use": ("of_head ^ INPUTS_AT ^ NEXT_INPUTS_AT);", "of_head);"),
+    "the new token is left where it is": ("stage + place(fresh, at * 2)", "stage + place(0, at * 2)"),
+    "the new value is not stored": ("else *(float4*)(args.v + to)", "else if (0) *(float4*)(args.v + to)"),
+    "hidden keys count": ("count) c[j] = NONE;", "count) c[j] = c[j];"),
+    "values behind the last are not numbers": ("i < TILE * PIECES; i", "0; i"),
+    "nothing is lost of earlier tiles": ("sum[n][j] = __fmul_rn(sum[n][j], decay[j % 2]);", ";"),
+    "nothing is lost of earlier segments": ("return __fadd_rn(__fmul_rn(sum, before),", "return __fadd_rn(sum,"),
+    "a segment begins with the one before": ("            begin_segment();\n", ""),
+    "a row begins with the one before": (", whole = begin_row();", ";"),
+    "a group begins within a segment": ("(first - begin + TILES - 1) / TILES * TILES;", "first - begin;"),
+    "some of a row's parts are not counted": ("else ++parts[1], part_of[1]", "else part_of[1]"),
+    "who comes last but one merges": ("== used - n ?", "== used - n - 1 ?"),
+    "arrivals are never 0 again": ("args.arrived[row * args.K + head] = 0;", ";"),
+    "a row without tokens has no tile": ("max((length + TILE - 1) / TILE, 1);", "(length + TILE - 1) / TILE;"),
+}
+
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a mutation is compiled for a CPU")
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_fault_in_the_kernel_shows(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "name"), [("few", name) for name in MUTATIONS] + [("many", name) for name in MANY_MUTATIONS]
+)
+def test_a_fault_in_the_kernel_shows(kernel: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    few = kernel == "few"
     monkeypatch.setattr(module, "_path", lambda tensor: step_attention_cuda)
-    monkeypatch.setattr(step_attention_cuda, "_kernel", OnCPU.of(tmp_path, MUTATIONS[name]))
+    monkeypatch.setattr(step_attention_cuda, "not_many" if few else "not_few", lambda *_: "not here")
+    monkeypatch.setattr(step_attention_cuda, "map_of_groups", on_cpu.map_of_groups)
+    monkeypatch.setattr(step_attention_cuda, "processors_of", lambda device: 3)
+    changed = (MUTATIONS if few else MANY_MUTATIONS)[name]
+    monkeypatch.setattr(step_attention_cuda, "_kernel", OnCPU.of(tmp_path, changed))
     step_attention_cuda._arrivals.cache_clear()
-    steps = [Step([300, 1, 257, 600], 4, 2, 16, 16, 4, torch.float16) for _ in range(2)]
+    heads = (4, 2, 16, 16, 4) if few else (4, 2, 64, 32, 16)
+    steps = [Step([300, 1, 257, 0, 600, 5], *heads, torch.float16) for _ in range(2)]
 
     def check_both() -> None:
         for step in steps:
@@ -302,6 +331,19 @@ def test_a_fault_in_the_kernel_shows(name: str, monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(AssertionError):
         check_both()
     step_attention_cuda._arrivals.cache_clear()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 5, 12])
+def test_rows_are_shared_out_among_any_number_of_blocks(
+    path: str, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of more rows than a block has threads, too."""
+    if path != "many" or DEVICE != "cpu":
+        pytest.skip("blocks are as many as a GPU takes")
+    monkeypatch.setattr(step_attention_cuda, "processors_of", lambda device: groups)
+    monkeypatch.setattr(step_attention_cuda, "BLOCKS", 1)
+    lengths = [5, 0, 300, 129, 1, 128, 700, 33] if groups < 12 else [0, 5, 1] * 54 + [260]
+    Step(lengths, 2, 1, 64, 32, 16, torch.float16).check(path)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,7 +98,8 @@ def as_on_a_gpu() -> None:
     nf4_triton._has_asm = lambda tensor: True
     launch._can_chain = lambda index: True  # type: ignore[assignment]
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
-    nf4_matmul_cuda.processors_of = nf4_wide_cuda.processors_of = lambda _: nf4_matmul_cuda.HOPPER_PROCESSORS  # type: ignore[assignment]
+    for counted in (nf4_matmul_cuda, nf4_wide_cuda, step_attention_cuda):
+        counted.processors_of = lambda _: nf4_matmul_cuda.HOPPER_PROCESSORS  # type: ignore[assignment]
     products._on_gpu = lambda tensor: True
     ordered_matmul.LONG_SUM = 512  # the down projection's here: of an 8B model's it is 8,192
     products._MANY_OUTPUTS = 1024  # gate and up here
@@ -112,7 +114,8 @@ def as_on_a_gpu() -> None:
 
 
 SOURCES = {
-    "nf4_matmul.cu": nf4_matmul_cuda, "nf4_wide.cu": nf4_wide_cuda, "step_attention.cu": step_attention_cuda,
+    "nf4_matmul.cu": nf4_matmul_cuda._source, "nf4_wide.cu": nf4_wide_cuda._source,
+    **{name: partial(step_attention_cuda._source, name) for name in ("step_attention.cu", "step_attention_many.cu")},
 }  # fmt: skip
 
 
@@ -128,7 +131,7 @@ def keys(recorded: Recorded) -> set[str]:
         triton.knobs.runtime.jit_cache_hook = seen
         kernel.warmup(*args, grid=(1,), **options)
     for text, defines, chip in recorded.sources:
-        (name,) = [name for name, own in SOURCES.items() if own._source() == text]
+        (name,) = [name for name, own in SOURCES.items() if own() == text]
         found.add(f"{name} {sorted(defines.items())} {chip}")
     return found
 

@@ -16,9 +16,10 @@ from tests.helpers import tiny_llama
 ROOT = Path(__file__).parents[2]
 
 
+ATTENTION = ["step_attention.cu", "step_attention_many.cu"]
 KERNELS = {
-    "nf4": ["nf4_matmul.cu", "nf4_wide.cu", "step_attention.cu", "_dequantize_tiles_kernel", "_ordered_matmul"],
-    "bf16": ["_ordered_matmul", "step_attention.cu"],
+    "nf4": ["nf4_matmul.cu", "nf4_wide.cu", *ATTENTION, "_dequantize_tiles_kernel", "_ordered_matmul"],
+    "bf16": ["_ordered_matmul", *ATTENTION],
 }
 """What the products of each kind of base launch, and attention."""
 
