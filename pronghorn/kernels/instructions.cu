@@ -6,7 +6,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-extern __shared__ __align__(128) u8 shared[];
+extern __shared__ __align__(1024) u8 shared[];
 
 #ifndef INSTRUCTIONS_GIVEN  // by a test, in C++, which runs a kernel on a CPU
 __device__ __forceinline__ u32 shared_address(const void* p) {

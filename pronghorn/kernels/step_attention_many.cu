@@ -107,6 +107,7 @@ __device__ __forceinline__ void ask_tile(const Args& args, const Tile& at, int h
     const int lane = threadIdx.x % 32, box = lane % BOXES, values = lane / BOXES;
     const int boxes = min(max((at.length - at.tile * TILE + BOX - 1) / BOX, 0), BOXES);  // with a token
     const u32 here = shared_address(shared), filled = here + FILLED_AT + stage * 8;
+    __syncwarp();  // all have seen that the stage is free: of a tile without a token the next phase ends at once
     if (lane == 0) counter_arrive_expecting(filled, boxes * (BOX * E * 4));
     __syncwarp();
     if (box < boxes && values < 2)

@@ -79,7 +79,7 @@ class OnCPU:
 
     def __call__(self, grid: tuple[int, int, int], threads: int, args: ctypes.Structure, overlap: bool) -> None:
         assert threads in (160, 256) and not overlap
-        self.run(ctypes.byref(args), *grid)
+        assert not self.run(ctypes.byref(args), *grid), "a wait did not end"
 
 
 class Step:
@@ -124,7 +124,8 @@ class Step:
         wanted, caches = self.apart()
         (B, _, E), tokens = wanted.shape, self.table.shape[1] * self.page
         needed = workspace_elements(B, tokens, self.heads[0], E)
-        got = self.at_once(workspace=torch.full((needed,), float("nan"), device=DEVICE))
+        nothing = torch.full_like(wanted, float("nan"))
+        got = self.at_once(workspace=torch.full((needed,), float("nan"), device=DEVICE), out_BHE=nothing)
         assert torch.isfinite(wanted).all()
         if path in ("cuda", "many") and DEVICE == "cpu" and self.qkv.dtype == torch.float16:
             torch.testing.assert_close(got, wanted, rtol=2e-3, atol=1e-3 * wanted.abs().max().item())
@@ -322,7 +323,7 @@ def test_a_fault_in_the_kernel_shows(kernel: str, name: str, monkeypatch: pytest
     monkeypatch.setattr(step_attention_cuda, "_kernel", OnCPU.of(tmp_path, changed))
     step_attention_cuda._arrivals.cache_clear()
     heads = (4, 2, 16, 16, 4) if few else (4, 2, 64, 32, 16)
-    steps = [Step([300, 1, 257, 0, 600, 5], *heads, torch.float16) for _ in range(2)]
+    steps = [Step([300, 1, 257, 600, 0, 5], *heads, torch.float16) for _ in range(2)]
 
     def check_both() -> None:
         for step in steps:
