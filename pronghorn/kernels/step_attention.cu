@@ -1,5 +1,6 @@
 // A decode step's attention for few rows: rotation, the write of the new token, attention, merging. What it computes and
-// in which order: step_attention.py. Compiled at run time behind instructions.cu, with these given:
+// in which order: step_attention.py. Compiled at run time behind instructions.cu and step_attention_parts.cu, with these
+// given:
 //   E       elements of a head, a multiple of 16, 128 at most     HEADS   query heads of a kv head, 8 at most
 //   ROTARY  elements of a head that are rotated                   PAGE    tokens of a block of the cache
 //   ANGLES  bytes of an angle: 2 (as all else) or 4 (float)       F16     float16 in place of bfloat16
@@ -12,31 +13,13 @@
 // what is summed goes from tile to tile, as the order of the sum says. Keys are the rows of the instruction's left
 // operand and queries the columns of the right one, of which there are 8: no bit depends on which is which.
 
-struct Args {
-    const u16 *q, *k_new, *v_new;
-    const void *cos, *sin;              // [P, ROTARY], both halves equal
-    u16 *k, *v;                         // [blocks, PAGE, K, E]
-    const int *table, *lengths;         // [rows, N], [rows]
-    u16* o;
-    float *part, *stats;                // [rows, segments, K * HEADS, E]; the same, 2: peak and total
-    int* arrived;                       // [rows, K]; 0, and 0 again at the end
-    int q_stride, k_stride, v_stride, cos_stride, sin_stride, table_stride, o_stride;
-    int N, P, K, segments, rows;
-    float scale;                        // times log2(e)
-};
-
 #define WARPS 8
 #define THREADS (WARPS * 32)
-#define ROW (E * 2 + 16)                // bytes: eight rows' 16 bytes lie in different banks
 #define P_ROW (SEGMENT * 2 + 16)
-#define PIECES (E / 8)                  // of 16 bytes
-#define HALF (ROTARY / 2)
 #define PAIRS ((HEADS + 1) * HALF)      // to rotate: queries, then the key
 #define ROUNDS ((PAIRS + THREADS - 1) / THREADS)
 #define COPIES (SEGMENT * PIECES / THREADS)  // of 16 bytes, of keys and of values, by a thread
-#define TILES (SEGMENT / TILE)
 #define KEYS (SEGMENT / WARPS)          // that a warp scores
-#define NONE __int_as_float(0xff800000)  // -inf
 
 // Where in shared memory: keys, values, queries, probabilities, maxima of warps, cos and sin, who comes last.
 #define V_AT (SEGMENT * ROW)
@@ -46,12 +29,6 @@ struct Args {
 #define ANGLES_AT (MAX_AT + WARPS * 8 * 4)
 #define LAST_AT (ANGLES_AT + ROTARY * 4)
 #define SHARED_BYTES (LAST_AT + 16)
-
-__device__ __forceinline__ float angle(const void* table, u64 at) {
-    return ANGLES == 4 ? ((const float*)table)[at] : wide(((const u16*)table)[at]);
-}
-__device__ __forceinline__ u16 narrowed(float value) { return (u16)pair(value, 0.0f); }
-__device__ __forceinline__ float finite(float peak) { return peak == NONE ? 0.0f : peak; }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) step_attention(const __grid_constant__ Args args) {
 #if CHAIN == 2
@@ -273,27 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step_attention(const __
     for (int n = 0; n < (HEADS * E + THREADS - 1) / THREADS; ++n) {
         const int i = n * THREADS + thread;
         if (i >= HEADS * E) break;
-        float all_peak = NONE, all_total = 0.0f, all = 0.0f;
-        for (int group = 0; group < used; group += 4) {
-            float peaks[4], totals[4], sums[4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const u64 row = row_parts + (u64)(group + j) * (args.K * HEADS) + i / E;
-                const bool there = group + j < used;
-                peaks[j] = there ? seen_by_all(args.stats + row * 2) : NONE;
-                totals[j] = there ? seen_by_all(args.stats + row * 2 + 1) : 0.0f;
-                sums[j] = there ? seen_by_all(args.part + row * E + i % E) : 0.0f;
-            }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const float higher = larger(all_peak, peaks[j]), base = finite(higher);
-                const float before = power_of_2(__fadd_rn(all_peak, -base)), after = power_of_2(__fadd_rn(peaks[j], -base));
-                all_total = __fadd_rn(__fmul_rn(all_total, before), __fmul_rn(totals[j], after));
-                all = __fadd_rn(__fmul_rn(all, before), __fmul_rn(sums[j], after));
-                all_peak = higher;
-            }
-        }
-        args.o[(u64)b * args.o_stride + head * (HEADS * E) + i] = narrowed(__fdiv_rn(all, all_total == 0.0f ? 1.0f : all_total));
+        args.o[(u64)b * args.o_stride + head * (HEADS * E) + i] = merged_parts(args, row_parts, used, i);
     }
     if (thread == 0) *arrived = 0;
 }

@@ -30,7 +30,7 @@ runs, which so many ``BLOCKS`` share."""
 
 
 class _Args(ctypes.Structure):
-    """As in ``step_attention.cu``."""
+    """As in ``step_attention_parts.cu``."""
 
     _fields_ = (
         *((name, _P) for name in ("q", "k_new", "v_new", "cos", "sin", "k", "v", "table", "lengths", "o")),
@@ -171,7 +171,7 @@ def way_of(
 
 @lru_cache(maxsize=2)
 def _source(file: str) -> str:
-    return source(file)
+    return source("step_attention_parts.cu", file)
 
 
 @lru_cache(maxsize=64)

@@ -1,5 +1,6 @@
 // A decode step's attention for many rows: rotation, the write of the new token, attention, merging. What it computes and
-// in which order: step_attention.py. Compiled at run time behind instructions.cu, with these given:
+// in which order: step_attention.py. Compiled at run time behind instructions.cu and step_attention_parts.cu, with these
+// given:
 //   E       elements of a head, 64 or 128                         HEADS   query heads of a kv head, 8 at most
 //   ROTARY  elements of a head that are rotated                   PAGE    tokens of a block of the cache: 8 or more,
 //   ANGLES  bytes of an angle: 2 (as all else) or 4 (float)               that divide a tile or are several
@@ -17,33 +18,19 @@
 // rows of the instruction's left operand and queries the columns of the right one, of which there are 8: no bit depends on
 // which is which.
 
-struct Args {
-    Map of_k, of_v;                     // [blocks PAGE, K E], in boxes of BOX rows and E columns, 64 together
-    const u16 *q, *k_new, *v_new;
-    const void *cos, *sin;              // [P, ROTARY], both halves equal
-    u16 *k, *v;                         // [blocks, PAGE, K, E]
-    const int *table, *lengths;         // [rows, N], [rows]
-    u16* o;
-    float *part, *stats;                // [rows, segments, K * HEADS, E]; the same, 2: peak and total
-    int* arrived;                       // [rows, K]; 0, and 0 again at the end
-    int q_stride, k_stride, v_stride, cos_stride, sin_stride, table_stride, o_stride;
-    int N, P, K, segments, rows;
-    float scale;                        // times log2(e)
+struct ManyArgs {
+    Map of_k, of_v;  // [blocks PAGE, K E], in boxes of BOX rows and E columns, 64 together
+    Args args;
 };
 
 #define WARPS 5
 #define COMPUTING 4                     // of the warps; the last one asks for tiles
 #define THREADS (COMPUTING * 32)
-#define ROW (E * 2 + 16)                // bytes: eight rows' 16 bytes lie in different banks
 #define P_ROW (TILE * 2 + 16)
-#define PIECES (E / 8)                  // of 16 bytes
-#define HALF (ROTARY / 2)
-#define TILES (SEGMENT / TILE)
 #define SCORERS (TILE / 16)             // warps that score 16 keys each
 #define BOX (PAGE < TILE ? PAGE : TILE)  // tokens that one request brings
 #define BOXES (TILE / BOX)
 #define BLOCKS (E / 16 / COMPUTING)     // of 16 elements of o, by a warp
-#define NONE __int_as_float(0xff800000)  // -inf
 
 // Where in shared memory. A stage: a tile's keys and its values, box after box; of a box 64 elements of all tokens and then
 // the other 64, as the engine brings them. Inputs of a row's kv head, and of the next: queries, the new key and value, cos and sin.
@@ -69,11 +56,6 @@ struct Args {
 __device__ __forceinline__ u32 place(int key, int byte) {
     return ROW_PLACE(key) + byte / 128 * (BOX * 128) + (byte % 128 ^ key % 8 * 16);
 }
-__device__ __forceinline__ float angle(const u8* table, int at) {
-    return ANGLES == 4 ? ((const float*)table)[at] : wide(((const u16*)table)[at]);
-}
-__device__ __forceinline__ u16 narrowed(float value) { return (u16)pair(value, 0.0f); }
-__device__ __forceinline__ float finite(float peak) { return peak == NONE ? 0.0f : peak; }
 
 // A tile among all: its number, its row, its number among that row's, how many these are. A row without a token has one.
 struct Tile {
@@ -103,7 +85,7 @@ __device__ __forceinline__ int ask_page(const Args& args, const Tile& at) {
     const int token = at.tile * TILE + (int)threadIdx.x % 32 % BOXES * BOX;
     return read_early(args.table + (u64)at.row * args.table_stride + min(token / PAGE, args.N - 1));
 }
-__device__ __forceinline__ void ask_tile(const Args& args, const Tile& at, int head, int page, int stage) {
+__device__ __forceinline__ void ask_tile(const ManyArgs& given, const Tile& at, int head, int page, int stage) {
     const int lane = threadIdx.x % 32, box = lane % BOXES, values = lane / BOXES;
     const int boxes = min(max((at.length - at.tile * TILE + BOX - 1) / BOX, 0), BOXES);  // with a token
     const u32 here = shared_address(shared), filled = here + FILLED_AT + stage * 8;
@@ -111,7 +93,7 @@ __device__ __forceinline__ void ask_tile(const Args& args, const Tile& at, int h
     if (lane == 0) counter_arrive_expecting(filled, boxes * (BOX * E * 4));
     __syncwarp();
     if (box < boxes && values < 2)
-        bring_groups(here + stage * STAGE + values * V_AT + box * (BOX * E * 2), values ? args.of_v : args.of_k,
+        bring_groups(here + stage * STAGE + values * V_AT + box * (BOX * E * 2), values ? given.of_v : given.of_k,
                      head * (E / 64), page * PAGE + (at.tile * TILE + box * BOX) % PAGE, filled);
 }
 __device__ __forceinline__ void ask_inputs(const Args& args, const Tile& at, int head, u32 inputs) {
@@ -150,18 +132,8 @@ __device__ __forceinline__ void complete(u8* inputs, u8* stage, bool queries, in
     for (int i = THREADS - 1 - threadIdx.x; i < PIECES; i += THREADS)  // threads with nothing to rotate, if there are any
         *(float4*)(stage + V_AT + place(fresh, i * 16)) = *(const float4*)(inputs + V_NEW_AT + i * 16);
 }
-// The next segment into those before it.
-__device__ __forceinline__ void weights(float& peak, float next, float& before, float& after) {
-    const float higher = larger(peak, next), base = finite(higher);
-    before = power_of_2(__fadd_rn(peak, -base)), after = power_of_2(__fadd_rn(next, -base));
-    peak = higher;
-}
-__device__ __forceinline__ float merged(float sum, float before, float next, float after) {
-    return __fadd_rn(__fmul_rn(sum, before), __fmul_rn(next, after));
-}
-__device__ __forceinline__ u16 finished(float sum, float total) { return narrowed(__fdiv_rn(sum, total == 0.0f ? 1.0f : total)); }
-
-extern "C" __global__ void __launch_bounds__(WARPS * 32, SHARE) step_attention(const __grid_constant__ Args args) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, SHARE) step_attention(const __grid_constant__ ManyArgs given) {
+    const Args& args = given.args;
 #if CHAIN == 2
     NEXT_MAY_BEGIN;
 #endif
@@ -171,8 +143,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, SHARE) step_attention(c
     int* const words = (int*)(shared + WORDS_AT);
     const int head = blockIdx.x % args.K, group = blockIdx.x / args.K, groups = gridDim.x / args.K;
     if (thread == 0) {
-        FETCH_MAP(args.of_k);
-        FETCH_MAP(args.of_v);
+        FETCH_MAP(given.of_k);
+        FETCH_MAP(given.of_v);
         for (int i = 0; i < STAGES; ++i) {
             counter_begin(base_of_shared + FILLED_AT + i * 8, 1);
             counter_begin(base_of_shared + EMPTIED_AT + i * 8, COMPUTING);
@@ -228,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, SHARE) step_attention(c
         if (!behind(here, end)) page = ask_page(args, here);
         for (int n = 0; !behind(here, end); ++n) {
             if (n >= STAGES) counter_wait(emptied + stage * 8, phase ^ 1);
-            ask_tile(args, here, head, page, stage);
+            ask_tile(given, here, head, page, stage);
             advance(args, here);
             if (!behind(here, end)) page = ask_page(args, here);
             if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -442,26 +414,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, SHARE) step_attention(c
         if (used == 0) continue;
         const u64 row_parts = (u64)row * args.segments * (args.K * HEADS) + head * HEADS;
         for (int i = thread; i < HEADS * E; i += THREADS) {
-            float merged_peak = NONE, merged_total = 0.0f, merged_sum = 0.0f;
-            for (int at = 0; at < used; at += 4) {
-                float peaks[4], totals[4], sums[4];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const u64 part = row_parts + (u64)(at + j) * (args.K * HEADS) + i / E;
-                    const bool there = at + j < used;
-                    peaks[j] = there ? seen_by_all(args.stats + part * 2) : NONE;
-                    totals[j] = there ? seen_by_all(args.stats + part * 2 + 1) : 0.0f;
-                    sums[j] = there ? seen_by_all(args.part + part * E + i % E) : 0.0f;
-                }
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    float of_before, of_this;
-                    weights(merged_peak, peaks[j], of_before, of_this);
-                    merged_total = merged(merged_total, of_before, totals[j], of_this);
-                    merged_sum = merged(merged_sum, of_before, sums[j], of_this);
-                }
-            }
-            args.o[(u64)row * args.o_stride + head * (HEADS * E) + i] = finished(merged_sum, merged_total);
+            args.o[(u64)row * args.o_stride + head * (HEADS * E) + i] = merged_parts(args, row_parts, used, i);
         }
         if (thread == 0) args.arrived[row * args.K + head] = 0;
     }

@@ -62,7 +62,8 @@ class OnCPU:
     ) -> None:
         source = step_attention_cuda._source(file)
         places = f"\nstatic_assert(SHARED_BYTES == {shared_bytes});\n"
-        self.run = on_cpu.compiled(source + places, "step_attention", dict(defines), folder, changed).run
+        given = "ManyArgs" if file == step_attention_cuda.MANY.file else "Args"
+        self.run = on_cpu.compiled(source + places, "step_attention", dict(defines), folder, changed, given).run
 
     @classmethod
     def of(cls, folder: Path, changed: tuple[str, str] = ("", "")) -> Callable[..., OnCPU]:
