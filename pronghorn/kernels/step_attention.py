@@ -90,9 +90,12 @@ def step_attention(
         check_output(out_BHE, q_BHE)
     rows, pages = (q_BHE, k_BKE, v_BKE, cos_PE, sin_PE), (k_cache, v_cache, block_table_BN)
     path = _path(q_BHE)
-    tokens = block_table_BN.shape[1] * k_cache.shape[1]
-    if path is not reference and isinstance(path.way_of(*rows, *pages[:2], tokens), str):
+    given = *rows, *pages, positions_B, lengths_B, scale, workspace, out_BHE
+    if path is reference:
+        return reference.step_attention(*given)
+    way = path.way_of(*rows, *pages[:2], block_table_BN.shape[1] * k_cache.shape[1])
+    if isinstance(way, str):
         rope_and_write_kv(*rows, *pages, positions_B)
         return decode_attention(q_BHE, *pages, lengths_B, scale, workspace, out_BHE)
-    o_BHE: torch.Tensor = path.step_attention(*rows, *pages, positions_B, lengths_B, scale, workspace, out_BHE)
+    o_BHE: torch.Tensor = path.step_attention(way, *given)
     return o_BHE

@@ -1,4 +1,4 @@
-"""The GPU side of a decode step's attention: ``step_attention.cu`` or ``step_attention_many.cu``, and which of them."""
+"""The GPU side of a decode step's attention: a kernel for few rows, one for many, and which of them takes what."""
 
 from __future__ import annotations
 
@@ -189,6 +189,7 @@ def _arrivals(device: torch.device, stream: int, count: int) -> torch.Tensor:
 
 
 def step_attention(
+    way: Way,
     q_BHE: torch.Tensor,
     k_BKE: torch.Tensor,
     v_BKE: torch.Tensor,
@@ -203,7 +204,7 @@ def step_attention(
     workspace: torch.Tensor | None = None,
     out_BHE: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See :func:`pronghorn.kernels.step_attention.step_attention`; :func:`way_of` names a kernel."""
+    """See :func:`pronghorn.kernels.step_attention.step_attention`; ``way``: what :func:`way_of` says of these rows."""
     (B, H, E), (K, device) = q_BHE.shape, (k_BKE.shape[1], q_BHE.device)
     (N, page) = block_table_BN.shape[1], k_cache.shape[1]
     o_BHE = torch.empty((B, H, E), dtype=q_BHE.dtype, device=device) if out_BHE is None else out_BHE
@@ -224,9 +225,6 @@ def step_attention(
         N=N, P=cos_PE.shape[0], K=K, segments=segments, rows=B, scale=scale * math.log2(math.e),
     )  # fmt: skip
     chain = chain_of(q_BHE)
-    way = way_of(q_BHE, k_BKE, v_BKE, cos_PE, sin_PE, k_cache, v_cache, N * page)
-    if isinstance(way, str):
-        raise ValueError(f"no kernel: {way}")
     shape = _shape_of(q_BHE, k_cache, cos_PE, N * page)
     defines = {
         "E": E, "HEADS": H // K, "ROTARY": shape.rotary, "PAGE": page, "ANGLES": shape.angle,

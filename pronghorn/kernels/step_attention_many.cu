@@ -33,7 +33,8 @@ struct ManyArgs {
 #define BLOCKS (E / 16 / COMPUTING)     // of 16 elements of o, by a warp
 
 // Where in shared memory. A stage: a tile's keys and its values, box after box; of a box 64 elements of all tokens and then
-// the other 64, as the engine brings them. Inputs of a row's kv head, and of the next: queries, the new key and value, cos and sin.
+// the other 64, as the engine brings them. Inputs of a row's kv head, and of the next: queries, the new key and value, cos
+// and sin.
 #define V_AT (TILE * E * 2)
 #define STAGE (2 * V_AT)
 #define INPUTS_AT (STAGES * STAGE)
@@ -132,6 +133,7 @@ __device__ __forceinline__ void complete(u8* inputs, u8* stage, bool queries, in
     for (int i = THREADS - 1 - threadIdx.x; i < PIECES; i += THREADS)  // threads with nothing to rotate, if there are any
         *(float4*)(stage + V_AT + place(fresh, i * 16)) = *(const float4*)(inputs + V_NEW_AT + i * 16);
 }
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, SHARE) step_attention(const __grid_constant__ ManyArgs given) {
     const Args& args = given.args;
 #if CHAIN == 2
@@ -236,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, SHARE) step_attention(c
     };
     begin_segment();
     bool whole = begin_row(), starts = true;
-    int parts[2] = {}, part_of[2] = {};  // how many of two rows, the first one and the last, are merged by who ends last, and which
+    int parts[2] = {}, part_of[2] = {};  // of two rows, the first and the last: how many who ends last merges; which rows
     u32 of_head = INPUTS_AT;
     const int swizzle = lane % 8 * 16;
     const u32 value_at = ROW_PLACE(lane / 16 * 8 + lane % 8) + (warp * 32 + lane / 8 % 2 * 16 ^ swizzle);
@@ -413,9 +415,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, SHARE) step_attention(c
         const int used = words[12 + which], row = part_of[which];
         if (used == 0) continue;
         const u64 row_parts = (u64)row * args.segments * (args.K * HEADS) + head * HEADS;
-        for (int i = thread; i < HEADS * E; i += THREADS) {
+        for (int i = thread; i < HEADS * E; i += THREADS)
             args.o[(u64)row * args.o_stride + head * (HEADS * E) + i] = merged_parts(args, row_parts, used, i);
-        }
         if (thread == 0) args.arrived[row * args.K + head] = 0;
     }
 }

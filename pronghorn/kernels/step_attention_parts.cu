@@ -1,4 +1,4 @@
-// What both kernels of a decode step's attention have, behind instructions.cu: see step_attention.py. Given: E, HEADS, SEGMENT.
+// What both kernels of a decode step's attention have in common, behind instructions.cu, with what is given to them.
 
 struct Args {
     const u16 *q, *k_new, *v_new;

@@ -147,14 +147,7 @@ CASES = [
     ([50], 8, 1, 32, 8, 64),  # a block longer than a tile, as many query heads as one launch takes
     ([50], 9, 1, 16, 16, 16),  # and one more
     ([690, 520, 641], 2, 1, 16, 2, 16),  # 6 segments: more than are read at once
-    (
-        [690, 1, 520, 641, 0, 257, 33],
-        4,
-        2,
-        64,
-        32,
-        16,
-    ),  # rows that several groups of blocks share, and some they do not
+    ([690, 1, 520, 641, 0, 257, 33], 4, 2, 64, 32, 16),  # some rows are shared by groups of blocks
     ([65, 31, 300], 16, 2, 128, 128, 8),  # as many query heads as one launch takes, small blocks
     ([129, 70], 2, 1, 64, 64, 64),  # blocks of two tiles
 ]

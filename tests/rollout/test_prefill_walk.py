@@ -136,6 +136,35 @@ def test_rows_of_long_sums_end_with_a_whole_step_of_zeros(made: Any, monkeypatch
     torch.testing.assert_close(inputs @ weight.T, y, rtol=1e-5, atol=1e-5)
 
 
+def test_17_to_64_rows_are_multiplied_as_64_beside_their_narrow_product(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Hopper, whatever lies in the rows behind them."""
+    _, walk = made
+    group = walk.layers[0].qkv.group
+    if group.members[0].nf4 is None:
+        pytest.skip("a 16-bit base is read as it lies")
+    monkeypatch.setattr(products, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(products.ordered, "why_not", lambda *_: "")
+    monkeypatch.setattr(products.ordered, "mapped_rows", lambda *_: 64)
+    seen, call = [], products.ordered_matmul
+
+    def watched(x: torch.Tensor, *given: Any, late: int = 0) -> torch.Tensor:
+        seen.append((len(x), late))
+        return call(x, *given, late=late)
+
+    monkeypatch.setattr(products, "ordered_matmul", watched)
+    product = HeldProduct(group, torch.float32, Tables(), 96)
+    for rows in (16, 17, 40, 64):
+        x = torch.randn(rows, product.inputs)
+        product.table_TK[rows:].fill_(float("nan"))
+        expected = TrainerProduct(group, torch.float32)(x.clone())
+        torch.testing.assert_close(product(x), expected, rtol=1e-4, atol=1e-4)
+    assert seen == [(64, product.inputs)] * 3
+    product(torch.randn(65, product.inputs))
+    assert len(seen) == 3, "more rows are the matrix library's"
+
+
 @pytest.mark.parametrize("rows", [32, 64])
 def test_fewer_outputs_read_the_4_bit_weights_where_all_rows_can(
     made: Any, monkeypatch: pytest.MonkeyPatch, rows: int

@@ -22,7 +22,8 @@ class PagedDecode:
     Args:
         cache: where keys and values are.
         block_table_BN: int32, of up to B rows and N blocks each, with room for the new token; the first columns of a
-            wider table do. A step's work grows with N * block_size (a program for every 256 tokens, idle or not).
+            wider table do. Where attention is not one launch for many rows, its work grows with
+            N * block_size (a program for every 256 tokens, idle or not).
         positions_B: int32, the new token's position in its row; -1 for a row that is padding.
         lengths_B: int32, tokens of each row, the new one included: ``positions_B + 1``.
         query_heads: H, for memory that all calls and layers share; None: each call makes its own.

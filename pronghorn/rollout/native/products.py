@@ -25,7 +25,7 @@ from .dense import DenseProduct, TrainerProduct, agrees, dense_members
 _STEP = 16  # columns of one matrix instruction: an adapter's ranks are multiplied in whole ones
 _EVEN = 128  # columns of one step of that kernel: a sum that ends within a step takes a third longer
 _FEW = 64  # rows from which on it splits no shorter sum
-_FEWER = 16  # rows from which on as many are multiplied beside x A^T
+_FEWER = 16  # rows above which as many are multiplied beside x A^T
 _MANY_OUTPUTS = 24576  # of a group: from here on the 4-bit kernel has enough of them for six warps a multiprocessor,
 _MANY_WIDE = 16384  # and Hopper's for eight
 
@@ -123,8 +123,8 @@ class HeldProduct:
         tables: where inputs lie.
         rows: most rows; fewer than cuBLAS sums in order are multiplied as many, or, where the sum is long, by our own
             kernel. On Hopper that one has 17 to 64 rows of every group with adapters, as it begins beside ``x A^T``,
-            for which the matrix library would wait; it multiplies 64, as the copy engine takes longer where a block
-            reaches beyond its tensor. With many outputs up to 32 rows read the 4-bit weights, on Hopper
+            for which the matrix library would wait; it multiplies 64, as 40 took longer
+            than these (``docs/log.md``). With many outputs up to 32 rows read the 4-bit weights, on Hopper
             mostly up to 64 (``nf4_matmul.rows_by_codes``); what is kept is for more, and for prefills, then.
     """
 
