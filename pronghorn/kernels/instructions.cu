@@ -172,6 +172,7 @@ __device__ __forceinline__ u32 described(u32 at) { return at >> 4 | 1 << 16; }
 #else
 #define WIDE_TYPES ".f32.bf16.bf16 "
 #endif
+#ifdef ROWS
 // c += k x^T for a warp's 16 outputs, which a thread has as `multiply` has its left operand, and ROWS rows of x in shared
 // memory, 16 columns of them. Begun, not done: until MULTIPLIES_WAIT neither k nor c may be touched, nor x written.
 __device__ __forceinline__ void multiply_wide(float (*c)[4], u32 k0, u32 k1, u32 k2, u32 k3, u32 described_x) {
@@ -189,6 +190,61 @@ __device__ __forceinline__ void multiply_wide(float (*c)[4], u32 k0, u32 k1, u32
 #else
 #error ROWS is 32 or 64
 #endif
+}
+#endif
+// c += x W^T for 64 rows of x, 16 a warp, and N of W, 16 columns, both in shared memory. A thread has four of each eight
+// sums as `multiply` has them; begun, as above.
+__device__ __forceinline__ u64 described_both(u32 at) { return (u64)(1024 >> 4 | 1 << 30) << 32 | described(at); }
+#define EIGHT(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+template <int N> __device__ void multiply_wide_both(float* c, u64 x, u64 w);
+template <> __device__ __forceinline__ void multiply_wide_both<16>(float* c, u64 x, u64 w) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16" WIDE_TYPES
+                 "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, 1, 1, 1, 0, 0;"
+                 : EIGHT(0) : "l"(x), "l"(w));
+}
+template <> __device__ __forceinline__ void multiply_wide_both<32>(float* c, u64 x, u64 w) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" WIDE_TYPES
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, 1, 1, 1, 0, 0;"
+                 : EIGHT(0), EIGHT(8) : "l"(x), "l"(w));
+}
+template <> __device__ __forceinline__ void multiply_wide_both<48>(float* c, u64 x, u64 w) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n48k16" WIDE_TYPES
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23}, %24, %25, 1, 1, 1, 0, 0;"
+                 : EIGHT(0), EIGHT(8), EIGHT(16) : "l"(x), "l"(w));
+}
+template <> __device__ __forceinline__ void multiply_wide_both<64>(float* c, u64 x, u64 w) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" WIDE_TYPES
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
+                 "%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"
+                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24) : "l"(x), "l"(w));
+}
+template <> __device__ __forceinline__ void multiply_wide_both<96>(float* c, u64 x, u64 w) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n96k16" WIDE_TYPES
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
+                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}, %48, %49, 1, 1, 1, 0, 0;"
+                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40) : "l"(x), "l"(w));
+}
+template <> __device__ __forceinline__ void multiply_wide_both<112>(float* c, u64 x, u64 w) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n112k16" WIDE_TYPES
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
+                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55}, %56, %57, 1, 1, 1, 0, 0;"
+                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48) : "l"(x), "l"(w));
+}
+template <> __device__ __forceinline__ void multiply_wide_both<128>(float* c, u64 x, u64 w) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16" WIDE_TYPES
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
+                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
+                 "%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1, 0, 0;"
+                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56) : "l"(x), "l"(w));
+}
+template <> __device__ __forceinline__ void multiply_wide_both<224>(float* c, u64 x, u64 w) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n224k16" WIDE_TYPES
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
+                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
+                 "%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,"
+                 "%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111}, %112, %113, 1, 1, 1, 0, 0;"
+                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56), EIGHT(64),
+                   EIGHT(72), EIGHT(80), EIGHT(88), EIGHT(96), EIGHT(104) : "l"(x), "l"(w));
 }
 #define MULTIPLIES_BEGIN asm volatile("wgmma.fence.sync.aligned;" ::: "memory")
 #define MULTIPLIES_END asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")
@@ -218,6 +274,9 @@ __device__ __forceinline__ u32 flag_count(u32* flag, u32 last) {  // one more, a
     asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(r) : "l"(flag), "r"(last) : "memory");
     return r;
 }
+#define SHOW_FAR_WRITES asm volatile("fence.proxy.async.global;" ::: "memory")  // to the engine, in memory that all see
+#define REGISTERS_DOWN(n) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n))  // of four warps
+#define REGISTERS_UP(n) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n))
 #define NEXT_MAY_BEGIN asm volatile("griddepcontrol.launch_dependents;")
 #define BEFORE_HAS_ENDED asm volatile("griddepcontrol.wait;" ::: "memory")
 #define PAUSE asm volatile("nanosleep.u32 32;")

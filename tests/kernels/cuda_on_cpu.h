@@ -198,6 +198,7 @@ inline void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a
 }
 inline unsigned described(unsigned at) { return at / 16; }
 #ifdef MULTIPLIES_WIDE
+#ifdef ROWS
 // What is read here may not be written before the thread waits again, which nothing here looks at.
 inline void multiply_wide(float (*c)[4], unsigned k0, unsigned k1, unsigned k2, unsigned k3, unsigned x) {
     Warp& w = own_warp();
@@ -219,6 +220,25 @@ inline void multiply_wide(float (*c)[4], unsigned k0, unsigned k1, unsigned k2, 
             for (int k = 0; k < 16; ++k)
                 sum += half(w.u[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) * at(x * 16, j * 8 + column, k);
             c[j][i] = (float)(c[j][i] + sum);
+        }
+    __syncwarp();
+}
+#endif
+typedef unsigned long long u64;
+inline u64 described_both(unsigned at) { return described(at); }
+template <int N> void multiply_wide_both(float* c, u64 x, u64 w) {  // 64 rows of x, N of w, 16 columns
+    const int lane = own_lane(), g = lane / 4, t = lane % 4, rows = threadIdx.x / 32 % 4 * 16;
+    auto at = [](unsigned from, int row, int column) {
+        const unsigned place = from + row * 128 + column * 2;
+        uint16_t r;
+        std::memcpy(&r, shared + (place ^ (place >> 7 & 7) << 4), 2);
+        return (double)wide(r);
+    };
+    for (int j = 0; j < N / 8; ++j)
+        for (int i = 0; i < 4; ++i) {
+            double sum = 0;
+            for (int k = 0; k < 16; ++k) sum += at(x * 16, rows + g + i / 2 * 8, k) * at(w * 16, j * 8 + t * 2 + i % 2, k);
+            c[j * 4 + i] = (float)(c[j * 4 + i] + sum);
         }
     __syncwarp();
 }
@@ -267,7 +287,7 @@ struct Map { uint64_t from, stride, rows, columns, box_rows, words, groups, unus
 unsigned row_bytes(const Map& map) { return map.words ? map.words * 4 : 128; }               // not 0, of 32 bits
 inline void counter_arrive_expecting(unsigned at, int bytes) { counters[at / 8].count(1, bytes); }
 // Nothing is left of what lay there, and the block comes when someone waits for it.
-struct Brought { unsigned to; const Map* map; int column, row; unsigned counter; };
+struct Brought { unsigned to; Map map; int column, row; unsigned counter; };
 std::vector<Brought> brought;
 std::mutex engine;
 inline const char* place_of(const Map& map, unsigned column, unsigned row) {
@@ -278,7 +298,7 @@ inline void bring(unsigned to, const Map& map, int column, int row, unsigned cou
     if (const void* const from = place_of(map, column, row)) too_early_to_read(from);
     std::memset(shared + to, 0xff, map.box_rows * row_bytes(map));
     std::unique_lock lock(engine);
-    brought.push_back({to, &map, column, row, counter});
+    brought.push_back({to, map, column, row, counter});
 }
 inline void bring_groups(unsigned to, const Map& map, int group, int row, unsigned counter) {
     for (int i = 0; i < map.groups; ++i) bring(to + i * map.box_rows * 128, map, (group + i) * 64, row, counter);
@@ -287,15 +307,15 @@ inline void come(unsigned counter) {
     std::unique_lock lock(engine);
     for (const Brought& b : brought) {
         if (b.counter != counter) continue;
-        const unsigned size = b.map->words ? 4 : 2, bytes = row_bytes(*b.map);
-        for (unsigned r = 0; r < b.map->box_rows; ++r)
+        const unsigned size = b.map.words ? 4 : 2, bytes = row_bytes(b.map);
+        for (unsigned r = 0; r < b.map.box_rows; ++r)
             for (unsigned i = 0; i < bytes / size; ++i) {
-                const char* const from = place_of(*b.map, b.column + i, b.row + r);
+                const char* const from = place_of(b.map, b.column + i, b.row + r);
                 const unsigned place = b.to + r * bytes + i * size;
-                unsigned char* const at = shared + (b.map->words ? place : place ^ (place >> 7 & 7) << 4);
+                unsigned char* const at = shared + (b.map.words ? place : place ^ (place >> 7 & 7) << 4);
                 if (from) std::memcpy(at, from, size); else std::memset(at, 0, size);
             }
-        counters[counter / 8].count(0, -(int)(b.map->box_rows * bytes));
+        counters[counter / 8].count(0, -(int)(b.map.box_rows * bytes));
     }
     std::erase_if(brought, [=](const Brought& b) { return b.counter == counter; });
 }
@@ -386,6 +406,9 @@ inline unsigned low_pair(const unsigned short* from) {
 #define NEXT_MAY_BEGIN next_may_begin()
 #define BEFORE_HAS_ENDED before_has_ended()
 #define PAUSE
+#define SHOW_FAR_WRITES
+#define REGISTERS_DOWN(n)
+#define REGISTERS_UP(n)
 #define FETCH_TO_L2(p) (void)(p)
 #define KEEP(value)
 #define KEEP_FLOAT(value)

@@ -26,7 +26,7 @@ from ...models.forward import Head, head
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
 from .dense import TrainerProduct
-from .products import HeldProduct, NF4Product, Product, Tables, product_of
+from .products import HeldProduct, Product, Tables, product_of
 
 
 class _Layer(NamedTuple):
@@ -210,4 +210,4 @@ def _norm(
 
 def _before(reader: Product | None, rows: int) -> AbstractContextManager[None]:
     """Around the launch whose outputs ``reader`` reads next."""
-    return before_a_start(isinstance(reader, NF4Product) and reader.makes_a_start(rows))
+    return before_a_start(reader is not None and reader.makes_a_start(rows))

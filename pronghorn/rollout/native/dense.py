@@ -33,6 +33,9 @@ class TrainerProduct:
         self._given = Input(self.group, self.held, rows=rows, like=self._like, ordered=True)
         return self._given.x_TI
 
+    def makes_a_start(self, rows: int) -> bool:
+        return False
+
     def refresh(self) -> None:
         """Nothing: it reads the rounded adapters themselves."""
 
@@ -65,6 +68,9 @@ class DenseProduct:
 
     def place(self, rows: int) -> torch.Tensor | None:
         return None if self._own(rows) else self.many.place(rows)
+
+    def makes_a_start(self, rows: int) -> bool:
+        return False
 
     def refresh(self) -> None:
         """Nothing: it reads the rounded adapters themselves."""

@@ -3,8 +3,9 @@
 Few rows of a 4-bit group, and some more of one with many outputs, go through one kernel that reads the codes once
 (``kernels/nf4_matmul.py``). More rows are multiplied by the weight in 16 bits: kept where there is memory for it, made
 for each product where not. A base in 16 bits is read as it lies, few rows by a kernel of our own, which on Hopper has
-long sums of up to 256 rows too, of weights that are kept as well, and what is kept for 33 to 64 rows beside ``x A^T``
-(``kernels/ordered_matmul.py``). Either way the sum has the trainer's order, and is rounded where the trainer's is.
+long sums of up to 256 rows too (``kernels/ordered_matmul.py``). What is kept for 17 to 256 rows under adapters Hopper
+multiplies with ``x A^T`` in the same launch (``kernels/adapted_matmul.py``), where the outputs fill its multiprocessors
+once. Either way the sum has the trainer's order, and is rounded where the trainer's is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from ...kernels import adapted_matmul as adapted
 from ...kernels import ordered_matmul as ordered
 from ...kernels.low_rank import low_rank
 from ...kernels.nf4_matmul import LOW_ROWS, MAX_ROWS, Member, low_rank_aligned, nf4_matmul, rows_by_codes, why_not
@@ -38,6 +40,10 @@ class Product(Protocol):
         ...
 
     def __call__(self, x_MI: torch.Tensor) -> torch.Tensor: ...
+
+    def makes_a_start(self, rows: int) -> bool:
+        """Whether it is one launch, which can begin before what makes x has waited; see ``launch.before_a_start``."""
+        ...
 
     def refresh(self) -> None:
         """The adapters were rounded anew."""
@@ -95,7 +101,6 @@ class NF4Product:
         return nf4_matmul(x_MI, self.members, low_MR, overlap=True)  # x was whole before x A^T began
 
     def makes_a_start(self, rows: int) -> bool:
-        """Whether it is one launch, which can begin before what makes x has waited; see ``launch.before_a_start``."""
         return rows <= LOW_ROWS and self.group.a_RI is not None and low_rank_aligned(self.group.a_RI)
 
 
@@ -159,6 +164,11 @@ class HeldProduct:
     def place(self, rows: int) -> torch.Tensor | None:
         return None if self._by_codes(rows) else self.table_TK[:rows, : self.inputs]
 
+    def makes_a_start(self, rows: int) -> bool:
+        if product := self._by_codes(rows):
+            return product.makes_a_start(rows)
+        return adapted.takes(rows, self.member.weight_OI, self.group.a_RI)
+
     def refresh(self) -> None:
         self.held.refresh(self.group)
         if self.in_nf4:
@@ -171,8 +181,11 @@ class HeldProduct:
         own = self.table_TK[:M, : self.inputs]
         if x_MI.data_ptr() != own.data_ptr():
             own.copy_(x_MI)
-        if self.group.a_RI is not None:
-            low_rank(own, self.group.a_RI, self.table_TK[:M, self.inputs :])
+        a_RI = self.group.a_RI
+        if a_RI is not None:
+            if adapted.takes(M, self.member.weight_OI, a_RI):
+                return adapted.adapted_matmul(whole_rows(self.table_TK), M, self.member.weight_OI, a_RI)
+            low_rank(own, a_RI, self.table_TK[:M, self.inputs :])
         # With more rows x A^T is the slower for a product that takes its place beside it.
         if self.beside and _FEWER < M <= _FEW:
             return ordered_matmul(whole_rows(self.table_TK[:_FEW]), [self.member], late=self.inputs)[:M]

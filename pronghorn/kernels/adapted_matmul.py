@@ -1,0 +1,99 @@
+r"""A group's product with its adapters for some rows, ``x A^T`` included, in one launch.
+
+.. math:: y = [x \mid x A^T] \, [W \mid s B]^T
+
+Weights in 16 bits with the adapters' B beside them, and x with room for ``x A^T`` beside it, are tables; a decode step
+of 17 to 256 rows multiplies them. ``x A^T`` is summed as ``low_rank.py`` says and rounded to x's dtype; an output is
+one float32 sum over the table's columns in order, 16 products of the tensor core at a time, rounded once: the bits of
+``low_rank`` and ``ordered_matmul``, one behind the other. How, and why it is faster: ``adapted_matmul_cuda.py``.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from pronghorn.kernels import adapted_matmul_cuda, launch
+from pronghorn.kernels.adapted_matmul_cuda import MOST_RANKS, MOST_ROWS, tile_for
+from pronghorn.kernels.cuda_source import processors_of
+from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
+from pronghorn.kernels.reference import adapted_matmul as reference
+
+__all__ = ["LEAST_ROWS", "MOST_ROWS", "adapted_matmul", "takes"]
+
+LEAST_ROWS = 17
+"""Rows from which on this is meant to be the faster way."""
+
+
+def _path(tensor: torch.Tensor) -> ModuleType:
+    """The module that does the work for ``tensor``."""
+    return adapted_matmul_cuda if tensor.is_cuda else reference
+
+
+def takes(rows: int, weight_OK: torch.Tensor, a_RI: torch.Tensor | None) -> bool:
+    """Whether this is meant to be the fastest way on the weight's GPU, and can be gone: Hopper's alone."""
+    if a_RI is None or not LEAST_ROWS <= rows <= MOST_ROWS or not launch.has_copy_engine(weight_OK):
+        return False
+    return not why_not(weight_OK, a_RI) and tile_for(rows, weight_OK.shape[0], _processors(weight_OK)) is not None
+
+
+def _processors(tensor: torch.Tensor) -> int:
+    return processors_of(tensor.device) if tensor.is_cuda else HOPPER_PROCESSORS
+
+
+def why_not(weight_OK: torch.Tensor, a_RI: torch.Tensor) -> str:
+    """In words, why a group cannot take this path on a GPU; empty where it can."""
+    if weight_OK.dtype not in (torch.bfloat16, torch.float16):
+        return f"{weight_OK.dtype} in place of bfloat16 or float16"
+    if a_RI.shape[0] > MOST_RANKS or a_RI.shape[0] % 2 or a_RI.shape[1] % 64:
+        return f"{a_RI.shape[0]} ranks of {a_RI.shape[1]} inputs: up to {MOST_RANKS}, even, of a multiple of 64"
+    if weight_OK.shape[0] % 2:
+        return f"{weight_OK.shape[0]} outputs: an even number"
+    for name, tensor in (("weight", weight_OK), ("a", a_RI)):
+        if tensor.stride(1) != 1 or tensor.stride(0) % 8 or tensor.data_ptr() % 16:
+            return f"{name} with strides {tensor.stride()}: rows aligned to 16 bytes"
+    return ""
+
+
+def adapted_matmul(
+    table_TK: torch.Tensor, rows: int, weight_OK: torch.Tensor, a_RI: torch.Tensor, out_MO: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The product of a table's first rows; no gradient.
+
+    Args:
+        table_TK: ``[T, K]``, T at least ``rows``: x in the first I columns, behind them room for ``x A^T``, which is
+            written, and zeros. Rows contiguous and aligned to 16 bytes; of rows beyond, whole 64 are read.
+        rows: M.
+        weight_OK: ``[O, K]``, x's dtype: W, s B, and zeros.
+        a_RI: A of all adapters, one under another, contiguous, x's dtype.
+        out_MO: x's dtype, rows contiguous, to write to.
+
+    Returns:
+        ``y_MO`` in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or layouts do not fit; the text says which.
+    """
+    (T, K), (R, inputs), O = table_TK.shape, a_RI.shape, weight_OK.shape[0]  # noqa: E741 - shape letters
+    if not 0 < rows <= T or weight_OK.shape[1] != K or inputs + R > K:
+        raise ValueError(
+            f"{rows} rows of a table of {(T, K)}, a weight of {tuple(weight_OK.shape)} and A of {(R, inputs)}; give "
+            "up to T rows, a weight with the table's columns, and I + R of them at most"
+        )
+    if out_MO is None:
+        out_MO = table_TK.new_empty(rows, O)
+    if {weight_OK.dtype, a_RI.dtype, out_MO.dtype} != {table_TK.dtype} or out_MO.shape != (rows, O):
+        raise ValueError(
+            f"weight, a and out are {weight_OK.dtype}, {a_RI.dtype} and {out_MO.dtype} of {tuple(out_MO.shape)}; give "
+            f"the table's {table_TK.dtype}, and {(rows, O)}"
+        )
+    if table_TK.is_cuda:
+        reason = why_not(weight_OK, a_RI)
+        if reason or rows > MOST_ROWS or table_TK.stride(0) % 8 or table_TK.data_ptr() % 16 or out_MO.stride(0) % 2:
+            raise ValueError(
+                f"{reason or f'{rows} rows, or rows that are not aligned'}; give up to {MOST_ROWS} aligned rows, or "
+                "multiply with low_rank and ordered_matmul instead"
+            )
+    _path(table_TK).adapted_matmul(table_TK, rows, weight_OK, a_RI, out_MO)
+    return out_MO

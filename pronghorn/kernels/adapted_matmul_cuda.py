@@ -1,0 +1,150 @@
+"""A product with 16-bit weights and adapters in one launch (Hopper): the call of ``adapted_matmul.cu``.
+
+**What bounds such a product.** Every block reads its rows of x and its rows of W whole, 128 bytes of each at a time;
+what a multiprocessor takes in is some 50 bytes a cycle on an H200, wherever it comes from. At 64 rows and 32 outputs a
+block that is 36 microseconds for an 8B Llama's down projection, of which weights are a third; at 256 rows, 128 and 64 a
+block, 58. That blocks in a cluster bring x to each other changes nothing (``docs/log.md``).
+
+**What is saved** is all beside it: ``x A^T`` by the first blocks of the same launch, on multiprocessors that have no
+outputs, where it was a kernel that the product, or cuBLAS, waited for; and weights are on their way before the kernel
+that makes x has ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+
+from pronghorn.kernels.cuda_source import CudaKernel, Map, map_of, pointer, processors_of, source
+from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
+from pronghorn.kernels.launch import begins_early, current_recording
+from pronghorn.kernels.reference.low_rank import SPLITS, run_length
+
+MOST_ROWS = 256
+"""Rows of one launch."""
+
+MOST_RANKS = 128
+
+_RANKS = (16, 32, 48, 64, 96, 128)  # that the instruction is written for,
+_OUTPUTS = (32, 48, 64, 96)  # and outputs of a block
+_SHARED = 208 * 1024  # of stages
+_P, _I = ctypes.c_void_p, ctypes.c_int
+
+
+class Args(ctypes.Structure):
+    """As in ``adapted_matmul.cu``, whose parameter is a multiple of 64 bytes."""
+
+    _fields_ = (
+        *((name, Map) for name in ("x", "w", "a")), *((name, _P) for name in ("y", "low", "parts", "flags")),
+        *((name, _I) for name in (
+            "y_stride", "low_stride", "rows", "outputs", "inputs", "width", "ranks", "run", "row_blocks",
+        )),
+        ("_rest", ctypes.c_char * 60),
+    )  # fmt: skip
+
+
+class Tile(NamedTuple):
+    """Groups of four computing warps with 64 rows each, outputs of a block, stages of 128 columns; blocks that make
+    ``x A^T`` of 64 rows.
+    """
+
+    groups: int
+    outputs: int
+    stages: int
+    low: int = 1
+
+    @property
+    def rows(self) -> int:
+        return self.groups * 64
+
+    @property
+    def warps(self) -> int:
+        return self.groups * 4 + 1
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.stages * (self.rows + self.outputs) * 256 + 272
+
+
+def tile_for(rows: int, outputs: int, processors: int = HOPPER_PROCESSORS) -> Tile | None:
+    """The tile for so many rows and outputs; None where another way is meant to be faster: where there are more blocks
+    than multiprocessors, or far fewer.
+    """
+    groups, lows = (1 if rows <= 64 else 2), -(-rows // 64)
+    for each in _OUTPUTS:
+        blocks = -(-outputs // each) * -(-rows // (groups * 64))
+        if blocks + lows <= processors:
+            if 3 * blocks < 2 * processors:
+                return None
+            low = next(n for n in (4, 2, 1) if blocks + n * lows <= processors)
+            return Tile(groups, each, min(_SHARED // ((groups * 64 + each) * 256), 8), low)
+    return None
+
+
+def whole_ranks(ranks: int) -> int:
+    """As many as the instruction has."""
+    return next(n for n in _RANKS if n >= ranks)
+
+
+@lru_cache(maxsize=1)
+def _source() -> str:
+    return source("adapted_matmul.cu")
+
+
+def defines_of(tile: Tile, ranks: int, dtype: torch.dtype, chain: bool) -> dict[str, int]:
+    """The kernel's macros."""
+    return {
+        "GROUPS": tile.groups, "OUTPUTS_WIDE": tile.outputs, "STAGES": tile.stages, "RANKS": ranks, "LOW": tile.low,
+        "F16": int(dtype == torch.float16), "CHAIN": int(chain), "MULTIPLIES_WIDE": 1,
+    }  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _kernel(defines: tuple[tuple[str, int], ...], device: torch.device, shared_bytes: int) -> CudaKernel:
+    return CudaKernel(_source(), "adapted_matmul", dict(defines), device, shared_bytes)
+
+
+@cache
+def _workspace(device: torch.device, stream: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of runs, and flags, 0 again behind each launch: made once, so that a CUDA graph may hold them, for each
+    stream, as another rollout may be drawn on another.
+    """
+    parts = torch.empty(MOST_ROWS * SPLITS * ranks, dtype=torch.float32, device=device)
+    return parts, torch.zeros(MOST_ROWS // 64 * 32, dtype=torch.int32, device=device)
+
+
+def adapted_matmul(
+    table_TK: torch.Tensor,
+    rows: int,
+    weight_OK: torch.Tensor,
+    a_RI: torch.Tensor,
+    out_MO: torch.Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """As ``reference.adapted_matmul.adapted_matmul``; ``tile`` in place of :func:`tile_for`'s, for measurements.
+
+    In a chain it reads the weights before the kernel before has ended, and nothing else; it lets no other begin before.
+    """
+    (R, inputs), O, device = a_RI.shape, weight_OK.shape[0], table_TK.device  # noqa: E741 - a shape letter
+    tile = tile or tile_for(rows, O, processors_of(device))
+    if tile is None:
+        raise ValueError(f"no tile for {rows} rows and {O} outputs; ask `takes` first")
+    chain = begins_early(table_TK)
+    defines = defines_of(tile, whole_ranks(R), table_TK.dtype, chain)
+    if (recorded := current_recording()) is not None:
+        recorded.source(_source(), defines, torch.cuda.get_device_capability(device))
+        return
+    row_blocks = -(-rows // tile.rows)
+    stream = torch.cuda.current_stream(device).cuda_stream if table_TK.is_cuda else 0
+    parts, flags = _workspace(device, stream, whole_ranks(R))
+    args = Args(
+        x=map_of(table_TK, 64), w=map_of(weight_OK, tile.outputs), a=map_of(a_RI, whole_ranks(R)),
+        y=pointer(out_MO), low=pointer(table_TK[:, inputs:]), parts=pointer(parts), flags=pointer(flags),
+        y_stride=out_MO.stride(0), low_stride=table_TK.stride(0), rows=rows, outputs=O, inputs=inputs,
+        width=weight_OK.shape[1], ranks=R, run=run_length(inputs), row_blocks=row_blocks,
+    )  # fmt: skip
+    blocks = -(-rows // 64) * tile.low + -(-O // tile.outputs) * row_blocks
+    _kernel(tuple(defines.items()), device, tile.shared_bytes)((blocks, 1, 1), tile.warps * 32, args, chain)

@@ -1,0 +1,141 @@
+"""``adapted_matmul.cu`` compiled for a CPU: every element in its place, and who waits for whom. Sums are taken in
+double there, so that their order is a GPU test's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from pronghorn.kernels import adapted_matmul_cuda as module
+from pronghorn.kernels.adapted_matmul_cuda import Tile, adapted_matmul
+from pronghorn.kernels.cuda_source import pointer
+from tests.kernels import on_cpu
+from tests.kernels.test_nf4_matmul_on_cpu import Before, unwritten
+
+pytestmark = on_cpu.needs_compiler
+
+
+class Case(NamedTuple):
+    tile: Tile
+    M: int
+    O: int  # noqa: E741 - a shape letter
+    K: int
+    R: int
+
+
+CASES = [
+    Case(Tile(1, 32, 2, 2), 64, 64, 192, 16),
+    Case(Tile(1, 32, 3, 4), 50, 72, 1088, 24),  # outputs that are no whole block, and ranks that are no whole 16
+    Case(Tile(1, 48, 2, 2), 17, 200, 192, 96),  # fewer steps than runs
+    Case(Tile(2, 64, 2, 8), 256, 136, 640, 32),
+    Case(Tile(2, 64, 3), 130, 64, 128, 16),  # rows that are no whole block
+    Case(Tile(2, 96, 2), 200, 96, 64, 64),  # fewer steps than stages
+]
+
+
+class Operands:
+    """A table whose last columns are to be made, a weight, A; where outputs go, with columns that stay."""
+
+    def __init__(self, case: Case, dtype: torch.dtype) -> None:
+        self.case, self.dtype = case, dtype
+        width = -(-(case.K + case.R) // 64) * 64
+        self.table = torch.zeros(case.M, width).to(dtype)
+        self.table[:, : case.K] = torch.randn(case.M, case.K)
+        self.table[:, case.K : case.K + case.R] = float("nan")
+        self.weight, self.a = torch.randn(case.O, width).to(dtype), torch.randn(case.R, case.K).to(dtype)
+        self.out = unwritten(torch.empty(case.M, case.O + 6, dtype=dtype))
+
+    def bound(self, exact: torch.Tensor) -> torch.Tensor:
+        """Half a unit of the last place, and float32's sums."""
+        return exact.abs() * 2.0 ** (-8 if self.dtype == torch.bfloat16 else -11) + 1e-4
+
+    def right(self) -> bool:
+        """Whether low and outputs are, and what is beside these as it was, and no flag is left."""
+        K, R, O = self.case.K, self.case.R, self.case.O  # noqa: E741 - a shape letter
+        x, low = self.table[:, :K].double(), self.table[:, K : K + R].double()
+        exact_low, exact = x @ self.a.double().T, self.table.double() @ self.weight.double().T
+        flags = module._workspace(self.table.device, 0, module.whole_ranks(R))[1]
+        return (
+            bool(((low - exact_low).abs() <= self.bound(exact_low)).all())
+            and bool(((self.out[:, :O].double() - exact).abs() <= self.bound(exact)).all())
+            and bool((self.out[:, O:].contiguous().view(torch.int16) == -1).all())
+            and not flags.any()
+        )
+
+
+@contextmanager
+def on_a_cpu(
+    tile: Tile, folder: Path, early: Before | None = None, changed: tuple[str, str] = ("", "")
+) -> Iterator[Any]:
+    """``adapted_matmul`` goes to the kernel as it is compiled for a CPU, begun while the kernel before runs if so."""
+
+    class Kernel:
+        def __init__(self, defines: tuple[tuple[str, int], ...], device: torch.device, shared_bytes: int) -> None:
+            given = dict(defines) | {"CHAIN": int(early is not None)}
+            places = f"\nstatic_assert(SHARED_BYTES == {shared_bytes});\n"
+            self.library = on_cpu.compiled(module._source() + places, "adapted_matmul", given, folder, changed)
+
+        def __call__(self, grid: tuple[int, int, int], threads: int, args: ctypes.Structure, overlap: bool) -> None:
+            assert threads == tile.warps * 32 and grid[1:] == (1, 1)
+            if early is not None:
+                stuck = self.library.run_early(ctypes.byref(args), grid[0], 1, ctypes.byref(early))
+            else:
+                stuck = self.library.run(ctypes.byref(args), *grid)
+            assert not stuck, "a wait did not end"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_kernel", Kernel)
+        patch.setattr(module, "map_of", on_cpu.map_of)
+        module._workspace.cache_clear()
+        yield
+        module._workspace.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_every_element_is_in_its_place(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
+    of = Operands(case, dtype)
+    with on_a_cpu(case.tile, tmp_path):
+        adapted_matmul(of.table, case.M, of.weight, of.a, of.out[:, : case.O], case.tile)
+        assert of.right()
+
+
+_START = "#if CHAIN\n        BEFORE_HAS_ENDED;\n        NEXT_MAY_BEGIN;\n#endif\n        for (int n = 0; n < begun;"
+_LOW_START = "#if CHAIN\n        BEFORE_HAS_ENDED;\n        NEXT_MAY_BEGIN;\n#endif\n#pragma unroll 1"
+CHANGES = {
+    "": ("", ""),
+    "x is asked for too early": (_START, "        for (int n = 0; n < begun;"),
+    "x is asked for too early, for low": (_LOW_START, "#pragma unroll 1"),
+    "the next begins too early": (_START, _START.replace("BEFORE_HAS_ENDED;\n        NEXT_MAY", "NEXT_MAY")),
+    "low is not waited for": ("while (!flag_read(flag)) PAUSE;", ""),
+    "a flag stays": ("flag_count(flag, (gridDim.x - low_blocks) / args.row_blocks);", ""),
+    "a count stays": ("flag[16] = 0;", ""),
+    "what is multiplied is not waited for": (
+        "counter_wait(filled + ring.stage * 8, ring.phase);\n        const u32 x_at", "const u32 x_at"
+    ),
+    "a group has the rows of the first": ("+ warp / 4 * 8192", ""),
+    "the second half is the first": ("k / 4 * W_HALF + ", ""),
+    "runs are added twice": ("int run = 1; run < RUNS; ++run) total", "int run = 0; run < RUNS; ++run) total"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_begun_early_it_waits_for_what_is_late(change: str, tmp_path: Path) -> None:
+    """x is made by the kernel before; x A^T by other blocks. What is changed shows."""
+    case = Case(Tile(2, 32, 2, 2), 130, 72, 320, 32)
+    of = Operands(case, torch.bfloat16)
+    whole, low = of.table.clone(), of.table[:1, case.K : case.K + case.R]
+    of.table.copy_(unwritten(of.table))
+    before = Before(
+        pointer(of.table), pointer(whole), pointer(low), pointer(of.out), of.table.nbytes, low.nbytes, of.out.numel(), 0
+    )
+    with on_a_cpu(case.tile, tmp_path, before, CHANGES[change]):
+        adapted_matmul(of.table, case.M, of.weight, of.a, of.out[:, : case.O], case.tile)
+        assert (before.early == 0 and of.right()) == (not change)
