@@ -3,6 +3,7 @@ from then on with the next burst in flight."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -67,6 +68,31 @@ def test_the_next_burst_is_launched_before_the_host_takes_the_look_at_the_one_be
     assert said(outputs) == said(
         stepwise.generate(PROMPTS, SamplingParams(n=2, max_tokens=30, seed=1, ignore_eos=True))
     )
+
+
+def test_texts_of_prompts_are_decoded_while_the_first_look_is_on_its_way(loaded, monkeypatch):
+    """Each once, whatever its samples; where no text is asked for, none."""
+    model, tokenizer = loaded
+    ahead, stepwise = both(model, tokenizer)
+    events, decode = watch_order(monkeypatch), tokenizer.decode
+
+    def watched(ids: Any, **options: Any) -> str:
+        if list(ids) in PROMPTS:
+            events.append("text")
+        return decode(ids, **options)
+
+    monkeypatch.setattr(tokenizer, "decode", watched)
+    params = SamplingParams(n=2, max_tokens=12, seed=1, ignore_eos=True)
+    outputs = ahead.generate(PROMPTS, params)
+    assert events == ["prefill", "burst", "begin", "burst", *["text"] * len(PROMPTS), "take", "begin", "take"]
+    assert (
+        [o.prompt for o in outputs]
+        == [o.prompt for o in stepwise.generate(PROMPTS, params)]
+        == [decode(ids) for ids in PROMPTS]
+    )
+    events.clear()
+    quiet = ahead.generate(PROMPTS, dataclasses.replace(params, detokenize=False))
+    assert "text" not in events and [o.prompt for o in quiet] == [None] * len(PROMPTS)
 
 
 def test_a_prefill_too_is_launched_with_a_look_on_its_way(loaded, monkeypatch):

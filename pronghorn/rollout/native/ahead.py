@@ -71,6 +71,7 @@ def _begin(scheduler: Scheduler, decoder: Decoder) -> Look | None:
 
 def _take(look: Look, decoder: Decoder, ending: Ending) -> None:
     """Take in what a look shows; who has ended leaves."""
+    ending.meanwhile(look.sequences)
     drawn = look.take()
     decoder.release([s for s, new in zip(look.sequences, drawn) if _record(s, new, ending)])
     ending.report(sum(len(new.tokens) for new in drawn))

@@ -27,6 +27,12 @@ class Ending:
         sequence.stopped_text = self.stopper.text(sequence)
         return True
 
+    def meanwhile(self, sequences: list[Sequence]) -> None:
+        """What results hold and no device has to be waited for: the prompts' texts, while one works."""
+        for sequence in sequences:
+            if sequence.params.detokenize:
+                sequence.prompt.decoded(self.stopper.tokenizer)
+
     def report(self, tokens: int) -> None:
         """So many more tokens were generated."""
         self.tokens += tokens

@@ -18,9 +18,9 @@ def request_outputs(
     for sequence in sequences:
         result = results[sequence.request]
         if result is None:
-            prompt = sequence.prompt.tokens
-            text = tokenizer.decode(prompt) if sequence.params.detokenize else None
-            result = results[sequence.request] = RequestOutput(str(next(ids)), text, list(prompt))
+            prompt = sequence.prompt
+            text = prompt.decoded(tokenizer) if sequence.params.detokenize else None
+            result = results[sequence.request] = RequestOutput(str(next(ids)), text, list(prompt.tokens))
         result.outputs.append(_completion(sequence))
     return [result for result in results if result is not None]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...config.sampling import SamplingParams
 from ..base import Logprob
@@ -12,14 +13,22 @@ from ..base import Logprob
 class Prompt:
     """A prompt, one object for all sequences that start with it.
 
-    ``residents`` are the sequences whose table holds its keys and values now: any of them can lend the blocks.
+    ``residents`` are the sequences whose table holds its keys and values now: any of them can lend the blocks. ``text``
+    is there once somebody has asked for it.
     """
 
     tokens: list[int]
+    text: str | None = None
     residents: list[Sequence] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def decoded(self, tokenizer: Any) -> str:
+        """Its text, decoded once."""
+        if self.text is None:
+            self.text = tokenizer.decode(self.tokens)
+        return self.text
 
 
 @dataclass(eq=False)
