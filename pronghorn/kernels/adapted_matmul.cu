@@ -79,6 +79,9 @@ __device__ __forceinline__ void make_low(const Args& args, u32 base, int warp, i
         }
     }
     if (warp >= 4) return;
+#if CHAIN
+    BEFORE_HAS_ENDED;  // a block without inputs waits for nothing else before it writes
+#endif
     float c[RANKS / 2], total[RANKS / 2];
     float* const parts = args.parts + of * (RUNS * 64 * RANKS) + threadIdx.x;
 #pragma unroll 1

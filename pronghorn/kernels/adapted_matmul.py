@@ -44,16 +44,20 @@ def _processors(tensor: torch.Tensor) -> int:
 
 def why_not(weight_OK: torch.Tensor, a_RI: torch.Tensor) -> str:
     """In words, why a group cannot take this path on a GPU; empty where it can."""
-    if weight_OK.dtype not in (torch.bfloat16, torch.float16):
-        return f"{weight_OK.dtype} in place of bfloat16 or float16"
+    if weight_OK.dtype not in (torch.bfloat16, torch.float16) or a_RI.dtype != weight_OK.dtype:
+        return f"a weight in {weight_OK.dtype} and A in {a_RI.dtype} in place of bfloat16 or float16"
     if a_RI.shape[0] > MOST_RANKS or a_RI.shape[0] % 2 or a_RI.shape[1] % 64:
         return f"{a_RI.shape[0]} ranks of {a_RI.shape[1]} inputs: up to {MOST_RANKS}, even, of a multiple of 64"
     if weight_OK.shape[0] % 2:
         return f"{weight_OK.shape[0]} outputs: an even number"
-    for name, tensor in (("weight", weight_OK), ("a", a_RI)):
-        if tensor.stride(1) != 1 or tensor.stride(0) % 8 or tensor.data_ptr() % 16:
-            return f"{name} with strides {tensor.stride()}: rows aligned to 16 bytes"
-    return ""
+    return _misplaced(weight_OK, "the weight", 16) or _misplaced(a_RI, "a", 16)
+
+
+def _misplaced(tensor: torch.Tensor, name: str, bytes_: int) -> str:
+    """In words, what is wrong with where a matrix of 16-bit numbers lies; empty where its rows are aligned."""
+    if tensor.stride(1) == 1 and tensor.stride(0) * 2 % bytes_ == 0 and tensor.data_ptr() % bytes_ == 0:
+        return ""
+    return f"{name} at {tensor.data_ptr()} with strides {tensor.stride()}: contiguous rows aligned to {bytes_} bytes"
 
 
 def adapted_matmul(
@@ -89,11 +93,11 @@ def adapted_matmul(
             f"the table's {table_TK.dtype}, and {(rows, O)}"
         )
     if table_TK.is_cuda:
-        reason = why_not(weight_OK, a_RI)
-        if reason or rows > MOST_ROWS or table_TK.stride(0) % 8 or table_TK.data_ptr() % 16 or out_MO.stride(0) % 2:
+        reason = why_not(weight_OK, a_RI) or _misplaced(table_TK, "the table", 16) or _misplaced(out_MO, "out", 4)
+        if reason or rows > MOST_ROWS:
             raise ValueError(
-                f"{reason or f'{rows} rows, or rows that are not aligned'}; give up to {MOST_ROWS} aligned rows, or "
-                "multiply with low_rank and ordered_matmul instead"
+                f"{reason or f'{rows} rows in place of up to {MOST_ROWS}'}; multiply with low_rank and ordered_matmul "
+                "instead"
             )
     _path(table_TK).adapted_matmul(table_TK, rows, weight_OK, a_RI, out_MO)
     return out_MO

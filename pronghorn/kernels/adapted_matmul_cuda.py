@@ -30,7 +30,7 @@ MOST_RANKS = 128
 
 _RANKS = (16, 32, 48, 64, 96, 128)  # that the instruction is written for,
 _OUTPUTS = (32, 48, 64, 96)  # and outputs of a block
-_SHARED = 208 * 1024  # of stages
+_SHARED = 225 * 1024  # of stages
 _P, _I = ctypes.c_void_p, ctypes.c_int
 
 
@@ -80,7 +80,7 @@ def tile_for(rows: int, outputs: int, processors: int = HOPPER_PROCESSORS) -> Ti
             if 3 * blocks < 2 * processors:
                 return None
             low = next(n for n in (4, 2, 1) if blocks + n * lows <= processors)
-            return Tile(groups, each, min(_SHARED // ((groups * 64 + each) * 256), 8), low)
+            return Tile(groups, each, min(_SHARED // ((groups * 64 + each) * 256), 9), low)
     return None
 
 
@@ -132,6 +132,10 @@ def adapted_matmul(
     tile = tile or tile_for(rows, O, processors_of(device))
     if tile is None:
         raise ValueError(f"no tile for {rows} rows and {O} outputs; ask `takes` first")
+    if tile.stages < 2 or SPLITS % tile.low:
+        raise ValueError(
+            f"{tile}: give two stages or more, as one is free when the next is read, and low of 1, 2, 4 or 8"
+        )
     chain = begins_early(table_TK)
     defines = defines_of(tile, whole_ranks(R), table_TK.dtype, chain)
     if (recorded := current_recording()) is not None:

@@ -224,27 +224,12 @@ template <> __device__ __forceinline__ void multiply_wide_both<96>(float* c, u64
                  "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}, %48, %49, 1, 1, 1, 0, 0;"
                  : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40) : "l"(x), "l"(w));
 }
-template <> __device__ __forceinline__ void multiply_wide_both<112>(float* c, u64 x, u64 w) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n112k16" WIDE_TYPES
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
-                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55}, %56, %57, 1, 1, 1, 0, 0;"
-                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48) : "l"(x), "l"(w));
-}
 template <> __device__ __forceinline__ void multiply_wide_both<128>(float* c, u64 x, u64 w) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16" WIDE_TYPES
                  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
                  "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
                  "%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1, 0, 0;"
                  : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56) : "l"(x), "l"(w));
-}
-template <> __device__ __forceinline__ void multiply_wide_both<224>(float* c, u64 x, u64 w) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n224k16" WIDE_TYPES
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
-                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
-                 "%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,"
-                 "%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111}, %112, %113, 1, 1, 1, 0, 0;"
-                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56), EIGHT(64),
-                   EIGHT(72), EIGHT(80), EIGHT(88), EIGHT(96), EIGHT(104) : "l"(x), "l"(w));
 }
 #define MULTIPLIES_BEGIN asm volatile("wgmma.fence.sync.aligned;" ::: "memory")
 #define MULTIPLIES_END asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")
@@ -275,8 +260,6 @@ __device__ __forceinline__ u32 flag_count(u32* flag, u32 last) {  // one more, a
     return r;
 }
 #define SHOW_FAR_WRITES asm volatile("fence.proxy.async.global;" ::: "memory")  // to the engine, in memory that all see
-#define REGISTERS_DOWN(n) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n))  // of four warps
-#define REGISTERS_UP(n) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n))
 #define NEXT_MAY_BEGIN asm volatile("griddepcontrol.launch_dependents;")
 #define BEFORE_HAS_ENDED asm volatile("griddepcontrol.wait;" ::: "memory")
 #define PAUSE asm volatile("nanosleep.u32 32;")

@@ -150,7 +150,7 @@ _start_follows: ContextVar[bool] = ContextVar("start_follows", default=False)
 
 @contextmanager
 def before_a_start(follows: bool = True) -> Iterator[None]:
-    """Inside, where ``follows``, the next launch is a product that makes a start of its own (``nf4_matmul.py``): until
+    """Inside, where ``follows``, the next launch is a product that makes a start of its own (``makes_a_start``): until
     it has waited it reads nothing that a kernel of the chain writes, and it lets no other begin before. So those
     kernels here that can let it begin at once; what they write it reads when they have ended, as always.
     """

@@ -11,6 +11,7 @@ from pronghorn.kernels import adapted_matmul_cuda as module
 from pronghorn.kernels.adapted_matmul import adapted_matmul, takes
 from pronghorn.kernels.launch import before_a_start, chained
 from pronghorn.kernels.low_rank import low_rank
+from pronghorn.kernels.ordered_matmul import DenseMember, ordered_matmul
 from pronghorn.kernels.rms_norm import norm_forward
 
 pytestmark = [
@@ -35,10 +36,10 @@ class Operands:
         self.table[:, :inputs] = normal(384, inputs)
 
     def expected(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """By the kernel of x A^T, and by cuBLAS with as many rows as it sums in order."""
-        table = self.table.clone()
-        low = low_rank(table[:rows, : self.inputs], self.a, table[:rows, self.inputs : self.inputs + self.ranks])
-        return (table @ self.weight.T)[:rows], low
+        """By the kernel of x A^T, and by that of the ordered product."""
+        table = self.table[:rows].clone()
+        low = low_rank(table[:, : self.inputs], self.a, table[:, self.inputs : self.inputs + self.ranks])
+        return torch.cat([ordered_matmul(part, [DenseMember(self.weight)]) for part in table.split(64)]), low
 
     def low(self, rows: int) -> torch.Tensor:
         return self.table[:rows, self.inputs : self.inputs + self.ranks]

@@ -95,7 +95,6 @@ inline float power_of_2(float x) { return std::exp2(x); }
 inline float larger(float a, float b) { return std::fmax(a, b); }
 inline int read_early(const int* from) { return *from; }
 inline float seen_by_all(const float* from) { return *from; }
-inline int count_arrivals(int* counter, int n) { return std::atomic_ref(*counter).fetch_add(n); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned picks) {
     const uint64_t both = (uint64_t)b << 32 | a;
     unsigned r = 0;
@@ -358,6 +357,10 @@ thread_local bool waited;
 inline void too_early(bool so) {
     if (so && before) std::atomic_ref(before->early)++;
 }
+inline int count_arrivals(int* counter, int n) {
+    too_early(!waited);
+    return std::atomic_ref(*counter).fetch_add(n);
+}
 inline bool within(const void* at, const void* from, long long bytes) {
     return before && from && at >= from && at < (const char*)from + bytes;
 }
@@ -407,8 +410,6 @@ inline unsigned low_pair(const unsigned short* from) {
 #define BEFORE_HAS_ENDED before_has_ended()
 #define PAUSE
 #define SHOW_FAR_WRITES
-#define REGISTERS_DOWN(n)
-#define REGISTERS_UP(n)
 #define FETCH_TO_L2(p) (void)(p)
 #define KEEP(value)
 #define KEEP_FLOAT(value)

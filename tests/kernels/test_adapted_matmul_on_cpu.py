@@ -113,7 +113,10 @@ CHANGES = {
     "": ("", ""),
     "x is asked for too early": (_START, "        for (int n = 0; n < begun;"),
     "x is asked for too early, for low": (_LOW_START, "#pragma unroll 1"),
-    "the next begins too early": (_START, _START.replace("BEFORE_HAS_ENDED;\n        NEXT_MAY", "NEXT_MAY")),
+    "the next begins too early": (
+        _START,
+        _START.replace("BEFORE_HAS_ENDED;\n        NEXT_MAY_BEGIN;", "NEXT_MAY_BEGIN;\n        BEFORE_HAS_ENDED;"),
+    ),
     "low is not waited for": ("while (!flag_read(flag)) PAUSE;", ""),
     "a flag stays": ("flag_count(flag, (gridDim.x - low_blocks) / args.row_blocks);", ""),
     "a count stays": ("flag[16] = 0;", ""),
@@ -124,6 +127,23 @@ CHANGES = {
     "the second half is the first": ("k / 4 * W_HALF + ", ""),
     "runs are added twice": ("int run = 1; run < RUNS; ++run) total", "int run = 0; run < RUNS; ++run) total"),
 }  # fmt: skip
+
+
+_WAIT = "#if CHAIN\n    BEFORE_HAS_ENDED;  // a block"
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_block_that_has_no_part_of_x_a_waits_too(waits: bool, tmp_path: Path) -> None:
+    """Of 1,088 inputs the last two runs are empty: who has them reads nothing, and writes zeros."""
+    case = Case(Tile(1, 32, 2, 4), 20, 40, 1088, 16)
+    of = Operands(case, torch.float16)
+    whole = of.table.clone()
+    of.table.copy_(unwritten(of.table))
+    before = Before(pointer(of.table), pointer(whole), 0, pointer(of.out), of.table.nbytes, 0, of.out.numel(), 0)
+    changed = ("", "") if waits else (_WAIT, _WAIT.replace("CHAIN", "0"))
+    with on_a_cpu(case.tile, tmp_path, before, changed):
+        adapted_matmul(of.table, case.M, of.weight, of.a, of.out[:, : case.O], case.tile)
+        assert of.right() and (before.early == 0) == waits
 
 
 @pytest.mark.parametrize("change", CHANGES)

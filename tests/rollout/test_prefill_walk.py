@@ -165,6 +165,32 @@ def test_17_to_64_rows_are_multiplied_as_64_beside_their_narrow_product(
     assert len(seen) == 3, "more rows are the matrix library's"
 
 
+def test_some_rows_of_kept_weights_are_one_launch_with_their_narrow_product(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Hopper, whatever lies in the rows behind them; it makes a start of its own then. Others as before."""
+    _, walk = made
+    group = walk.layers[0].qkv.group
+    if group.members[0].nf4 is None:
+        pytest.skip("a 16-bit base is read as it lies")
+    seen, call = [], products.adapted.adapted_matmul
+
+    def watched(table: torch.Tensor, rows: int, *given: Any) -> torch.Tensor:
+        seen.append((len(table), rows))
+        return call(table, rows, *given)
+
+    monkeypatch.setattr(products.adapted, "takes", lambda rows, weight, a: 17 <= rows <= 96 and a is not None)
+    monkeypatch.setattr(products.adapted, "adapted_matmul", watched)
+    product = HeldProduct(group, torch.float32, Tables(), 100)
+    for rows in (16, 17, 96, 97):
+        x = torch.randn(rows, product.inputs)
+        product.table_TK[rows:].fill_(float("nan"))
+        expected = TrainerProduct(group, torch.float32)(x.clone())
+        torch.testing.assert_close(product(x), expected, rtol=1e-4, atol=1e-4)
+        assert product.makes_a_start(rows) == (group.a_RI is not None and 17 <= rows <= 96)
+    assert seen == ([(100, 17), (100, 96)] if group.a_RI is not None else [])
+
+
 @pytest.mark.parametrize("rows", [32, 64])
 def test_fewer_outputs_read_the_4_bit_weights_where_all_rows_can(
     made: Any, monkeypatch: pytest.MonkeyPatch, rows: int

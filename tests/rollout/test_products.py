@@ -11,6 +11,7 @@ import torch
 from pronghorn.kernels.launch import chain_of, chained
 from pronghorn.quant.nf4 import NF4Tensor
 from pronghorn.rollout.native import decode_walk, products
+from pronghorn.rollout.native.dense import TrainerProduct
 
 
 def product(rank: int) -> products.NF4Product:
@@ -46,7 +47,8 @@ def test_few_rows_are_one_launch_which_makes_its_start_early(monkeypatch: pytest
 def test_what_makes_the_input_of_such_a_product_lets_it_begin_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pronghorn.kernels.launch._can_chain", lambda index: True)
     made, x, found = product(16), torch.empty(1), dict[tuple[str, int], int]()
-    for name, reader in {"4 bits": made, "no adapter": product(0), "none": None, "16 bits": object()}.items():
+    other = TrainerProduct.__new__(TrainerProduct)
+    for name, reader in {"4 bits": made, "no adapter": product(0), "none": None, "16 bits": other}.items():
         for rows in (8, 9):
             with chained(), decode_walk._before(reader, rows):  # type: ignore[arg-type]
                 found[name, rows] = chain_of(x)

@@ -59,7 +59,7 @@ def rollout_steps(model: nn.Module) -> None:
             _decode(model, found, cache, rows, hold=False)
         # Attention in one launch before other products than those of few rows, which many heads take for short rows.
         _decode(model, found, cache, 16, hold=False, positions=_POSITIONS // 2)
-        for rows in (32, MAX_ROWS, 128, 256):  # where there is memory for weights in 16 bits, many rows read those
+        for rows in (32, MAX_ROWS, 128, 192, 256):  # where there is memory for weights in 16 bits, many rows read those
             _decode(model, found, cache, rows, hold=True)
     for lengths in _SCORED:
         layer_step(model, found[0], lengths, [None] + [0] * (len(lengths) - 1), ordered=True)

@@ -108,12 +108,13 @@ class Tables:
     """Inputs with room for ``x A^T`` beside them and zero rows below, shared by all products of one size."""
 
     def __init__(self) -> None:
-        self._tables: dict[tuple[int, int], torch.Tensor] = {}
+        self._tables: dict[tuple[int, int, int], torch.Tensor] = {}
 
-    def take(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-        key = rows, columns
+    def take(self, rows: int, columns: int, like: torch.Tensor, align: int) -> torch.Tensor:
+        """As many columns as a weight ``like`` it has, whose rows are ``align`` apart."""
+        key = rows, columns, align
         if key not in self._tables:
-            made = table(rows, columns, like.dtype, like.device, align_of(columns))
+            made = table(rows, columns, like.dtype, like.device, align)
             whole_rows(made).zero_()
             self._tables[key] = made
         return self._tables[key]
@@ -127,18 +128,20 @@ class HeldProduct:
         dtype: of the products.
         tables: where inputs lie.
         rows: most rows; fewer than cuBLAS sums in order are multiplied as many, or, where the sum is long, by our own
-            kernel. On Hopper that one has 17 to 64 rows of every group with adapters, as it begins beside ``x A^T``,
-            for which the matrix library would wait; it multiplies 64, as 40 took longer
-            than these (``docs/log.md``). With many outputs up to 32 rows read the 4-bit weights, on Hopper
-            mostly up to 64 (``nf4_matmul.rows_by_codes``); what is kept is for more, and for prefills, then.
+            kernel. On Hopper 17 to 256 rows with adapters are one launch, ``x A^T`` included, where outputs suit it
+            (``adapted_matmul.takes``). Else our own kernel has 17 to 64 rows there, as it begins beside ``x A^T``, for
+            which the matrix library would wait; it multiplies 64, as 40 took longer than these (``docs/log.md``). With
+            many outputs up to 32 rows read the 4-bit weights, on Hopper mostly up to 64
+            (``nf4_matmul.rows_by_codes``); what is kept is for more, and for prefills, then.
     """
 
     def __init__(self, group: Group, dtype: torch.dtype, tables: Tables, rows: int) -> None:
         inputs = group.members[0].base.in_features
-        self.group, self.held = group, HeldWeights(group, dtype, align_of(inputs))
+        align = align_of(inputs)
+        self.group, self.held = group, HeldWeights(group, dtype, align)
         self.inputs, both = inputs, self.held.table
         least = ORDERED_ROWS if inputs >= ordered.LONG_SUM else _FEW
-        self.table_TK = tables.take(max(rows, least), both.shape[1], both)
+        self.table_TK = tables.take(max(rows, least), both.shape[1], both, align)
         self.least = least
         weight = both[: self.held.outputs]
         self.right = weight.T if group.rank else weight[:, : self.inputs].T
