@@ -140,7 +140,7 @@ inline unsigned shared_address(const void* p) { return (unsigned)((const unsigne
 // Copies happen as late as they may: those of a thread when it waits for them, or when it says that they have come.
 struct Copy { unsigned to; const void* from; unsigned bytes; };
 thread_local std::vector<std::vector<Copy>> copies(1);  // the last group is open
-void too_early_to_read(const void* from);
+void too_early_to_read(const void* from, bool itself = false);
 inline void copy(unsigned to, const void* from, unsigned bytes) {
     too_early_to_read(from);
     copies.back().push_back({to, from, bytes});
@@ -294,7 +294,7 @@ inline const char* place_of(const Map& map, unsigned column, unsigned row) {
     return row < map.rows && column < map.columns ? (const char*)map.from + (row * map.stride + column) * size : nullptr;
 }
 inline void bring(unsigned to, const Map& map, int column, int row, unsigned counter) {
-    if (const void* const from = place_of(map, column, row)) too_early_to_read(from);
+    if (const void* const from = place_of(map, column, row)) too_early_to_read(from, true);
     std::memset(shared + to, 0xff, map.box_rows * row_bytes(map));
     std::unique_lock lock(engine);
     brought.push_back({to, map, column, row, counter});
@@ -364,8 +364,8 @@ inline int count_arrivals(int* counter, int n) {
 inline bool within(const void* at, const void* from, long long bytes) {
     return before && from && at >= from && at < (const char*)from + bytes;
 }
-inline void too_early_to_read(const void* from) {
-    too_early(before && within(from, before->late, before->late_bytes) && !ended);
+inline void too_early_to_read(const void* from, bool itself) {  // itself: whoever asks the engine has waited, not another
+    too_early(before && within(from, before->late, before->late_bytes) && !(itself ? waited : ended.load()));
     if (!within(from, before ? before->low : nullptr, before ? before->low_bytes : 0)) return;
     asked = true;
     too_early(!heard);
