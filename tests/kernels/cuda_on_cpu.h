@@ -197,6 +197,12 @@ inline void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a
 }
 inline unsigned described(unsigned at) { return at / 16; }
 #ifdef MULTIPLIES_WIDE
+inline double at(unsigned from, int row, int column) {  // of what the engine brought
+    const unsigned place = from + row * 128 + column * 2;
+    uint16_t r;
+    std::memcpy(&r, shared + (place ^ (place >> 7 & 7) << 4), 2);
+    return wide(r);
+}
 #ifdef ROWS
 // What is read here may not be written before the thread waits again, which nothing here looks at.
 inline void multiply_wide(float (*c)[4], unsigned k0, unsigned k1, unsigned k2, unsigned k3, unsigned x) {
@@ -206,12 +212,6 @@ inline void multiply_wide(float (*c)[4], unsigned k0, unsigned k1, unsigned k2, 
     std::memcpy(w.u[lane], given, sizeof given);
     __syncwarp();
     auto half = [](unsigned word, int i) { return (double)wide((uint16_t)(word >> 16 * i)); };
-    auto at = [](unsigned from, int row, int column) {
-        const unsigned place = from + row * 128 + column * 2;
-        uint16_t r;
-        std::memcpy(&r, shared + (place ^ (place >> 7 & 7) << 4), 2);
-        return (double)wide(r);
-    };
     for (int j = 0; j < ROWS / 8; ++j)
         for (int i = 0; i < 4; ++i) {
             const int row = g + i / 2 * 8, column = t * 2 + i % 2;
@@ -227,12 +227,6 @@ typedef unsigned long long u64;
 inline u64 described_both(unsigned at) { return described(at); }
 template <int N> void multiply_wide_both(float* c, u64 x, u64 w) {  // 64 rows of x, N of w, 16 columns
     const int lane = own_lane(), g = lane / 4, t = lane % 4, rows = threadIdx.x / 32 % 4 * 16;
-    auto at = [](unsigned from, int row, int column) {
-        const unsigned place = from + row * 128 + column * 2;
-        uint16_t r;
-        std::memcpy(&r, shared + (place ^ (place >> 7 & 7) << 4), 2);
-        return (double)wide(r);
-    };
     for (int j = 0; j < N / 8; ++j)
         for (int i = 0; i < 4; ++i) {
             double sum = 0;
