@@ -17,7 +17,6 @@ import torch
 from pronghorn.kernels import adapted_matmul_cuda, launch
 from pronghorn.kernels.adapted_matmul_cuda import MOST_RANKS, MOST_ROWS, tile_for
 from pronghorn.kernels.cuda_source import processors_of
-from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.reference import adapted_matmul as reference
 
 __all__ = ["LEAST_ROWS", "MOST_ROWS", "adapted_matmul", "takes"]
@@ -35,11 +34,9 @@ def takes(rows: int, weight_OK: torch.Tensor, a_RI: torch.Tensor | None) -> bool
     """Whether this is meant to be the fastest way on the weight's GPU, and can be gone: Hopper's alone."""
     if a_RI is None or not LEAST_ROWS <= rows <= MOST_ROWS or not launch.has_copy_engine(weight_OK):
         return False
-    return not why_not(weight_OK, a_RI) and tile_for(rows, weight_OK.shape[0], _processors(weight_OK)) is not None
-
-
-def _processors(tensor: torch.Tensor) -> int:
-    return processors_of(tensor.device) if tensor.is_cuda else HOPPER_PROCESSORS
+    return (
+        not why_not(weight_OK, a_RI) and tile_for(rows, weight_OK.shape[0], processors_of(weight_OK.device)) is not None
+    )
 
 
 def why_not(weight_OK: torch.Tensor, a_RI: torch.Tensor) -> str:

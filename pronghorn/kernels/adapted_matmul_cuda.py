@@ -1,9 +1,9 @@
 """A product with 16-bit weights and adapters in one launch (Hopper): the call of ``adapted_matmul.cu``.
 
-**What bounds such a product.** Every block reads its rows of x and its rows of W whole, 128 bytes of each at a time;
-what a multiprocessor takes in is some 50 bytes a cycle on an H200, wherever it comes from. At 64 rows and 32 outputs a
-block that is 36 microseconds for an 8B Llama's down projection, of which weights are a third; at 256 rows, 128 and 64 a
-block, 58. That blocks in a cluster bring x to each other changes nothing (``docs/log.md``).
+**What bounds such a product**, by counting, without a counter of the GPU's: every block reads its rows of x and its
+rows of W whole, and a multiprocessor takes in some 50 bytes a cycle of an H200, wherever they come from. At 64 rows and
+32 outputs a block that is 36 microseconds for an 8B Llama's down projection, of which weights are a third; at 256 rows,
+128 and 64 a block, 58. That blocks in a cluster bring x to each other changes nothing (``docs/log.md``).
 
 **What is saved** is all beside it: ``x A^T`` by the first blocks of the same launch, on multiprocessors that have no
 outputs, where it was a kernel that the product, or cuBLAS, waited for; and weights are on their way before the kernel

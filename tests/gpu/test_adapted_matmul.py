@@ -74,7 +74,7 @@ def test_other_models_have_the_same_bits(outputs: int, inputs: int, ranks: int) 
 @pytest.mark.parametrize("rows", [64, 128, 256])
 @pytest.mark.parametrize("name", SHAPES)
 def test_in_a_chain_and_a_graph_it_waits_for_what_it_reads(name: str, rows: int) -> None:
-    """Norms of changing inputs, each product behind its norm and read by the next: a hundred replays, every bit."""
+    """Norms of changing inputs, each product behind its norm: a graph of four steps, 25 times, every bit."""
     of, other = Operands(*SHAPES[name]), Operands(*SHAPES[name])
     x = torch.randn(rows, of.inputs, device="cuda").bfloat16()
     out, second = (torch.empty(rows, of.weight.shape[0], dtype=x.dtype, device="cuda") for _ in range(2))

@@ -77,6 +77,7 @@ def test_it_is_meant_for_some_rows_of_weights_in_16_bits_on_hopper(monkeypatch: 
     weight, a = torch.empty(4096, 4128, dtype=torch.bfloat16), torch.empty(32, 4096, dtype=torch.bfloat16)
     assert not takes(64, weight, a), "not on a CPU"
     monkeypatch.setattr(module.launch, "has_copy_engine", lambda tensor: True)
+    monkeypatch.setattr(module, "processors_of", lambda device: 132)
     assert [takes(n, weight, a) for n in (16, 17, 256, 257)] == [False, True, True, False]
     assert not takes(64, weight, None) and not takes(64, weight[:2048], a)
     assert not takes(64, weight.float(), a), "weights in 32 bits"

@@ -136,6 +136,14 @@ def test_rows_of_long_sums_end_with_a_whole_step_of_zeros(made: Any, monkeypatch
     torch.testing.assert_close(inputs @ weight.T, y, rtol=1e-5, atol=1e-5)
 
 
+def assert_the_trainer_s(product: HeldProduct, rows: int) -> None:
+    """Whatever lies in the rows behind these."""
+    x = torch.randn(rows, product.inputs)
+    product.table_TK[rows:].fill_(float("nan"))
+    expected = TrainerProduct(product.group, torch.float32)(x.clone())
+    torch.testing.assert_close(product(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_17_to_64_rows_are_multiplied_as_64_beside_their_narrow_product(
     made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,10 +164,7 @@ def test_17_to_64_rows_are_multiplied_as_64_beside_their_narrow_product(
     monkeypatch.setattr(products, "ordered_matmul", watched)
     product = HeldProduct(group, torch.float32, Tables(), 96)
     for rows in (16, 17, 40, 64):
-        x = torch.randn(rows, product.inputs)
-        product.table_TK[rows:].fill_(float("nan"))
-        expected = TrainerProduct(group, torch.float32)(x.clone())
-        torch.testing.assert_close(product(x), expected, rtol=1e-4, atol=1e-4)
+        assert_the_trainer_s(product, rows)
     assert seen == [(64, product.inputs)] * 3
     product(torch.randn(65, product.inputs))
     assert len(seen) == 3, "more rows are the matrix library's"
@@ -183,10 +188,7 @@ def test_some_rows_of_kept_weights_are_one_launch_with_their_narrow_product(
     monkeypatch.setattr(products.adapted, "adapted_matmul", watched)
     product = HeldProduct(group, torch.float32, Tables(), 100)
     for rows in (16, 17, 96, 97):
-        x = torch.randn(rows, product.inputs)
-        product.table_TK[rows:].fill_(float("nan"))
-        expected = TrainerProduct(group, torch.float32)(x.clone())
-        torch.testing.assert_close(product(x), expected, rtol=1e-4, atol=1e-4)
+        assert_the_trainer_s(product, rows)
         assert product.makes_a_start(rows) == (group.a_RI is not None and 17 <= rows <= 96)
     assert seen == ([(100, 17), (100, 96)] if group.a_RI is not None else [])
 
