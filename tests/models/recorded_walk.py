@@ -23,6 +23,8 @@ from triton.runtime import driver
 from pronghorn import FastLanguageModel, GRPOConfig, SamplingParams
 from pronghorn.kernels import (
     adamw8bit_triton,
+    adapted_matmul,
+    adapted_matmul_cuda,
     attention_cpu,
     attention_cuda,
     attention_merge,
@@ -98,7 +100,7 @@ def as_on_a_gpu() -> None:
     nf4_triton._has_asm = lambda tensor: True
     launch._can_chain = lambda index: True  # type: ignore[assignment]
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
-    for counted in (nf4_matmul_cuda, nf4_wide_cuda, step_attention_cuda):
+    for counted in (adapted_matmul, adapted_matmul_cuda, nf4_matmul_cuda, nf4_wide_cuda, step_attention_cuda):
         counted.processors_of = lambda _: nf4_matmul_cuda.HOPPER_PROCESSORS  # type: ignore[assignment]
     products._on_gpu = lambda tensor: True
     ordered_matmul.LONG_SUM = 512  # the down projection's here: of an 8B model's it is 8,192
