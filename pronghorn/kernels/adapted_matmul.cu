@@ -3,6 +3,7 @@
 // time behind instructions.cu, with these given:
 //   GROUPS        groups of four computing warps, 64 rows each    OUTPUTS_WIDE  outputs of a block
 //   STAGES        of 128 columns in shared memory                 F16           float16 in place of bfloat16
+//   LEFT          x goes to registers first, not by the instruction
 //   RANKS         the adapters' ranks, in whole 16                LOW           blocks that make x A^T of 64 rows
 //   CHAIN         begins while the kernel before runs, which makes x
 
@@ -59,6 +60,7 @@ __device__ __forceinline__ void store(u16* to, int stride, int row, int rows, in
 // x A^T of 64 rows, by LOW blocks: a run of the inputs (an eighth, in whole 64) after another, each in order in an
 // accumulator; the last block to end adds the runs' sums, from the first: low_rank.py, whose bits these are.
 #define RUNS 8
+#define AT_ONCE (RANKS % 32 ? 8 : 16)  // sums whose runs are on their way together
 __device__ __forceinline__ void make_low(const Args& args, u32 base, int warp, int lane) {
     const u32 filled = base + FILLED_AT, emptied = base + EMPTIED_AT;
     const int of = blockIdx.x / LOW, first_row = of * 64, first_run = blockIdx.x % LOW * (RUNS / LOW);
@@ -82,7 +84,10 @@ __device__ __forceinline__ void make_low(const Args& args, u32 base, int warp, i
 #if CHAIN
     BEFORE_HAS_ENDED;  // a block without inputs waits for nothing else before it writes
 #endif
-    float c[RANKS / 2], total[RANKS / 2];
+#if LOW == 1
+    float total[RANKS / 2];
+#endif
+    float c[RANKS / 2];
     float* const parts = args.parts + of * (RUNS * 64 * RANKS) + threadIdx.x;
 #pragma unroll 1
     for (int run = first_run; run < first_run + RUNS / LOW; ++run) {
@@ -107,8 +112,11 @@ __device__ __forceinline__ void make_low(const Args& args, u32 base, int warp, i
         if (lane == 0 && before) counter_arrive(before);
 #pragma unroll
         for (int i = 0; i < RANKS / 2; ++i)
-            if (LOW == 1) total[i] = run ? __fadd_rn(total[i], c[i]) : c[i];
-            else parts[(run * (RANKS / 2) + i) * 128] = c[i];
+#if LOW == 1
+            total[i] = run ? __fadd_rn(total[i], c[i]) : c[i];
+#else
+            parts[(run * (RANKS / 2) + i) * 128] = c[i];
+#endif
     }
     u32* const flag = args.flags + of * 32;
 #if LOW > 1
@@ -117,20 +125,21 @@ __device__ __forceinline__ void make_low(const Args& args, u32 base, int warp, i
     if (threadIdx.x == 0) *arrived = count_arrivals((int*)flag + 16, 1);
     MEET;
     if (*arrived != LOW - 1) return;
+#pragma unroll 1
+    for (int first = 0; first < RANKS / 2; first += AT_ONCE) {
+        float sums[RUNS][AT_ONCE];
 #pragma unroll
-    for (int first = 0; first < RANKS / 2; first += 8) {  // eight sums' runs on their way at once
-        float sums[RUNS][8];
+        for (int i = 0; i < RUNS * AT_ONCE; ++i)
+            sums[i / AT_ONCE][i % AT_ONCE] = seen_by_all(parts + (i / AT_ONCE * (RANKS / 2) + first + i % AT_ONCE) * 128);
 #pragma unroll
-        for (int i = 0; i < RUNS * 8; ++i) sums[i / 8][i % 8] = seen_by_all(parts + (i / 8 * (RANKS / 2) + first + i % 8) * 128);
+        for (int i = 0; i < AT_ONCE; ++i)
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            total[first + i] = sums[0][i];
-#pragma unroll
-            for (int run = 1; run < RUNS; ++run) total[first + i] = __fadd_rn(total[first + i], sums[run][i]);
-        }
+            for (int run = 1; run < RUNS; ++run) sums[0][i] = __fadd_rn(sums[0][i], sums[run][i]);
+        store(args.low + first * 2, args.low_stride, first_row + warp * 16, args.rows, args.ranks - first * 2, sums[0], lane);
     }
-#endif
+#else
     store(args.low, args.low_stride, first_row + warp * 16, args.rows, args.ranks, total, lane);
+#endif
     SHOW_FAR_WRITES;
     MEET;
     if (threadIdx.x == 0) {
@@ -198,6 +207,44 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
     }
     float c[OUTPUTS_WIDE / 2];
     clear(c);
+#if LEFT
+    // x in registers: of two stages, as products read one's while the other's are read.
+    u32 x[2][8][4] = {};
+    const int row = warp % 4 * 16 + lane % 16, turned = row % 8 * 16;
+    const u32 x_row = base + warp / 4 * 8192 + row * 128;
+    auto read_left = [&](u32 (*to)[4], int stage) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k)
+            read_pieces(to[k], x_row + stage * STAGE + k / 4 * X_HALF + (k % 4 * 32 + lane / 16 * 16 ^ turned));
+    };
+    auto keep_left = [&](u32 (*of)[4]) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) KEEP(of[i / 4][i % 4]);
+    };
+    counter_wait(filled, 0);
+    read_left(x[0], 0);
+#pragma unroll 1
+    for (int first = 0; first < steps; first += 2) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (first + half >= steps) break;
+            const u32 w_at = base + ring.stage * STAGE + 2 * X_HALF, before = ring.stage == 0 ? STAGES - 1 : ring.stage - 1;
+            MULTIPLIES_BEGIN;
+#pragma unroll
+            for (int k = 0; k < 8; ++k)
+                multiply_wide_left<OUTPUTS_WIDE>(c, x[half][k], described_both(w_at + k / 4 * W_HALF + k % 4 * 32));
+            MULTIPLIES_END;
+            MULTIPLIES_WAIT(1);
+            keep_left(x[1 - half]);
+            if (lane == 0 && first + half > 0) counter_arrive(emptied + before * 8);
+            ring.next(STAGES);
+            if (first + half + 1 < steps) {
+                counter_wait(filled + ring.stage * 8, ring.phase);
+                read_left(x[1 - half], ring.stage);
+            }
+        }
+    }
+#else
     u32 before = 0;
 #pragma unroll 1
     for (int n = 0; n < steps; ++n, ring.next(STAGES)) {
@@ -213,6 +260,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
         if (lane == 0 && n > 0) counter_arrive(before);
         before = emptied + ring.stage * 8;
     }
+#endif
     MULTIPLIES_WAIT(0);
     keep(c);
     store(args.y + first_output, args.y_stride, first_row + warp * 16, args.rows, args.outputs - first_output, c, lane);

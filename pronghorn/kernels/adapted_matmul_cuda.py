@@ -55,6 +55,7 @@ class Tile(NamedTuple):
     outputs: int
     stages: int
     low: int = 1
+    left: int = 0
 
     @property
     def rows(self) -> int:
@@ -97,7 +98,7 @@ def _source() -> str:
 def defines_of(tile: Tile, ranks: int, dtype: torch.dtype, chain: bool) -> dict[str, int]:
     """The kernel's macros."""
     return {
-        "GROUPS": tile.groups, "OUTPUTS_WIDE": tile.outputs, "STAGES": tile.stages, "RANKS": ranks, "LOW": tile.low,
+        "GROUPS": tile.groups, "OUTPUTS_WIDE": tile.outputs, "STAGES": tile.stages, "RANKS": ranks, "LOW": tile.low, "LEFT": tile.left,
         "F16": int(dtype == torch.float16), "CHAIN": int(chain), "MULTIPLIES_WIDE": 1,
     }  # fmt: skip
 
