@@ -15,8 +15,9 @@ from types import ModuleType
 import torch
 
 from pronghorn.kernels import adapted_matmul_cuda, launch
-from pronghorn.kernels.adapted_matmul_cuda import MOST_RANKS, MOST_ROWS, tile_for
+from pronghorn.kernels.adapted_matmul_cuda import tile_for
 from pronghorn.kernels.cuda_source import processors_of
+from pronghorn.kernels.low_blocks import MOST_RANKS, MOST_ROWS
 from pronghorn.kernels.reference import adapted_matmul as reference
 
 __all__ = ["LEAST_ROWS", "MOST_ROWS", "adapted_matmul", "takes"]

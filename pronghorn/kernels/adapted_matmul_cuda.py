@@ -13,23 +13,19 @@ that makes x has ended.
 from __future__ import annotations
 
 import ctypes
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from pronghorn.kernels import low_blocks
 from pronghorn.kernels.cuda_source import CudaKernel, Map, map_of, pointer, processors_of, source
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.launch import begins_early, current_recording
-from pronghorn.kernels.reference.low_rank import SPLITS, run_length
+from pronghorn.kernels.low_blocks import whole_ranks, workspace
+from pronghorn.kernels.reference.low_rank import SPLITS
 
-MOST_ROWS = 256
-"""Rows of one launch."""
-
-MOST_RANKS = 128
-
-_RANKS = (16, 32, 48, 64, 96, 128)  # that the instruction is written for,
-_OUTPUTS = (32, 48, 64, 96)  # and outputs of a block
+_OUTPUTS = (32, 48, 64, 96)  # of a block, that the instruction is written for
 _SHARED = 225 * 1024  # of stages
 _P, _I = ctypes.c_void_p, ctypes.c_int
 
@@ -40,9 +36,8 @@ class Args(ctypes.Structure):
     _fields_ = (
         *((name, Map) for name in ("x", "w", "a")), *((name, _P) for name in ("y", "low", "parts", "flags")),
         *((name, _I) for name in (
-            "y_stride", "low_stride", "rows", "outputs", "inputs", "width", "ranks", "run", "row_blocks",
+            "y_stride", "low_stride", "rows", "outputs", "inputs", "width", "ranks", "row_blocks",
         )),
-        ("_rest", ctypes.c_char * 60),
     )  # fmt: skip
 
 
@@ -66,8 +61,9 @@ class Tile(NamedTuple):
         return self.groups * 4 + 1
 
     @property
-    def shared_bytes(self) -> int:
-        return self.stages * (self.rows + self.outputs) * 256 + 272
+    def ring_bytes(self) -> int:
+        """Shared memory of the stages."""
+        return self.stages * (self.rows + self.outputs) * 256
 
 
 def tile_for(rows: int, outputs: int, processors: int = HOPPER_PROCESSORS) -> Tile | None:
@@ -85,36 +81,28 @@ def tile_for(rows: int, outputs: int, processors: int = HOPPER_PROCESSORS) -> Ti
     return None
 
 
-def whole_ranks(ranks: int) -> int:
-    """As many as the instruction has."""
-    return next(n for n in _RANKS if n >= ranks)
-
-
 @lru_cache(maxsize=1)
 def _source() -> str:
-    return source("adapted_matmul.cu")
+    return source("low_blocks.cu", "adapted_matmul.cu")
 
 
 def defines_of(tile: Tile, ranks: int, dtype: torch.dtype, chain: bool) -> dict[str, int]:
     """The kernel's macros."""
     return {
-        "GROUPS": tile.groups, "OUTPUTS_WIDE": tile.outputs, "STAGES": tile.stages, "RANKS": ranks, "LOW": tile.low, "LEFT": tile.left,
+        "GROUPS": tile.groups, "OUTPUTS_WIDE": tile.outputs, "STAGES": tile.stages, "LEFT": tile.left,
         "F16": int(dtype == torch.float16), "CHAIN": int(chain), "MULTIPLIES_WIDE": 1,
+        **low_blocks.defines_of(ranks, tile.low, tile.ring_bytes),
     }  # fmt: skip
 
 
+def shared_bytes(tile: Tile, defines: dict[str, int]) -> int:
+    """Shared memory of a block: of one that has outputs, or that makes a part of ``x A^T``."""
+    return max(tile.ring_bytes + tile.stages * 16, low_blocks.bytes_of(defines))
+
+
 @lru_cache(maxsize=64)
-def _kernel(defines: tuple[tuple[str, int], ...], device: torch.device, shared_bytes: int) -> CudaKernel:
-    return CudaKernel(_source(), "adapted_matmul", dict(defines), device, shared_bytes)
-
-
-@cache
-def _workspace(device: torch.device, stream: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of runs, and flags, 0 again behind each launch: made once, so that a CUDA graph may hold them, for each
-    stream, as another rollout may be drawn on another.
-    """
-    parts = torch.empty(MOST_ROWS * SPLITS * ranks, dtype=torch.float32, device=device)
-    return parts, torch.zeros(MOST_ROWS // 64 * 32, dtype=torch.int32, device=device)
+def _kernel(defines: tuple[tuple[str, int], ...], device: torch.device, bytes_: int) -> CudaKernel:
+    return CudaKernel(_source(), "adapted_matmul", dict(defines), device, bytes_)
 
 
 def adapted_matmul(
@@ -138,18 +126,18 @@ def adapted_matmul(
             f"{tile}: give two stages or more, as one is free when the next is read, and low of 1, 2, 4 or 8"
         )
     chain = begins_early(table_TK)
-    defines = defines_of(tile, whole_ranks(R), table_TK.dtype, chain)
+    defines = defines_of(tile, R, table_TK.dtype, chain)
     if (recorded := current_recording()) is not None:
         recorded.source(_source(), defines, torch.cuda.get_device_capability(device))
         return
     row_blocks = -(-rows // tile.rows)
     stream = torch.cuda.current_stream(device).cuda_stream if table_TK.is_cuda else 0
-    parts, flags = _workspace(device, stream, whole_ranks(R))
+    parts, flags = workspace(device, stream, whole_ranks(R))
     args = Args(
         x=map_of(table_TK, 64), w=map_of(weight_OK, tile.outputs), a=map_of(a_RI, whole_ranks(R)),
         y=pointer(out_MO), low=pointer(table_TK[:, inputs:]), parts=pointer(parts), flags=pointer(flags),
         y_stride=out_MO.stride(0), low_stride=table_TK.stride(0), rows=rows, outputs=O, inputs=inputs,
-        width=weight_OK.shape[1], ranks=R, run=run_length(inputs), row_blocks=row_blocks,
+        width=weight_OK.shape[1], ranks=R, row_blocks=row_blocks,
     )  # fmt: skip
     blocks = -(-rows // 64) * tile.low + -(-O // tile.outputs) * row_blocks
-    _kernel(tuple(defines.items()), device, tile.shared_bytes)((blocks, 1, 1), tile.warps * 32, args, chain)
+    _kernel(tuple(defines.items()), device, shared_bytes(tile, defines))((blocks, 1, 1), tile.warps * 32, args, chain)

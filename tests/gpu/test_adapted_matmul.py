@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pronghorn.kernels import adapted_matmul_cuda as module
+from pronghorn.kernels import low_blocks
 from pronghorn.kernels.adapted_matmul import adapted_matmul, takes
 from pronghorn.kernels.launch import before_a_start, chained
 from pronghorn.kernels.low_rank import low_rank
@@ -104,5 +104,5 @@ def test_in_a_chain_and_a_graph_it_waits_for_what_it_reads(name: str, rows: int)
                 each.table[:rows, : each.inputs] = norm_forward(x, each.norm, 1e-5)[0]
                 y, low = each.expected(rows)
                 assert torch.equal(each.low(rows), low) and torch.equal(to, y), i
-    flags = module._workspace(x.device, stream.cuda_stream, module.whole_ranks(of.ranks))[1]
+    flags = low_blocks.workspace(x.device, stream.cuda_stream, low_blocks.whole_ranks(of.ranks))[1]
     assert not flags.any()

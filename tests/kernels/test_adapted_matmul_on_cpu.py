@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pronghorn.kernels import adapted_matmul_cuda as module
+from pronghorn.kernels import low_blocks
 from pronghorn.kernels.adapted_matmul_cuda import Tile, adapted_matmul
 from pronghorn.kernels.cuda_source import pointer
 from tests.kernels import on_cpu
@@ -63,7 +64,7 @@ class Operands:
         K, R, O = self.case.K, self.case.R, self.case.O  # noqa: E741 - a shape letter
         x, low = self.table[:, :K].double(), self.table[:, K : K + R].double()
         exact_low, exact = x @ self.a.double().T, self.table.double() @ self.weight.double().T
-        flags = module._workspace(self.table.device, 0, module.whole_ranks(R))[1]
+        flags = low_blocks.workspace(self.table.device, 0, low_blocks.whole_ranks(R))[1]
         return (
             bool(((low - exact_low).abs() <= self.bound(exact_low)).all())
             and bool(((self.out[:, :O].double() - exact).abs() <= self.bound(exact)).all())
@@ -95,9 +96,9 @@ def on_a_cpu(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_kernel", Kernel)
         patch.setattr(module, "map_of", on_cpu.map_of)
-        module._workspace.cache_clear()
+        low_blocks.workspace.cache_clear()
         yield
-        module._workspace.cache_clear()
+        low_blocks.workspace.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -120,8 +121,8 @@ CHANGES = {
         _START.replace("BEFORE_HAS_ENDED;\n        NEXT_MAY_BEGIN;", "NEXT_MAY_BEGIN;\n        BEFORE_HAS_ENDED;"),
     ),
     "low is not waited for": ("while (!flag_read(flag)) PAUSE;", ""),
-    "a flag stays": ("flag_count(flag, (gridDim.x - low_blocks) / args.row_blocks);", ""),
-    "a count stays": ("flag[16] = 0;", ""),
+    "a flag stays": ("flag_count(flag, readers);", ""),
+    "a count stays": ("of.flag[16] = 0;", ""),
     "what is multiplied is not waited for": (
         "counter_wait(filled + ring.stage * 8, ring.phase);\n        const u32 x_at", "const u32 x_at"
     ),
