@@ -126,8 +126,8 @@ def nf4_matmul(
         out_MO: ``[M, sum of O]``, x's dtype, rows contiguous, to write to.
         overlap: the kernel launched just before makes ``low_MR`` and nothing else that is read here: a GPU that can
             runs the two beside each other.
-        a_RI: the adapters' A, one under another, x's dtype, contiguous, for up to :data:`LOW_ROWS` rows: ``low_MR`` is
-            made of it here, beside the product, as :func:`pronghorn.kernels.low_rank.low_rank` makes it. It has whole
+        a_RI: the adapters' A, one under another, x's dtype, contiguous, where :func:`makes_low`: ``low_MR`` is made of
+            it here, beside the product, as :func:`pronghorn.kernels.low_rank.low_rank` makes it. It has whole
             steps of 16 columns then, and those beyond R are numbers, which meet zeros of B.
 
     Returns:
@@ -138,19 +138,31 @@ def nf4_matmul(
     """
     out_MO = output(x_MI, sum(member.weight.shape[0] for member in members), out_MO)
     _check(x_MI, members, low_MR)
-    if a_RI is None:
-        if launch.has_copy_engine(x_MI):
-            from pronghorn.kernels import nf4_wide_cuda
+    if a_RI is not None:
+        _check_low(x_MI, members, a_RI, low_MR)
+    if (a_RI is None or x_MI.shape[0] > LOW_ROWS) and launch.has_copy_engine(x_MI):
+        from pronghorn.kernels import nf4_wide_cuda
 
-            tile = nf4_wide_cuda.chosen(x_MI, members, low_MR, out_MO)
-            if tile is not None:
-                nf4_wide_cuda.nf4_wide(x_MI, members, low_MR, out_MO, tile, overlap)
-                return out_MO
-        _path(x_MI).nf4_matmul(x_MI, members, low_MR, out_MO, overlap=overlap)
-        return out_MO
-    _check_low(x_MI, a_RI, low_MR)
-    _path(x_MI).nf4_matmul(x_MI, members, low_MR, out_MO, a_RI=a_RI)
+        tile = nf4_wide_cuda.chosen(x_MI, members, low_MR, out_MO)
+        if tile is not None:
+            nf4_wide_cuda.nf4_wide(x_MI, members, low_MR, out_MO, tile, overlap, a_RI)
+            return out_MO
+    _path(x_MI).nf4_matmul(x_MI, members, low_MR, out_MO, overlap=overlap, a_RI=a_RI)
     return out_MO
+
+
+def makes_low(rows: int, members: Sequence[Member], a_RI: torch.Tensor) -> bool:
+    """Whether a product of so many rows can be given ``a_RI``: up to :data:`LOW_ROWS`, and more where Hopper's wide
+    instruction takes them.
+    """
+    if rows <= LOW_ROWS:
+        return low_rank_aligned(a_RI)
+    if not launch.has_copy_engine(members[0].weight.codes):
+        return False
+    from pronghorn.kernels import nf4_wide_cuda
+
+    tile = nf4_wide_cuda.tile_of(rows, members)
+    return tile is not None and nf4_wide_cuda.makes_low(tile, a_RI)
 
 
 def low_rank_aligned(a_RI: torch.Tensor) -> bool:
@@ -158,9 +170,9 @@ def low_rank_aligned(a_RI: torch.Tensor) -> bool:
     return not a_RI.is_cuda or a_RI.data_ptr() % 16 == 0
 
 
-def _check_low(x_MI: torch.Tensor, a_RI: torch.Tensor, low_MR: torch.Tensor | None) -> None:
+def _check_low(x_MI: torch.Tensor, members: Sequence[Member], a_RI: torch.Tensor, low_MR: torch.Tensor | None) -> None:
     M, I = x_MI.shape  # noqa: E741 - shape letters
-    if M > LOW_ROWS:
+    if M > LOW_ROWS and not makes_low(M, members, a_RI):
         raise ValueError(f"x A^T of {M} rows; give a_RI for up to {LOW_ROWS}, or low_MR alone")
     if a_RI.dim() != 2 or a_RI.shape[1] != I or a_RI.dtype != x_MI.dtype or not a_RI.is_contiguous():
         raise ValueError(f"a is {tuple(a_RI.shape)}, {a_RI.dtype}; give [R, {I}], {x_MI.dtype}, contiguous")

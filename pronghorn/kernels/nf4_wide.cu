@@ -1,9 +1,10 @@
 // y = x [W_1; W_2; W_3]^T + low (s B)^T + bias for 17 to 64 rows and many outputs, weights read as NF4 codes, once. What the
-// kernel is and why it is so: nf4_wide_cuda.py. Compiled at run time behind instructions.cu and nf4_weights.cu, with:
+// kernel is and why it is so: nf4_wide_cuda.py. Compiled at run time behind instructions.cu, nf4_weights.cu and
+// low_blocks.cu, with these given, and what the latter says:
 //   GROUPS  warps in a block, four by four, 16 outputs each (PAIR 2, RING 1)      ROWS    rows of x: 32 or 64
 //   IDLE    of the warps, the last ones: without outputs                          NESTED, RANK16, F16: as in nf4_matmul.cu
 //   STAGES  of SPAN (1, 2 or 4) times 64 columns of x and codes in shared memory; three of them, or with SPAN 4 two
-//   CHAIN   begins while the kernel before runs, which makes low alone (x is whole)
+//   CHAIN   begins while the kernel before runs, which makes low alone (x is whole), or, if LOW, x
 
 #define WORKING (GROUPS - IDLE)
 #define OUTPUTS (WORKING * 16)
@@ -17,23 +18,35 @@
 #if STAGES < 3 && SPAN < 4
 #error who fills a stage waits for it before it does so
 #endif
+#if LOW && GROUPS < 8
+#error who asks for a stage of x and A is another warp than those that multiply it
+#endif
 
 struct WideArgs {
     Map x, low;    // in blocks of ROWS rows
     Map codes[3];  // of each member, as 32-bit numbers, a row 8 outputs: in blocks of WORKING PAIR rows, SPAN 64 columns
+    Map a;         // if LOW: in blocks of RANKS rows
     Args args;
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __grid_constant__ WideArgs given) {
     const Args& args = given.args;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    int tile = blockIdx.x, which = 0;
+#if LOW
+    u32* const low_flag = (u32*)args.counts;
+    if (blockIdx.x < LOW) {
+        const int columns = (args.ranks + 15) / 16 * 16;  // of low: those beyond A's are zeros
+        const Low low = {args.low, args.parts, low_flag, args.low_stride, args.rows, columns, args.K};
+        return make_low(low, given.x, given.a, 0, blockIdx.x, warp, lane);
+    }
+#endif
+    int tile = (int)blockIdx.x - LOW, which = 0;
     for (; which + 1 < args.members; ++which) {
         const int tiles = (args.member[which].outputs + OUTPUTS - 1) / OUTPUTS;
         if (tile < tiles) break;
         tile -= tiles;
     }
-#if CHAIN
+#if CHAIN && !LOW
     NEXT_MAY_BEGIN;  // who begins early reads nothing of this, or of low, before this has ended
 #endif
     const Member& own = args.member[which];
@@ -50,22 +63,31 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
     const int scale_place = scale_row + (scale_row / 16 % 2 ? 0 : 16);
     const u32 filled = shared_address(scales) + (OUTPUTS * scale_place + 127) / 128 * 128, emptied = filled + STAGES * 8;
     const u32 ring = (emptied + STAGES * 8 + 1023) / 1024 * 1024;  // as the host counts it: `shared` begins at such a place
+    auto ask_codes = [&](int i) {
+        const u32 counter = filled + i % STAGES * 8;
+        counter_arrive_expecting(counter, STAGE_BYTES);
+        bring(ring + i % STAGES * STAGE + SPAN * X_BLOCK, given.codes[which], i * CODES_ROW / 4, first_output / 8, counter);
+    };
+    auto ask_x = [&](int i) {
+#pragma unroll
+        for (int b = 0; b < SPAN; ++b)
+            bring(ring + i % STAGES * STAGE + b * X_BLOCK, given.x, (i * SPAN + b) * 64, 0, filled + i % STAGES * 8);
+    };
     auto fill = [&](int i) {  // by one thread: the engine counts bytes, so nobody else has to wait and tell
         const int stage = i % STAGES;
         const u32 counter = filled + stage * 8;
         if (i >= STAGES) counter_wait(emptied + stage * 8, (i / STAGES - 1) & 1);
-        const u32 to = ring + stage * STAGE;
         if (i < stages) {
-            counter_arrive_expecting(counter, STAGE_BYTES);
-            bring(to + SPAN * X_BLOCK, given.codes[which], i * CODES_ROW / 4, first_output / 8, counter);
-#pragma unroll
-            for (int b = 0; b < SPAN; ++b) bring(to + b * X_BLOCK, given.x, (i * SPAN + b) * 64, 0, counter);
+            ask_codes(i);
+            ask_x(i);
         } else {
             counter_arrive_expecting(counter, X_BLOCK);
-#if CHAIN
+#if LOW
+            hear_of_low(low_flag, gridDim.x - LOW);
+#elif CHAIN
             BEFORE_HAS_ENDED;  // it makes low
 #endif
-            bring(to, given.low, own.at, 0, counter);
+            bring(ring + stage * STAGE, given.low, own.at, 0, counter);
         }
     };
     const bool fills = threadIdx.x == (WARPS - 1) * 32;
@@ -77,7 +99,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
         }
         SHOW_COUNTERS;
 #pragma unroll 1
-        for (int i = 0; i < min(STAGES - 1, steps); ++i) fill(i);
+        for (int i = 0; i < min(STAGES - 1, LOW ? stages : steps); ++i)
+            if (LOW) ask_codes(i);
+            else fill(i);
     }
     __syncwarp();
 
@@ -113,6 +137,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
     u32 column = lane % 16 * 8;
     KEEP(column);
     float c[EIGHTS][4] = {};
+#if LOW
+    if (fills) {
+#if CHAIN
+        BEFORE_HAS_ENDED;  // it makes x
+        NEXT_MAY_BEGIN;
+#endif
+        for (int i = 0; i < min(STAGES - 1, stages); ++i) ask_x(i);
+        if (stages < min(STAGES - 1, steps)) fill(stages);
+    }
+    __syncwarp();
+#endif
     COPIES_WAIT(0);
     __syncthreads();
     auto make_scales = [&](int chunk) {
@@ -205,6 +240,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
             multiply_wide(c, up[q][0][0], up[q][1][0], up[q][0][1], up[q][1][1], x + q * 2);
         MULTIPLIES_END;
     }
+#endif
+#if LOW
+    if (fills && steps == stages) hear_of_low(low_flag, gridDim.x - LOW);  // without an adapter, for the flag's sake
 #endif
     MULTIPLIES_WAIT(0);
     keep(k[1]);

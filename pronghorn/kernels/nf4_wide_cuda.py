@@ -31,9 +31,10 @@ from typing import NamedTuple
 
 import torch
 
+from pronghorn.kernels import low_blocks
 from pronghorn.kernels.cuda_source import CudaKernel, Map, map_of, map_of_words, source
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
-from pronghorn.kernels.launch import current_recording
+from pronghorn.kernels.launch import begins_early, current_recording
 from pronghorn.kernels.nf4_code import dynamic_code
 from pronghorn.kernels.nf4_matmul_cuda import HOPPER_SHARED, TABLE_BYTES, Args, arguments, processors_of
 from pronghorn.kernels.reference.nf4_matmul import Member
@@ -41,6 +42,7 @@ from pronghorn.kernels.reference.nf4_matmul import Member
 _HOPPER = (9, 0)
 _WARPS = 16  # at most, as many outputs each
 _RANKS = 64  # at most: a stage of x has so many columns of low, of which a block is brought
+_LOW_BLOCKS, _LOW_SHARED = 4, 160 * 1024  # of x A^T in the launch; gate and up of an 8B Llama leave so many processors
 _SPAN = 2  # stages of 64 or 256 columns were no faster (docs/log.md)
 _LEAST_OUTPUTS = {32: 6144, 64: 4096}
 """Outputs of a group from which on it is faster than ``nf4_matmul.cu``, by the tile's rows, at 4,096 inputs. With 32
@@ -50,7 +52,7 @@ rows as many as inputs, too: a block's warps are too few for a long sum of few o
 class WideArgs(ctypes.Structure):
     """The kernel's parameter; its alignment of 64 bytes ends it at a multiple of as many."""
 
-    _fields_ = (("x", Map), ("low", Map), ("codes", Map * 3), ("args", Args), ("_rest", ctypes.c_char * 64))
+    _fields_ = (("x", Map), ("low", Map), ("codes", Map * 3), ("a", Map), ("args", Args), ("_rest", ctypes.c_char * 64))
 
 
 class WideTile(NamedTuple):
@@ -143,6 +145,16 @@ def tile_of(M: int, members: Sequence[Member]) -> WideTile | None:
     return wide_tile_for(M, outputs, weight.shape[1], ranks, nested, processors=processors)
 
 
+def makes_low(tile: WideTile, a_RI: torch.Tensor) -> bool:
+    """Whether a launch can make ``x A^T`` itself, of A whose rows are contiguous and aligned to 16 bytes: blocks of it
+    write that to ``low_MR``, in whole steps of 16 ranks, and the others wait for it. In a chain x is read once the
+    kernel before has ended, so that one may let this begin before it waits itself; nothing that a kernel of the chain
+    writes is read before.
+    """
+    R, aligned = a_RI.shape[0], a_RI.is_contiguous() and a_RI.data_ptr() % 16 == 0
+    return aligned and tile.groups >= 8 and R <= low_blocks.MOST_RANKS and R % 2 == 0
+
+
 def _aligned(*tensors: torch.Tensor | None) -> bool:
     """Whether rows begin at multiples of 16 bytes."""
     return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in tensors if t is not None)
@@ -155,21 +167,24 @@ def _codes_aligned(members: Sequence[Member]) -> bool:
 
 @lru_cache(maxsize=1)
 def _source() -> str:
-    return source("nf4_weights.cu", "nf4_wide.cu")
+    return source("nf4_weights.cu", "low_blocks.cu", "nf4_wide.cu")
 
 
-def _defines(tile: WideTile, nested: bool, rank16: int, half: bool, chain: bool) -> dict[str, int]:
+def _defines(tile: WideTile, nested: bool, rank16: int, half: bool, chain: bool, ranks: int = 0) -> dict[str, int]:
+    """``ranks``: of the ``x A^T`` that is made in the launch, 0 where it is not."""
     macros = {name.upper(): value for name, value in tile._asdict().items()}
     given = {"RING": 1, "PAIR": 2, "NESTED": nested, "RANK16": rank16, "F16": half, "CHAIN": chain}
-    return macros | {name: int(value) for name, value in given.items()} | {"MULTIPLIES_WIDE": 1}
+    low = low_blocks.defines_of(ranks, _LOW_BLOCKS, _LOW_SHARED, tile.rows) if ranks else {"LOW": 0}
+    return macros | {name: int(value) for name, value in given.items()} | {"MULTIPLIES_WIDE": 1} | low
 
 
 @lru_cache(maxsize=64)
 def _kernel(
-    tile: WideTile, K: int, nested: bool, rank16: int, half: bool, chain: bool, device: torch.device
+    tile: WideTile, K: int, nested: bool, rank16: int, half: bool, chain: bool, ranks: int, device: torch.device
 ) -> CudaKernel:
-    defines = _defines(tile, nested, rank16, half, chain)
-    return CudaKernel(_source(), "nf4_wide", defines, device, tile.shared_bytes(K, nested))
+    defines = _defines(tile, nested, rank16, half, chain, ranks)
+    low = low_blocks.bytes_of(defines) if ranks else 0
+    return CudaKernel(_source(), "nf4_wide", defines, device, max(tile.shared_bytes(K, nested), low))
 
 
 def nf4_wide(
@@ -179,9 +194,10 @@ def nf4_wide(
     out_MO: torch.Tensor,
     tile: WideTile,
     overlap: bool = False,
+    a_RI: torch.Tensor | None = None,
 ) -> None:
     """As ``nf4_matmul_cuda.nf4_matmul``, for up to ``tile.rows`` rows and adapters of one rank, up to 64; rows of x,
-    low and out begin at multiples of 16 bytes.
+    low and out begin at multiples of 16 bytes. With ``a_RI`` see :func:`makes_low`.
     """
     (M, K), device = x_MI.shape, x_MI.device
     ranks, nested = {m.rank for m in members} - {0}, members[0].weight.nested_absmax is not None
@@ -195,15 +211,24 @@ def nf4_wide(
         )
     if tile.groups % 4 or not _aligned(x_MI, low_MR, out_MO) or not _codes_aligned(members):
         raise ValueError(f"{tile}: give groups in fours, and x, low, out and codes with rows at multiples of 16 bytes")
-    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, dynamic_code(device))
+    if a_RI is not None and (low_MR is None or not makes_low(tile, a_RI)):
+        raise ValueError(f"{tile} and A of {tuple(a_RI.shape)}: give 8 warps or more, and what `makes_low` says")
     rank16, half = max(ranks, default=0) // 16, x_MI.dtype == torch.float16
-    chain = overlap and rank16 > 0
+    chain = begins_early(x_MI) if a_RI is not None else overlap and rank16 > 0
+    R = 0 if a_RI is None else a_RI.shape[0]
     recorded = current_recording()
     if recorded is not None:
-        recorded.source(_source(), _defines(tile, nested, rank16, half, chain), _HOPPER)
+        recorded.source(_source(), _defines(tile, nested, rank16, half, chain, R), _HOPPER)
         return
-    kernel = _kernel(tile, K, nested, rank16, half, chain, device)
+    counts = parts = None
+    if R:
+        stream = torch.cuda.current_stream(device).cuda_stream if x_MI.is_cuda else 0
+        parts, counts = low_blocks.workspace(device, stream, low_blocks.whole_ranks(R))
+    args, blocks = arguments(x_MI, members, low_MR, out_MO, tile, dynamic_code(device), a_RI, counts, parts)
+    kernel = _kernel(tile, K, nested, rank16, half, chain, R, device)
     low = map_of(low_MR, tile.rows) if rank16 and low_MR is not None else Map()
     block = (tile.outputs // 8, tile.span * 64)
     codes = (Map * 3)(*(map_of_words(m.weight.codes.data_ptr(), m.weight.shape[0] // 8, K, block) for m in members))
-    kernel((blocks, 1, 1), tile.groups * 32, WideArgs(map_of(x_MI, tile.rows), low, codes, args), chain)
+    a = Map() if a_RI is None else map_of(a_RI, low_blocks.whole_ranks(R))
+    more = _LOW_BLOCKS if R else 0
+    kernel((more + blocks, 1, 1), tile.groups * 32, WideArgs(map_of(x_MI, tile.rows), low, codes, a, args), chain)

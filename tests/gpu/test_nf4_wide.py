@@ -9,11 +9,12 @@ import dataclasses
 import pytest
 import torch
 
-from pronghorn.kernels.launch import chained, has_copy_engine
+from pronghorn.kernels.launch import before_a_start, chained, has_copy_engine
 from pronghorn.kernels.low_rank import low_rank
-from pronghorn.kernels.nf4_matmul import Member, nf4_matmul
+from pronghorn.kernels.nf4_matmul import Member, makes_low, nf4_matmul
 from pronghorn.kernels.nf4_matmul_cuda import nf4_matmul as narrow
 from pronghorn.kernels.nf4_wide_cuda import WideTile, chosen, nf4_wide, wide_tile_for
+from pronghorn.kernels.rms_norm import norm_forward
 from tests.gpu.test_nf4_matmul import group, single
 
 
@@ -128,6 +129,31 @@ def test_begun_beside_the_low_rank_product_it_has_the_same_bits(outputs: list[in
         early = [nf4_matmul(x, members, low_rank(x, a), overlap=True) for x in xs]
     for found in (begun, early):
         assert all(torch.equal(own, y) for own, y in zip(found, expected))
+
+
+@pytest.mark.parametrize("M", [17, 32, 33, 64])
+@pytest.mark.parametrize("outputs", [[14336, 14336], [40960]], ids=["one a processor", "more"])
+def test_made_in_its_launch_the_low_rank_product_has_the_same_bits(outputs: list[int], M: int) -> None:
+    """Apart, and behind norms that let it begin at once, each time on other inputs."""
+    members, R = group(outputs, 4096, 32, False, torch.bfloat16), 32 * len(outputs)
+    a = (torch.randn(R, 4096, device="cuda") / 64).bfloat16()
+    weight = torch.randn(4096, device="cuda").bfloat16()
+    assert makes_low(M, members, a)
+    raw = [torch.randn(M, 4096, device="cuda").bfloat16() for _ in range(30)]
+    xs = [norm_forward(x, weight, 1e-5)[0] for x in raw]
+    lows = [low_rank(x, a) for x in xs]
+    expected = [nf4_matmul(x, members, low) for x, low in zip(xs, lows)]
+    torch.cuda.synchronize()
+    for x, y, low in zip(xs, expected, lows):
+        here = torch.full_like(low, float("nan"))
+        assert torch.equal(nf4_matmul(x, members, here, a_RI=a), y) and torch.equal(here, low)
+    early = []
+    with chained():
+        for x in raw:
+            with before_a_start():
+                normed = norm_forward(x, weight, 1e-5)[0]
+            early.append(nf4_matmul(normed, members, x.new_empty(M, R), a_RI=a))
+    assert all(torch.equal(own, y) for own, y in zip(early, expected))
 
 
 def test_what_it_does_not_take_is_an_error() -> None:

@@ -241,12 +241,6 @@ template <int N> void multiply_wide_left(float* c, const unsigned* x, u64 w) {
     std::memcpy(own.u[lane], x, 16);
     __syncwarp();
     auto half = [](unsigned word, int i) { return (double)wide((uint16_t)(word >> 16 * i)); };
-    auto at = [](unsigned from, int row, int column) {
-        const unsigned place = from + row * 128 + column * 2;
-        uint16_t r;
-        std::memcpy(&r, shared + (place ^ (place >> 7 & 7) << 4), 2);
-        return (double)wide(r);
-    };
     for (int j = 0; j < N / 8; ++j)
         for (int i = 0; i < 4; ++i) {
             const int row = g + i / 2 * 8;

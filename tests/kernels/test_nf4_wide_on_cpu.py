@@ -13,11 +13,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from pronghorn.kernels import nf4_wide_cuda
+from pronghorn.kernels import low_blocks, nf4_wide_cuda
 from pronghorn.kernels.cuda_source import Map, pointer
 from pronghorn.kernels.nf4_code import dynamic_code
 from pronghorn.kernels.nf4_matmul_cuda import arguments
 from pronghorn.kernels.nf4_wide_cuda import WideArgs, WideTile
+from pronghorn.kernels.reference import nf4_matmul as reference
+from pronghorn.kernels.reference.nf4_matmul import Member
 from tests.kernels import on_cpu
 from tests.kernels.test_nf4_matmul_on_cpu import BF16, F16, Before, Made, operands_of, unwritten
 
@@ -65,7 +67,7 @@ def given(tile: WideTile, operands: Made, low: torch.Tensor | None, y: torch.Ten
         on_cpu.map_of_words(m.weight.codes.data_ptr(), m.weight.shape[0] // 8, x.shape[1], block)
         for m in operands.members
     ]
-    return WideArgs(on_cpu.map_of(x, tile.rows), on_cpu.map_of(low, tile.rows), (Map * 3)(*codes), args), blocks
+    return WideArgs(on_cpu.map_of(x, tile.rows), on_cpu.map_of(low, tile.rows), (Map * 3)(*codes), Map(), args), blocks
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -116,3 +118,93 @@ def test_begun_before_its_low_rank_is_there_it_waits_for_it(change: str, tmp_pat
     assert (before.early > 0) == bool(change)
     if not change:
         operands.check(y)
+
+
+class MadeHere(NamedTuple):
+    """Operands of a launch that makes low itself, what that will be, and where it works."""
+
+    operands: Made
+    a: torch.Tensor
+    low: torch.Tensor
+    args: WideArgs
+    blocks: int
+    flags: torch.Tensor
+    keeps: tuple[torch.Tensor, ...]
+
+    def right(self, y: torch.Tensor) -> bool:
+        exact = self.operands.x.double() @ self.a.double().T
+        close = bool(((self.low[:, : len(self.a)].double() - exact).abs() <= exact.abs() * 2**-7 + 1e-3).all())
+        return close and not self.flags.any() and not self.low[:, len(self.a) :].any()
+
+
+def made_here(of: Case, R: int, y: torch.Tensor | None = None) -> MadeHere:
+    """Low of R ranks, the others' columns zero; y: where outputs go."""
+    operands = made(of)
+    assert operands.low is not None
+    a = (torch.randn(R, of.K) / of.K**0.5).to(of.dtype)
+    low = unwritten(operands.low)
+    whole = low_blocks.whole_ranks(R)
+    parts, flags = torch.empty(8 * 64 * whole), torch.zeros(32, dtype=torch.int32)
+    out = torch.full_like(operands.expected, float("nan")) if y is None else y
+    plain, blocks = given(of.tile, operands, low, out)
+    args, _ = arguments(operands.x, operands.members, low, out, of.tile, dynamic_code(low.device), a, flags, parts)
+    args = WideArgs(plain.x, plain.low, plain.codes, on_cpu.map_of(a, whole), args)
+    return MadeHere(operands, a, low, args, blocks + 4, flags, (parts, out))
+
+
+LOW_CASES = {"as an 8B Llama's are": 64, "three stages, two groups": 50, "a member without an adapter": 32}
+MORE = {"a member without an adapter": Case(WideTile(8, 32, 1, 3, 2), 20, [112, 40], 512, 16, False, True, F16)}
+
+
+def with_low(case: str, folder: Path, chain: bool, changed: tuple[str, str] = ("", "")) -> ctypes.CDLL:
+    of = (CASES | MORE)[case]
+    defines = nf4_wide_cuda._defines(of.tile, of.nested, of.rank // 16, of.dtype == F16, chain, LOW_CASES[case])
+    return on_cpu.compiled(nf4_wide_cuda._source(), "nf4_wide", defines, folder, changed, parameter="WideArgs")
+
+
+def reference_of(here: MadeHere) -> torch.Tensor:
+    """What is to come out with the low that was made."""
+    expected = torch.empty_like(here.operands.expected)
+    members = [Member(m.weight, m.b_Or, m.at) for m in here.operands.members]
+    reference.nf4_matmul(here.operands.x, members, here.low, expected)
+    return expected
+
+
+@pytest.mark.parametrize("case", LOW_CASES)
+def test_a_launch_that_makes_its_low_rank_equals_the_reference(case: str, tmp_path: Path) -> None:
+    of = (CASES | MORE)[case]
+    here = made_here(of, LOW_CASES[case])
+    if case in MORE:  # the first member's blocks have nothing to hear, and count for the flag all the same
+        here.args.args.member[0].b = 0
+        here.operands.members[0] = Member(here.operands.members[0].weight, None, 0)
+    y = here.keeps[1]
+    assert with_low(case, tmp_path, False).run(ctypes.byref(here.args), here.blocks, 1, 1) == 0, "a wait has no end"
+    assert here.right(y)
+    here.operands._replace(expected=reference_of(here)).check(y)
+
+
+_X_WAIT = "        BEFORE_HAS_ENDED;  // it makes x\n        NEXT_MAY_BEGIN;\n"
+LOW_CHANGES = {
+    "": ("", ""),
+    "x is asked for too early": (_X_WAIT, "        NEXT_MAY_BEGIN;\n"),
+    "the next begins too early": (_X_WAIT, "        NEXT_MAY_BEGIN;\n        BEFORE_HAS_ENDED;\n"),
+    "low is not waited for": ("while (!flag_read(flag)) PAUSE;", ""),
+    "a flag stays": ("flag_count(flag, readers);", ""),
+}
+
+
+@pytest.mark.parametrize("change", LOW_CHANGES)
+def test_a_launch_that_makes_its_low_rank_waits_for_x(change: str, tmp_path: Path) -> None:
+    case = "three stages, two groups"
+    of = CASES[case]
+    y = unwritten(made(of).expected)
+    here = made_here(of, LOW_CASES[case], y)
+    x, low = here.operands.x, here.low[:1, :16]
+    whole = x.clone()
+    x.copy_(unwritten(x))
+    before = Before(pointer(x), pointer(whole), pointer(low), pointer(y), x.nbytes, low.nbytes, y.numel(), 0)
+    library = with_low(case, tmp_path, True, LOW_CHANGES[change])
+    assert library.run_early(ctypes.byref(here.args), here.blocks, 1, ctypes.byref(before)) == 0
+    assert (before.early == 0 and here.right(y)) == (not change)
+    if not change:
+        here.operands._replace(expected=reference_of(here)).check(y)

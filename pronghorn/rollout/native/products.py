@@ -17,7 +17,7 @@ import torch
 from ...kernels import adapted_matmul as adapted
 from ...kernels import ordered_matmul as ordered
 from ...kernels.low_rank import low_rank
-from ...kernels.nf4_matmul import LOW_ROWS, MAX_ROWS, Member, low_rank_aligned, nf4_matmul, rows_by_codes, why_not
+from ...kernels.nf4_matmul import MAX_ROWS, Member, makes_low, nf4_matmul, rows_by_codes, why_not
 from ...kernels.ordered_matmul import DenseMember, ordered_matmul
 from ...lora.fused import ORDERED_ROWS
 from ...lora.held import HeldWeights
@@ -101,7 +101,7 @@ class NF4Product:
         return nf4_matmul(x_MI, self.members, low_MR, overlap=True)  # x was whole before x A^T began
 
     def makes_a_start(self, rows: int) -> bool:
-        return rows <= LOW_ROWS and self.group.a_RI is not None and low_rank_aligned(self.group.a_RI)
+        return self.group.a_RI is not None and makes_low(rows, self.members, self.group.a_RI)
 
 
 class Tables:
