@@ -120,6 +120,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
             }
         }
     }
+    MULTIPLIES_WAIT(0);
+    keep_left(x[0]);
+    keep_left(x[1]);
 #else
     u32 before = 0;
 #pragma unroll 1

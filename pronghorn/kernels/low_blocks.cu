@@ -45,7 +45,9 @@ struct Low {
 #define RUNS 8
 #define LOW_STAGE (LOW_BOX * 128 + RANKS * 128)  // 64 columns of x and A
 #define LOW_FILLED_AT (LOW_STAGES * LOW_STAGE)   // counters of stages: filled, and read
-#define LOW_BYTES (LOW_FILLED_AT + LOW_STAGES * 16 + 16)
+// The instruction reads 64 rows of the last stage, too, whatever lies there.
+#define LOW_BEYOND (LOW_BOX + RANKS < 64 ? (64 - LOW_BOX - RANKS) * 128 : 0)
+#define LOW_BYTES (LOW_FILLED_AT + max(LOW_STAGES * 16 + 16, LOW_BEYOND))
 #define AT_ONCE (RANKS % 32 ? 8 : 16)  // sums whose runs are on their way together
 // By a whole block of more than four warps, the number `which` of those that have the rows from `first_row` on.
 __device__ __forceinline__ void make_low(const Low& of, const Map& x, const Map& a, int first_row, int which, int warp, int lane) {

@@ -27,7 +27,8 @@ def defines_of(ranks: int, blocks: int, shared_bytes: int, box: int = 64) -> dic
 
 def bytes_of(defines: dict[str, int]) -> int:
     """Shared memory of a block that makes a part of it."""
-    return defines["LOW_STAGES"] * ((defines["LOW_BOX"] + defines["RANKS"]) * 128 + 16) + 16
+    stages, rows = defines["LOW_STAGES"], defines["LOW_BOX"] + defines["RANKS"]
+    return stages * rows * 128 + max(stages * 16 + 16, (64 - rows) * 128)  # the instruction reads 64 rows of x
 
 
 @cache

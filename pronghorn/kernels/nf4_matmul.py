@@ -147,6 +147,10 @@ def nf4_matmul(
         if tile is not None:
             nf4_wide_cuda.nf4_wide(x_MI, members, low_MR, out_MO, tile, overlap, a_RI)
             return out_MO
+        if a_RI is not None:
+            raise ValueError(
+                f"x A^T of {x_MI.shape[0]} rows with x, low or out not aligned; align their rows to 16 bytes"
+            )
     _path(x_MI).nf4_matmul(x_MI, members, low_MR, out_MO, overlap=overlap, a_RI=a_RI)
     return out_MO
 
@@ -162,7 +166,7 @@ def makes_low(rows: int, members: Sequence[Member], a_RI: torch.Tensor) -> bool:
     from pronghorn.kernels import nf4_wide_cuda
 
     tile = nf4_wide_cuda.tile_of(rows, members)
-    return tile is not None and nf4_wide_cuda.makes_low(tile, a_RI)
+    return tile is not None and nf4_wide_cuda.makes_low(tile, members, a_RI)
 
 
 def low_rank_aligned(a_RI: torch.Tensor) -> bool:

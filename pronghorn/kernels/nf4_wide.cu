@@ -241,15 +241,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
         MULTIPLIES_END;
     }
 #endif
-#if LOW
-    if (fills && steps == stages) hear_of_low(low_flag, gridDim.x - LOW);  // without an adapter, for the flag's sake
-#endif
     MULTIPLIES_WAIT(0);
     keep(k[1]);
 #pragma unroll
     for (int j = 0; j < EIGHTS; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) KEEP_FLOAT(c[j][i]);  // not to be read before
+#if LOW
+    if (fills && steps == stages) hear_of_low(low_flag, gridDim.x - LOW);  // without an adapter, for the flag's sake
+#endif
     // Through shared memory, so that a row's outputs are written side by side: a thread has them of two rows.
     __syncthreads();  // no product reads x any more
     auto rounded = [&](float y, int o) {

@@ -145,14 +145,17 @@ def tile_of(M: int, members: Sequence[Member]) -> WideTile | None:
     return wide_tile_for(M, outputs, weight.shape[1], ranks, nested, processors=processors)
 
 
-def makes_low(tile: WideTile, a_RI: torch.Tensor) -> bool:
-    """Whether a launch can make ``x A^T`` itself, of A whose rows are contiguous and aligned to 16 bytes: blocks of it
-    write that to ``low_MR``, in whole steps of 16 ranks, and the others wait for it. In a chain x is read once the
-    kernel before has ended, so that one may let this begin before it waits itself; nothing that a kernel of the chain
-    writes is read before.
+def makes_low(tile: WideTile, members: Sequence[Member], a_RI: torch.Tensor) -> bool:
+    """Whether a launch is to make ``x A^T`` itself: blocks of it write that to ``low_MR``, in whole steps of 16 ranks,
+    and the others wait for it. Its A has contiguous rows aligned to 16 bytes, and its blocks need no more turns of the
+    multiprocessors. In a chain x is read once the kernel before has ended, so that one may let this begin before it
+    waits itself; nothing that a kernel of the chain writes is read before.
     """
-    R, aligned = a_RI.shape[0], a_RI.is_contiguous() and a_RI.data_ptr() % 16 == 0
-    return aligned and tile.groups >= 8 and R <= low_blocks.MOST_RANKS and R % 2 == 0
+    aligned = a_RI.is_contiguous() and a_RI.data_ptr() % 16 == 0
+    blocks = sum(-(-m.weight.shape[0] // tile.outputs) for m in members)
+    processors = processors_of(a_RI.device)
+    fits = -(-(blocks + _LOW_BLOCKS) // processors) == -(-blocks // processors)
+    return aligned and fits and tile.groups >= 8 and a_RI.shape[0] <= low_blocks.MOST_RANKS
 
 
 def _aligned(*tensors: torch.Tensor | None) -> bool:
@@ -211,8 +214,8 @@ def nf4_wide(
         )
     if tile.groups % 4 or not _aligned(x_MI, low_MR, out_MO) or not _codes_aligned(members):
         raise ValueError(f"{tile}: give groups in fours, and x, low, out and codes with rows at multiples of 16 bytes")
-    if a_RI is not None and (low_MR is None or not makes_low(tile, a_RI)):
-        raise ValueError(f"{tile} and A of {tuple(a_RI.shape)}: give 8 warps or more, and what `makes_low` says")
+    if a_RI is not None and (low_MR is None or not makes_low(tile, members, a_RI)):
+        raise ValueError(f"{tile} and A of {tuple(a_RI.shape)}: give what `makes_low` says, and low to write to")
     rank16, half = max(ranks, default=0) // 16, x_MI.dtype == torch.float16
     chain = begins_early(x_MI) if a_RI is not None else overlap and rank16 > 0
     R = 0 if a_RI is None else a_RI.shape[0]
