@@ -52,9 +52,9 @@ def _attend(
     q_ptr, k_ptr, v_ptr, tiles_ptr, keys_ptr, o_ptr, lse_ptr, q_stride, q_head_stride, k_stride, k_head_stride,
     v_stride, v_head_stride, o_stride, T, scale,
     K: tl.constexpr, R: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
-    TILE: tl.constexpr, SEGMENT: tl.constexpr,
+    TILE: tl.constexpr, SEGMENT: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """One kv head's R query heads for up to BLOCK_M // R queries of one row."""
+    """One kv head's R query heads for up to BLOCK_M // R queries of one row. ONE: no row has more than a segment."""
     head = tl.program_id(0) % K
     tile = tiles_ptr + (tl.program_id(0) // K) * 4
     start = tl.load(tile)
@@ -79,7 +79,7 @@ def _attend(
     all_acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     peak, total, acc = all_peak, all_total, all_acc
     for begin in range(0, last + 1, TILE):
-        if (begin % SEGMENT == 0) & (begin > 0):
+        if not ONE and (begin % SEGMENT == 0) & (begin > 0):
             all_peak, all_total, all_acc = merge_step(all_peak, all_total, all_acc, peak, total, acc)
             peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # the next decay makes total and acc 0
         t = begin + tl.arange(0, TILE)
@@ -89,7 +89,10 @@ def _attend(
         v = tl.load(v_head + (at * v_stride)[:, None] + e[None, :], mask=(e < E)[None, :], other=0.0)
         seen = t[None, :] <= position[:, None]
         peak, total, acc = tile_step(q, k, v, ones, seen, begin + TILE > first + 1, scale, peak, total, acc)
-    all_peak, all_total, all_acc = merge_step(all_peak, all_total, all_acc, peak, total, acc)
+    if ONE:  # merged with nothing: the same but for the sign of a zero
+        all_peak, all_total, all_acc = peak, total, acc + 0.0
+    else:
+        all_peak, all_total, all_acc = merge_step(all_peak, all_total, all_acc, peak, total, acc)
     sums = tl.max(all_total, axis=1)
     o = finish(sums, all_acc)
     tl.store(lse_ptr + heads * T + token, (all_peak + tl.log2(sums)) * 0.6931471805599453, mask=live)
@@ -130,6 +133,7 @@ def ordered_attention_forward(
             (tiles_N4.shape[0] * K,), q_THE, k_UKE, v_UKE, tiles_N4, rows.keys, out_THE, lse_HT,
             q_THE.stride(0), q_THE.stride(1), k_UKE.stride(0), k_UKE.stride(1), v_UKE.stride(0), v_UKE.stride(1),
             out_THE.stride(0), T, scale * math.log2(math.e), K, R, E, block_m, _padded(E), TILE, SEGMENT,
+            rows.longest <= SEGMENT,
             num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
         )  # fmt: skip
     return lse_HT

@@ -75,6 +75,11 @@ class OrderedRows:
         index = on_device(torch.cat(list(keys)), torch.int32, device)
         return cls(tuple(starts), tuple(counts), tuple(firsts), tuple(offsets), index)
 
+    @property
+    def longest(self) -> int:
+        """Keys of the row that has most."""
+        return max((first + count for first, count in zip(self.firsts, self.counts)), default=0)
+
     def tiles(self, queries: int) -> torch.Tensor:
         """int32 ``[N, 4]``: start, count, first position and offset of pieces of at most ``queries`` queries.
 
