@@ -3,7 +3,6 @@
 // time behind instructions.cu and low_blocks.cu, with these given, and what the latter says:
 //   GROUPS        groups of four computing warps, 64 rows each    OUTPUTS_WIDE  outputs of a block
 //   STAGES        of 128 columns in shared memory                 F16           float16 in place of bfloat16
-//   LEFT          x goes to registers first, not by the instruction
 
 struct Args {
     Map x, w, a;   // in blocks of 64 rows, of OUTPUTS_WIDE, of RANKS; 64 columns
@@ -32,7 +31,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
         const int of = blockIdx.x / LOW;
         const Low low = {args.low, args.parts + of * (RUNS * 64 * RANKS), args.flags + of * 32,
                          args.low_stride, args.rows, args.ranks, args.inputs};
-        return make_low(low, args.x, args.a, of * 64, blockIdx.x % LOW, warp, lane);
+        if (make_low(low, args.x, args.a, of * 64, blockIdx.x % LOW, warp, lane)) tell_of_low(low);
+        return;
     }
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
@@ -83,47 +83,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
     }
     float c[OUTPUTS_WIDE / 2];
     clear(c);
-#if LEFT
-    // x in registers: of two stages, as products read one's while the other's are read.
-    u32 x[2][8][4] = {};
-    const int row = warp % 4 * 16 + lane % 16, turned = row % 8 * 16;
-    const u32 x_row = base + warp / 4 * 8192 + row * 128;
-    auto read_left = [&](u32 (*to)[4], int stage) {
-#pragma unroll
-        for (int k = 0; k < 8; ++k)
-            read_pieces(to[k], x_row + stage * STAGE + k / 4 * X_HALF + (k % 4 * 32 + lane / 16 * 16 ^ turned));
-    };
-    auto keep_left = [&](u32 (*of)[4]) {
-#pragma unroll
-        for (int i = 0; i < 32; ++i) KEEP(of[i / 4][i % 4]);
-    };
-    counter_wait(filled, 0);
-    read_left(x[0], 0);
-#pragma unroll 1
-    for (int first = 0; first < steps; first += 2) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (first + half >= steps) break;
-            const u32 w_at = base + ring.stage * STAGE + 2 * X_HALF, before = ring.stage == 0 ? STAGES - 1 : ring.stage - 1;
-            MULTIPLIES_BEGIN;
-#pragma unroll
-            for (int k = 0; k < 8; ++k)
-                multiply_wide_left<OUTPUTS_WIDE>(c, x[half][k], described_both(w_at + k / 4 * W_HALF + k % 4 * 32));
-            MULTIPLIES_END;
-            MULTIPLIES_WAIT(1);
-            keep_left(x[1 - half]);
-            if (lane == 0 && first + half > 0) counter_arrive(emptied + before * 8);
-            ring.next(STAGES);
-            if (first + half + 1 < steps) {
-                counter_wait(filled + ring.stage * 8, ring.phase);
-                read_left(x[1 - half], ring.stage);
-            }
-        }
-    }
-    MULTIPLIES_WAIT(0);
-    keep_left(x[0]);
-    keep_left(x[1]);
-#else
     u32 before = 0;
 #pragma unroll 1
     for (int n = 0; n < steps; ++n, ring.next(STAGES)) {
@@ -139,7 +98,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
         if (lane == 0 && n > 0) counter_arrive(before);
         before = emptied + ring.stage * 8;
     }
-#endif
     MULTIPLIES_WAIT(0);
     keep(c);
     store(args.y + first_output, args.y_stride, first_row + warp * 16, args.rows, args.outputs - first_output, c, lane);

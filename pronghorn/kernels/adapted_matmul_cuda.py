@@ -50,7 +50,6 @@ class Tile(NamedTuple):
     outputs: int
     stages: int
     low: int = 1
-    left: int = 0
 
     @property
     def rows(self) -> int:
@@ -89,7 +88,7 @@ def _source() -> str:
 def defines_of(tile: Tile, ranks: int, dtype: torch.dtype, chain: bool) -> dict[str, int]:
     """The kernel's macros."""
     return {
-        "GROUPS": tile.groups, "OUTPUTS_WIDE": tile.outputs, "STAGES": tile.stages, "LEFT": tile.left,
+        "GROUPS": tile.groups, "OUTPUTS_WIDE": tile.outputs, "STAGES": tile.stages,
         "F16": int(dtype == torch.float16), "CHAIN": int(chain), "MULTIPLIES_WIDE": 1,
         **low_blocks.defines_of(ranks, tile.low, tile.ring_bytes),
     }  # fmt: skip

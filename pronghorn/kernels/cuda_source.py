@@ -219,8 +219,18 @@ def map_of(tensor_RC: torch.Tensor, rows: int) -> Map:
         tensor_RC: ``[R, C]``, bfloat16 or float16, rows contiguous, beginning at multiples of 16 bytes.
     """
     (R, C), dtype = tensor_RC.shape, tensor_RC.dtype
-    stride = tensor_RC.stride(0) * tensor_RC.element_size()
-    return _map(str(dtype), _MAP_TYPES[dtype], tensor_RC.data_ptr(), (R, C), (stride,), (rows, 64), _SWIZZLE_128)
+    return _map_of.__wrapped__(tensor_RC.data_ptr(), dtype, R, C, tensor_RC.stride(0) * dtype.itemsize, rows)
+
+
+@lru_cache(maxsize=4096)
+def _map_of(address: int, dtype: torch.dtype, R: int, C: int, stride: int, rows: int) -> Map:
+    return _map(str(dtype), _MAP_TYPES[dtype], address, (R, C), (stride,), (rows, 64), _SWIZZLE_128)
+
+
+def known_map_of(tensor_RC: torch.Tensor, rows: int) -> Map:
+    """As :func:`map_of`, made once for tensors at one place, where each launch asks for it."""
+    (R, C), dtype = tensor_RC.shape, tensor_RC.dtype
+    return _map_of(tensor_RC.data_ptr(), dtype, R, C, tensor_RC.stride(0) * dtype.itemsize, rows)
 
 
 @lru_cache(maxsize=4096)

@@ -231,30 +231,6 @@ template <> __device__ __forceinline__ void multiply_wide_both<128>(float* c, u6
                  "%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1, 0, 0;"
                  : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56) : "l"(x), "l"(w));
 }
-// The same with x's 16 columns in registers, as `multiply` has its left operand.
-template <int N> __device__ void multiply_wide_left(float* c, const u32* x, u64 w);
-template <> __device__ __forceinline__ void multiply_wide_left<32>(float* c, const u32* x, u64 w) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" WIDE_TYPES
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
-                 : EIGHT(0), EIGHT(8) : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "l"(w));
-}
-template <> __device__ __forceinline__ void multiply_wide_left<48>(float* c, const u32* x, u64 w) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n48k16" WIDE_TYPES
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23}, {%24,%25,%26,%27}, %28, 1, 1, 1, 0;"
-                 : EIGHT(0), EIGHT(8), EIGHT(16) : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "l"(w));
-}
-template <> __device__ __forceinline__ void multiply_wide_left<64>(float* c, const u32* x, u64 w) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" WIDE_TYPES
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
-                 "%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24) : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "l"(w));
-}
-template <> __device__ __forceinline__ void multiply_wide_left<96>(float* c, const u32* x, u64 w) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n96k16" WIDE_TYPES
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
-                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}, {%48,%49,%50,%51}, %52, 1, 1, 1, 0;"
-                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40) : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "l"(w));
-}
 #define MULTIPLIES_BEGIN asm volatile("wgmma.fence.sync.aligned;" ::: "memory")
 #define MULTIPLIES_END asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")
 #define MULTIPLIES_WAIT(n) asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory")  // but for n groups

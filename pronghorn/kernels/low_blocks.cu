@@ -1,8 +1,8 @@
-// x A^T by the first blocks of a product's own launch, on multiprocessors that have no outputs, with Hopper's wide
-// instruction and its copy engine; the product's other blocks wait for a flag before they read it. Of 64 rows LOW blocks
-// have a part of the runs each: a run of the inputs (an eighth, in whole 64) is summed in order in an accumulator, and the
-// last block to end adds the runs' sums, from the first: low_rank.py, whose bits these are. Part of the sources of
-// adapted_matmul.cu and nf4_wide.cu, with these given:
+// x A^T with Hopper's wide instruction and its copy engine. Of 64 rows LOW blocks have a part of the runs each: a run of the
+// inputs (an eighth, in whole 64) is summed in order in an accumulator, and the last block to end adds the runs' sums, from
+// the first: low_rank.py, whose bits these are. Part of the sources of low_rank.cu, whose blocks are all such, and of
+// products whose first blocks are, on multiprocessors that have no outputs, while the others wait for a flag:
+// adapted_matmul.cu and nf4_wide.cu. With these given:
 //   RANKS       in whole 16, as many as the instruction has        LOW      blocks for 64 rows; 0: none
 //   LOW_STAGES  of 64 columns in shared memory                     LOW_BOX  rows of a block of x's map
 //   CHAIN       begins while the kernel before runs, which makes x
@@ -38,9 +38,13 @@ __device__ __forceinline__ void store(u16* to, int stride, int row, int rows, in
 
 struct Low {
     u16* low;
-    float* parts;  // sums of runs: of each run, a thread's behind one another
-    u32* flag;     // low is there; 16 behind it, of the blocks how many have made their runs
+    float* parts;  // if LOW > 1, sums of runs: of each run, a thread's behind one another
+    u32* flag;     // low is there; 16 behind it, if LOW > 1, of the blocks how many have made their runs
     int low_stride, rows, ranks, inputs;
+#ifdef TWICE  // once more
+    u16* also;
+    int also_stride;
+#endif
 };
 #define RUNS 8
 #define LOW_STAGE (LOW_BOX * 128 + RANKS * 128)  // 64 columns of x and A
@@ -49,8 +53,9 @@ struct Low {
 #define LOW_BEYOND (LOW_BOX + RANKS < 64 ? (64 - LOW_BOX - RANKS) * 128 : 0)
 #define LOW_BYTES (LOW_FILLED_AT + max(LOW_STAGES * 16 + 16, LOW_BEYOND))
 #define AT_ONCE (RANKS % 32 ? 8 : 16)  // sums whose runs are on their way together
-// By a whole block of more than four warps, the number `which` of those that have the rows from `first_row` on.
-__device__ __forceinline__ void make_low(const Low& of, const Map& x, const Map& a, int first_row, int which, int warp, int lane) {
+// By a whole block of more than four warps, the number `which` of those that have the rows from `first_row` on. Whether it
+// is there now: true for the first four warps of the block that wrote it.
+__device__ __forceinline__ bool make_low(const Low& of, const Map& x, const Map& a, int first_row, int which, int warp, int lane) {
     const u32 base = shared_address(shared), filled = base + LOW_FILLED_AT, emptied = filled + LOW_STAGES * 8;
     if (threadIdx.x == 0) {
         for (int i = 0; i < LOW_STAGES; ++i) {
@@ -77,7 +82,7 @@ __device__ __forceinline__ void make_low(const Low& of, const Map& x, const Map&
             bring(to + LOW_BOX * 128, a, column, 0, counter);
         }
     }
-    if (warp >= 4) return;
+    if (warp >= 4) return false;
 #if CHAIN
     BEFORE_HAS_ENDED;  // a block without inputs waits for nothing else before it writes
 #endif
@@ -120,7 +125,8 @@ __device__ __forceinline__ void make_low(const Low& of, const Map& x, const Map&
     MEET;
     if (threadIdx.x == 0) *arrived = count_arrivals((int*)of.flag + 16, 1);
     MEET;
-    if (*arrived != LOW - 1) return;
+    if (*arrived != LOW - 1) return false;
+    if (threadIdx.x == 0) of.flag[16] = 0;
 #pragma unroll 1
     for (int first = 0; first < RANKS / 2; first += AT_ONCE) {
         float sums[RUNS][AT_ONCE];
@@ -132,16 +138,23 @@ __device__ __forceinline__ void make_low(const Low& of, const Map& x, const Map&
 #pragma unroll
             for (int run = 1; run < RUNS; ++run) sums[0][i] = __fadd_rn(sums[0][i], sums[run][i]);
         store(of.low + first * 2, of.low_stride, first_row + warp * 16, of.rows, of.ranks - first * 2, sums[0], lane);
+#ifdef TWICE
+        store(of.also + first * 2, of.also_stride, first_row + warp * 16, of.rows, of.ranks - first * 2, sums[0], lane);
+#endif
     }
 #else
     store(of.low, of.low_stride, first_row + warp * 16, of.rows, of.ranks, total, lane);
+#ifdef TWICE
+    store(of.also, of.also_stride, first_row + warp * 16, of.rows, of.ranks, total, lane);
 #endif
+#endif
+    return true;
+}
+// By those four warps, to the blocks that wait.
+__device__ __forceinline__ void tell_of_low(const Low& of) {
     SHOW_FAR_WRITES;
     MEET;
-    if (threadIdx.x == 0) {
-        of.flag[16] = 0;
-        flag_set(of.flag);
-    }
+    if (threadIdx.x == 0) flag_set(of.flag);
 }
 // One thread of each block that reads low: it is there, and the engine sees it. The last of so many `readers` makes the
 // flag 0 again. The blocks that make it are the first of the grid: they have begun.

@@ -1,4 +1,4 @@
-"""``x A^T`` in a product's own launch on Hopper (``low_blocks.cu``): what its blocks are given, and where they work."""
+"""``x A^T`` by Hopper's wide instruction (``low_blocks.cu``): what its blocks are given, and where they work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from pronghorn.kernels.reference.low_rank import SPLITS
 
-MOST_ROWS, MOST_RANKS = 256, 128
+MOST_ROWS, MOST_RANKS = 256, 128  # in a product's own launch
 
 _RANKS = (16, 32, 48, 64, 96, 128)  # that the instruction is written for
 _MOST_STAGES = 16
@@ -31,10 +31,17 @@ def bytes_of(defines: dict[str, int]) -> int:
     return stages * rows * 128 + max(stages * 16 + 16, (64 - rows) * 128)  # the instruction reads 64 rows of x
 
 
+def room_for(rows: int) -> int:
+    """Rows of a workspace: a power of two, so that few are made."""
+    return max(MOST_ROWS, 1 << (rows - 1).bit_length())
+
+
 @cache
-def workspace(device: torch.device, stream: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def workspace(
+    device: torch.device, stream: int, ranks: int, rows: int = MOST_ROWS
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of runs, and flags, 0 again behind each launch: made once, so that a CUDA graph may hold them, for each
     stream, as another rollout may be drawn on another.
     """
-    parts = torch.empty(MOST_ROWS * SPLITS * ranks, dtype=torch.float32, device=device)
-    return parts, torch.zeros(MOST_ROWS // 64 * 32, dtype=torch.int32, device=device)
+    parts = torch.empty(rows * SPLITS * ranks, dtype=torch.float32, device=device)
+    return parts, torch.zeros(rows // 64 * 32, dtype=torch.int32, device=device)

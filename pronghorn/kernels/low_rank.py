@@ -6,7 +6,8 @@ is rounded once. A matrix library splits such a narrow product differently for e
 rows and a trainer's thousands would differ in their last bits.
 
 Few rows, or few ranks of up to 4,096 rows: every run is a program of its own, and the last to finish adds the sums up.
-Else one program takes all runs of its rows. The bits are the same.
+Else one program takes all runs of its rows. Thousands of rows go another way on Hopper (``low_rank_cuda.py``). The bits
+are the same.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ FEW_ROWS = 256
 """Up to so many rows, whatever the ranks, runs are programs of their own: their sums are written, and read again."""
 
 
-def _path(tensor: torch.Tensor) -> ModuleType:
-    """The module that does the work for ``tensor``; Triton is imported only where it is used."""
-    if not tensor.is_cuda or tensor.dtype not in (torch.bfloat16, torch.float16):
+def _path(x_TI: torch.Tensor, a_RI: torch.Tensor, *outs: torch.Tensor | None) -> ModuleType:
+    """The module that does the work for ``x_TI``; Triton is imported only where it is used."""
+    if not x_TI.is_cuda or x_TI.dtype not in (torch.bfloat16, torch.float16):
         return reference
-    from pronghorn.kernels import low_rank_triton
+    from pronghorn.kernels import low_rank_cuda, low_rank_triton
+
+    if low_rank_cuda.takes(x_TI, a_RI, *outs):
+        return low_rank_cuda
 
     return low_rank_triton
 
@@ -62,5 +66,5 @@ def low_rank(
     for out in (out_TR, also_TR):
         if out is not None and (out.shape != (T, R) or out.dtype != x_TI.dtype or out.stride(1) != 1):
             raise ValueError(f"out is {tuple(out.shape)}, {out.dtype}; give {(T, R)}, {x_TI.dtype}, rows contiguous")
-    _path(x_TI).low_rank(x_TI, a_RI, out_TR, also_TR)
+    _path(x_TI, a_RI, out_TR, also_TR).low_rank(x_TI, a_RI, out_TR, also_TR)
     return out_TR

@@ -37,7 +37,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) nf4_wide(const __gri
     if (blockIdx.x < LOW) {
         const int columns = (args.ranks + 15) / 16 * 16;  // of low: those beyond A's are zeros
         const Low low = {args.low, args.parts, low_flag, args.low_stride, args.rows, columns, args.K};
-        return make_low(low, given.x, given.a, 0, blockIdx.x, warp, lane);
+        if (make_low(low, given.x, given.a, 0, blockIdx.x, warp, lane)) tell_of_low(low);
+        return;
     }
 #endif
     int tile = (int)blockIdx.x - LOW, which = 0;

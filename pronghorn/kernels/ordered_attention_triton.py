@@ -19,19 +19,27 @@ from pronghorn.kernels.ordered_step_triton import COLUMNS, finish, merge_step, t
 
 
 class Config(NamedTuple):
-    """Rows of a program's tile (queries times the heads of a group), warps, and tiles on their way or in use."""
+    """Rows of a program's tile (queries times the heads of a group), warps, and tiles on their way or in use; the most
+    registers of a thread, None for the compiler's choice.
+    """
 
     rows: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
-def launch_config(E: int, capability: tuple[int, int] = (9, 0)) -> Config:
+def launch_config(E: int, capability: tuple[int, int] = (9, 0), one: bool = False) -> Config:
     """128 rows for two groups of warps on Hopper's tensor cores; half of it for heads that fill the registers.
 
     Five stages are three tiles of keys: the index that finds them comes two stages earlier. Other GPUs have less shared
     memory, some only 99 KiB.
+
+    Where no row has more than ``one`` segment there is one sum to keep in place of two, and two programs share a
+    multiprocessor (16 rows of 256 tokens, 8B: 89 to 65 microseconds): as many registers as that leaves, and fewer tiles.
     """
+    if capability[0] == 9 and E <= 128 and one:
+        return Config(128, 8, 4, 128)
     if capability[0] != 9:
         return Config(64 if E <= 128 else 32, 4, 3)
     return Config(128, 8, 5) if E <= 128 else Config(64, 8, 3)
@@ -123,7 +131,8 @@ def ordered_attention_forward(
     (T, H, E), K = q_THE.shape, k_UKE.shape[1]
     lse_HT = torch.empty((H, T), dtype=torch.float32, device=q_THE.device)
     R = H // K
-    config = config or launch_config(E, _capability(q_THE.get_device()))
+    one = rows.longest <= SEGMENT
+    config = config or launch_config(E, _capability(q_THE.get_device()), one)
     block_m, num_warps, num_stages = tile_rows(config, R), config.num_warps, config.num_stages
     tiles_N4 = rows.tiles(block_m // R)
     if not tiles_N4.shape[0]:
@@ -133,7 +142,7 @@ def ordered_attention_forward(
             (tiles_N4.shape[0] * K,), q_THE, k_UKE, v_UKE, tiles_N4, rows.keys, out_THE, lse_HT,
             q_THE.stride(0), q_THE.stride(1), k_UKE.stride(0), k_UKE.stride(1), v_UKE.stride(0), v_UKE.stride(1),
             out_THE.stride(0), T, scale * math.log2(math.e), K, R, E, block_m, _padded(E), TILE, SEGMENT,
-            rows.longest <= SEGMENT,
-            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
+            one,
+            num_warps=num_warps, num_stages=num_stages, maxnreg=config.maxnreg, enable_fp_fusion=False,
         )  # fmt: skip
     return lse_HT

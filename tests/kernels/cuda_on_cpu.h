@@ -235,22 +235,6 @@ template <int N> void multiply_wide_both(float* c, u64 x, u64 w) {  // 64 rows o
         }
     __syncwarp();
 }
-template <int N> void multiply_wide_left(float* c, const unsigned* x, u64 w) {
-    Warp& own = own_warp();
-    const int lane = own_lane(), g = lane / 4, t = lane % 4;
-    std::memcpy(own.u[lane], x, 16);
-    __syncwarp();
-    auto half = [](unsigned word, int i) { return (double)wide((uint16_t)(word >> 16 * i)); };
-    for (int j = 0; j < N / 8; ++j)
-        for (int i = 0; i < 4; ++i) {
-            const int row = g + i / 2 * 8;
-            double sum = 0;
-            for (int k = 0; k < 16; ++k)
-                sum += half(own.u[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) * at(w * 16, j * 8 + t * 2 + i % 2, k);
-            c[j * 4 + i] = (float)(c[j * 4 + i] + sum);
-        }
-    __syncwarp();
-}
 inline void write_pieces_turned(unsigned to, unsigned a, unsigned b, unsigned c, unsigned d) {
     Warp& w = own_warp();
     const int lane = own_lane();

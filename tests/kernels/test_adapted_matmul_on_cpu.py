@@ -38,8 +38,6 @@ CASES = [
     Case(Tile(2, 64, 2, 8), 256, 136, 640, 32),
     Case(Tile(2, 64, 3), 130, 64, 128, 16),  # rows that are no whole block
     Case(Tile(2, 96, 2), 200, 96, 64, 64),  # fewer steps than stages
-    Case(Tile(1, 32, 2, 4, 1), 50, 72, 1088, 32),  # x in registers
-    Case(Tile(2, 64, 3, 1, 1), 130, 136, 320, 16),
 ]
 
 
