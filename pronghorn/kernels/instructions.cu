@@ -105,6 +105,10 @@ __device__ __forceinline__ float seen_by_all(const float* from) {  // past L1, w
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(r) : "l"(from) : "memory");
     return r;
 }
+__device__ __forceinline__ void four_seen_by_all(float* to, const float4* from) {
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "l"(from) : "memory");
+}
 __device__ __forceinline__ int count_arrivals(int* counter, int n) {  // of all threads that met at a barrier; what it was
     int r;
     asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(r) : "l"(counter), "r"(n) : "memory");

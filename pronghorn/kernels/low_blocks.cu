@@ -5,7 +5,7 @@
 // adapted_matmul.cu and nf4_wide.cu. With these given:
 //   RANKS       in whole 16, as many as the instruction has        LOW      blocks for 64 rows; 0: none
 //   LOW_STAGES  of 64 columns in shared memory                     LOW_BOX  rows of a block of x's map
-//   CHAIN       begins while the kernel before runs, which makes x
+//   CHAIN       begins while the kernel before runs, which makes x; A is older
 #if LOW
 struct Ring {
     int stage = 0, phase = 0;
@@ -38,7 +38,7 @@ __device__ __forceinline__ void store(u16* to, int stride, int row, int rows, in
 
 struct Low {
     u16* low;
-    float* parts;  // if LOW > 1, sums of runs: of each run, a thread's behind one another
+    float* parts;  // if LOW > 1, sums of runs: of each run, four of a thread's and then the next thread's
     u32* flag;     // low is there; 16 behind it, if LOW > 1, of the blocks how many have made their runs
     int low_stride, rows, ranks, inputs;
 #ifdef TWICE  // once more
@@ -69,17 +69,27 @@ __device__ __forceinline__ bool make_low(const Low& of, const Map& x, const Map&
     const int first = min(first_run * length, of.inputs), last = min((first_run + RUNS / LOW) * length, of.inputs);
     Ring ring;
     if (warp == 4 && lane == 0) {
+        auto ask_a = [&](int column) {
+            const u32 counter = filled + ring.stage * 8;
+            counter_arrive_expecting(counter, LOW_STAGE);
+            bring(base + ring.stage * LOW_STAGE + LOW_BOX * 128, a, column, 0, counter);
+        };
+        auto ask_x = [&](int column) {
+            bring(base + ring.stage * LOW_STAGE, x, column, first_row, filled + ring.stage * 8);
+        };
+        const int begun = min(first + LOW_STAGES * 64, last);
+        for (int column = first; column < begun; column += 64, ++ring.stage) ask_a(column);
+        ring = Ring();
 #if CHAIN
         BEFORE_HAS_ENDED;
         NEXT_MAY_BEGIN;
 #endif
+        for (int column = first; column < begun; column += 64, ring.next(LOW_STAGES)) ask_x(column);
 #pragma unroll 1
-        for (int column = first; column < last; column += 64, ring.next(LOW_STAGES)) {
-            if (column - first >= LOW_STAGES * 64) counter_wait(emptied + ring.stage * 8, ring.phase ^ 1);
-            const u32 counter = filled + ring.stage * 8, to = base + ring.stage * LOW_STAGE;
-            counter_arrive_expecting(counter, LOW_STAGE);
-            bring(to, x, column, first_row, counter);
-            bring(to + LOW_BOX * 128, a, column, 0, counter);
+        for (int column = begun; column < last; column += 64, ring.next(LOW_STAGES)) {
+            counter_wait(emptied + ring.stage * 8, ring.phase ^ 1);
+            ask_a(column);
+            ask_x(column);
         }
     }
     if (warp >= 4) return false;
@@ -90,7 +100,7 @@ __device__ __forceinline__ bool make_low(const Low& of, const Map& x, const Map&
     float total[RANKS / 2];
 #endif
     float c[RANKS / 2];
-    float* const parts = of.parts + threadIdx.x;
+    float4* const parts = (float4*)of.parts + threadIdx.x;
 #pragma unroll 1
     for (int run = first_run; run < first_run + RUNS / LOW; ++run) {
         u32 before = 0;  // the stage whose products may still run
@@ -112,12 +122,13 @@ __device__ __forceinline__ bool make_low(const Low& of, const Map& x, const Map&
         MULTIPLIES_WAIT(0);
         keep(c);
         if (lane == 0 && before) counter_arrive(before);
-#pragma unroll
-        for (int i = 0; i < RANKS / 2; ++i)
 #if LOW == 1
-            total[i] = run ? __fadd_rn(total[i], c[i]) : c[i];
+#pragma unroll
+        for (int i = 0; i < RANKS / 2; ++i) total[i] = run ? __fadd_rn(total[i], c[i]) : c[i];
 #else
-            parts[(run * (RANKS / 2) + i) * 128] = c[i];
+#pragma unroll
+        for (int i = 0; i < RANKS / 8; ++i)
+            parts[(run * (RANKS / 8) + i) * 128] = make_float4(c[i * 4], c[i * 4 + 1], c[i * 4 + 2], c[i * 4 + 3]);
 #endif
     }
 #if LOW > 1
@@ -131,8 +142,10 @@ __device__ __forceinline__ bool make_low(const Low& of, const Map& x, const Map&
     for (int first = 0; first < RANKS / 2; first += AT_ONCE) {
         float sums[RUNS][AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < RUNS * AT_ONCE; ++i)
-            sums[i / AT_ONCE][i % AT_ONCE] = seen_by_all(parts + (i / AT_ONCE * (RANKS / 2) + first + i % AT_ONCE) * 128);
+        for (int i = 0; i < RUNS * AT_ONCE / 4; ++i) {
+            const int run = i / (AT_ONCE / 4), at = i % (AT_ONCE / 4);
+            four_seen_by_all(sums[run] + at * 4, parts + (run * (RANKS / 8) + first / 4 + at) * 128);
+        }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i)
 #pragma unroll

@@ -81,7 +81,7 @@ def low_rank(
     blocks: int | None = None,
 ) -> None:
     """See :func:`pronghorn.kernels.low_rank.low_rank`; ``blocks`` (1, 2, 4 or 8) in place of :func:`blocks_for`'s, for
-    tests and measurements. In a chain it begins while the kernel before runs, and reads nothing until that has ended.
+    tests and measurements. In a chain it begins while the kernel before runs, and reads A alone until that has ended.
     """
     (T, inputs), R, device = x_TI.shape, a_RI.shape[0], x_TI.device
     blocks = blocks or blocks_for(T, R)

@@ -95,6 +95,7 @@ inline float power_of_2(float x) { return std::exp2(x); }
 inline float larger(float a, float b) { return std::fmax(a, b); }
 inline int read_early(const int* from) { return *from; }
 inline float seen_by_all(const float* from) { return *from; }
+inline void four_seen_by_all(float* to, const float4* from) { std::memcpy(to, from, 16); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned picks) {
     const uint64_t both = (uint64_t)b << 32 | a;
     unsigned r = 0;

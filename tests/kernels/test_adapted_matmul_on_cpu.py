@@ -109,11 +109,11 @@ def test_every_element_is_in_its_place(case: Case, dtype: torch.dtype, tmp_path:
 
 
 _START = "#if CHAIN\n        BEFORE_HAS_ENDED;\n        NEXT_MAY_BEGIN;\n#endif\n        for (int n = 0; n < begun;"
-_LOW_START = "#if CHAIN\n        BEFORE_HAS_ENDED;\n        NEXT_MAY_BEGIN;\n#endif\n#pragma unroll 1"
+_LOW_START = "#if CHAIN\n        BEFORE_HAS_ENDED;\n        NEXT_MAY_BEGIN;\n#endif\n        for (int column = first;"
 CHANGES = {
     "": ("", ""),
     "x is asked for too early": (_START, "        for (int n = 0; n < begun;"),
-    "x is asked for too early, for low": (_LOW_START, "#pragma unroll 1"),
+    "x is asked for too early, for low": (_LOW_START, "        for (int column = first;"),
     "the next begins too early": (
         _START,
         _START.replace("BEFORE_HAS_ENDED;\n        NEXT_MAY_BEGIN;", "NEXT_MAY_BEGIN;\n        BEFORE_HAS_ENDED;"),
