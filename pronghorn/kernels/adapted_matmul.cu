@@ -3,6 +3,7 @@
 // time behind instructions.cu and low_blocks.cu, with these given, and what the latter says:
 //   GROUPS        groups of four computing warps, 64 rows each    OUTPUTS_WIDE  outputs of a block
 //   STAGES        of 128 columns in shared memory                 F16           float16 in place of bfloat16
+//   CODED         of eight steps of 128 columns, how many have their weights made of NF4 codes here; 0: none
 
 struct Args {
     Map x, w, a;   // in blocks of 64 rows, of OUTPUTS_WIDE, of RANKS; 64 columns
@@ -10,18 +11,72 @@ struct Args {
     float* parts;  // for each 64 rows
     u32* flags;    // likewise, 32 apart
     int y_stride, low_stride, rows, outputs, inputs, width, ranks, row_blocks;
+    // If CODED: codes of each member, tiles of 8 outputs and 64 columns (nf4_layout.py), and where its outputs begin; scales
+    // [columns / 128][outputs / 8][2][8]: of a step's two blocks of 64 columns; the levels of a code.
+    const u8* codes[3];
+    const float* scales;
+    int first[3], members;
+    float nf4[16];
 };
 
 #define COMPUTING (GROUPS * 4)
-#define WARPS (COMPUTING + 1)  // the last one asks for x and W
+#define TEAMS (GROUPS == 1 ? 2 : 1)  // of four warps that make weights, if CODED
+#define WARPS (COMPUTING + 1 + (CODED ? TEAMS * 4 : 0))  // behind those that multiply, one asks for x and W
 #define ROWS_HERE (GROUPS * 64)
 #define X_HALF (ROWS_HERE * 128)  // of 64 columns; multiples of 1024
 #define W_HALF (OUTPUTS_WIDE * 128)
 #define STAGE (2 * (X_HALF + W_HALF))
+#define TILES ((OUTPUTS_WIDE / 4 + 3) / 4)  // of codes, 8 outputs and 64 columns, that a warp has of a step
 #define FILLED_AT (STAGES * STAGE)  // counters of stages: filled, and read
 #define EMPTIED_AT (FILLED_AT + STAGES * 8)
-#define OWN_BYTES (EMPTIED_AT + STAGES * 8)
+#define MADE_AT (EMPTIED_AT + STAGES * 8)  // if CODED, of weights that were made,
+#define CODES_AT (MADE_AT + STAGES * 8)    // and of codes that came, of each team its own, as who waits sees each phase
+#define LEVELS_AT ((CODES_AT + TEAMS * STAGES * 8 + 127) / 128 * 128)  // a code's level, for each lane
+#define OWN_BYTES (CODED ? LEVELS_AT + 2048 : MADE_AT)
 #define SHARED_BYTES (OWN_BYTES > LOW_BYTES ? OWN_BYTES : LOW_BYTES)
+
+#if CODED
+// Steps of columns, among them those whose weights are codes: spread evenly.
+__device__ __forceinline__ bool is_coded(int step, int inputs) {
+    return step < inputs / 128 && step * CODED / 8 != (step + 1) * CODED / 8;
+}
+#define CODED_STEP(i) (((i + 1) * 8 + CODED - 1) / CODED - 1)  // the number i of them
+// Weights of coded steps, by a team of four warps that has each second one: as they come, the step's codes and scales lie
+// where its weights are to be. What a thread makes of a tile of codes are two columns of each eight, of one output.
+__device__ __forceinline__ void make_weights(const Args& args, u32 base, int team, int warp, int lane) {
+    const float* const levels = (const float*)(shared + LEVELS_AT) + lane;
+    const int g = lane / 4, t = lane % 4, steps = args.inputs / 128 * CODED / 8;
+#pragma unroll 1
+    for (int i = team, own = 0; i < steps; i += TEAMS, ++own) {
+        const int stage = CODED_STEP(i) % STAGES;
+        u8* const w = shared + stage * STAGE + 2 * X_HALF;
+        uint2 v[TILES];
+        float scale[TILES];
+        counter_wait(base + CODES_AT + (team * STAGES + own % STAGES) * 8, own / STAGES & 1);
+#pragma unroll
+        for (int j = 0; j < TILES; ++j) {
+            const int tile = min(j * 4 + warp, OUTPUTS_WIDE / 4 - 1), eight = tile / 2, half = tile % 2;
+            v[j] = *(const uint2*)(w + eight * 512 + half * 256 + lane * 8);
+            scale[j] = *(const float*)(w + OUTPUTS_WIDE * 64 + eight * 64 + half * 32 + g * 4);
+        }
+        MEET_OF(2 + team);  // all have read
+#pragma unroll
+        for (int j = 0; j < TILES; ++j) {
+            const int tile = j * 4 + warp, row = tile / 2 * 8 + g;
+            if (tile >= OUTPUTS_WIDE / 4) break;
+            u8* const to = w + tile % 2 * W_HALF + row * 128 + t * 4;
+#pragma unroll
+            for (int q = 0; q < 8; ++q) {
+                const u32 code = (q % 2 ? v[j].y : v[j].x) >> q / 2 * 8 & 255;
+                *(u32*)(to + (q ^ g) * 16) = pair(scaled(levels[code / 16 * 32], scale[j]), scaled(levels[code % 16 * 32], scale[j]));
+            }
+        }
+        SHOW_WRITES;
+        __syncwarp();
+        if (lane == 0) counter_arrive(base + MADE_AT + i % STAGES * 8);
+    }
+}
+#endif
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const __grid_constant__ Args args) {
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -38,10 +93,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
         for (int i = 0; i < STAGES; ++i) {
             counter_begin(filled + i * 8, 1);
             counter_begin(emptied + i * 8, COMPUTING);
+#if CODED
+            counter_begin(base + MADE_AT + i * 8, 4);
+            for (int team = 0; team < TEAMS; ++team) counter_begin(base + CODES_AT + (team * STAGES + i) * 8, 1);
+#endif
         }
         SHOW_COUNTERS;
     }
+#if CODED
+    for (int i = threadIdx.x; i < 512; i += WARPS * 32) ((float*)(shared + LEVELS_AT))[i] = args.nf4[i / 32];
+#endif
     __syncthreads();
+#if CODED
+    if (warp > COMPUTING) return make_weights(args, base, (warp - COMPUTING - 1) / 4, (warp - COMPUTING - 1) % 4, lane);
+#endif
     // Blocks that share W begin side by side.
     const int first_row = own % args.row_blocks * ROWS_HERE, first_output = own / args.row_blocks * OUTPUTS_WIDE;
     const int steps = (args.width + 127) / 128;
@@ -50,6 +115,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
         if (lane) return;
         auto ask_w = [&](int n) {
             const u32 counter = filled + ring.stage * 8, to = base + ring.stage * STAGE + 2 * X_HALF;
+#if CODED
+            if (is_coded(n, args.inputs)) {
+                const int outputs = min(OUTPUTS_WIDE, args.outputs - first_output), i = n * CODED / 8;
+                const u32 codes = base + CODES_AT + (i % TEAMS * STAGES + i / TEAMS % STAGES) * 8;
+                counter_arrive_expecting(counter, 2 * X_HALF);
+                counter_arrive_expecting(codes, outputs * 72);
+                for (int at = 0; at < outputs; at += 8) {
+                    int of = 0;
+                    while (of + 1 < args.members && first_output + at >= args.first[of + 1]) ++of;
+                    const u64 tile = (u64)(first_output + at - args.first[of]) / 8 * (args.inputs / 64) + n * 2;
+                    bring_bytes(to + at * 64, args.codes[of] + tile * 256, 512, codes);
+                }
+                bring_bytes(to + OUTPUTS_WIDE * 64, args.scales + ((u64)n * args.outputs + first_output) * 2, outputs * 8, codes);
+                return;
+            }
+#endif
             counter_arrive_expecting(counter, STAGE);
             bring(to, args.w, n * 128, first_output, counter);
             bring(to + W_HALF, args.w, n * 128 + 64, first_output, counter);
@@ -84,9 +165,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
     float c[OUTPUTS_WIDE / 2];
     clear(c);
     u32 before = 0;
+#if CODED
+    Ring made;
+#endif
 #pragma unroll 1
     for (int n = 0; n < steps; ++n, ring.next(STAGES)) {
         counter_wait(filled + ring.stage * 8, ring.phase);
+#if CODED
+        if (is_coded(n, args.inputs)) {
+            counter_wait(base + MADE_AT + made.stage * 8, made.phase);
+            made.next(STAGES);
+        }
+#endif
         const u32 x_at = base + ring.stage * STAGE + warp / 4 * 8192, w_at = base + ring.stage * STAGE + 2 * X_HALF;
         MULTIPLIES_BEGIN;
 #pragma unroll

@@ -10,17 +10,23 @@ one float32 sum over the table's columns in order, 16 products of the tensor cor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
 from pronghorn.kernels import adapted_matmul_cuda, launch
-from pronghorn.kernels.adapted_matmul_cuda import tile_for
+from pronghorn.kernels.adapted_matmul_cuda import Coded, tile_for
 from pronghorn.kernels.cuda_source import processors_of
 from pronghorn.kernels.low_blocks import MOST_RANKS, MOST_ROWS
 from pronghorn.kernels.reference import adapted_matmul as reference
+from pronghorn.kernels.reference.nf4 import dequantize_scales
 
-__all__ = ["LEAST_ROWS", "MOST_ROWS", "adapted_matmul", "takes"]
+if TYPE_CHECKING:
+    from pronghorn.quant.nf4 import NF4Tensor
+
+__all__ = ["LEAST_ROWS", "MOST_ROWS", "Coded", "adapted_matmul", "coded_of", "takes"]
 
 LEAST_ROWS = 17
 """Rows from which on this is meant to be the faster way."""
@@ -38,6 +44,30 @@ def takes(rows: int, weight_OK: torch.Tensor, a_RI: torch.Tensor | None) -> bool
     return (
         not why_not(weight_OK, a_RI) and tile_for(rows, weight_OK.shape[0], processors_of(weight_OK.device)) is not None
     )
+
+
+def coded_of(weights: Sequence[NF4Tensor]) -> Coded | None:
+    """What a launch reads codes by, of weights one under another; None where these do not lie as the kernel has them.
+
+    Their scales are kept here in 32 bits, a sixteenth of a byte a weight, in the order in which blocks read them.
+    """
+    if not 0 < len(weights) <= 3 or not all(map(_in_tiles, weights)):
+        return None
+    I = weights[0].shape[1]  # noqa: E741 - a shape letter
+    firsts = [sum(w.shape[0] for w in weights[:i]) for i in range(len(weights))]
+    scales = [
+        dequantize_scales(w.scales, w.nested_absmax, w.offset, w.nested_code, w.nested_blocksize)
+        .view(w.shape[0] // 8, 8, I // 128, 2)
+        .permute(2, 0, 3, 1)
+        for w in weights
+    ]
+    return Coded(tuple(w.codes for w in weights), tuple(firsts), torch.cat(scales, dim=1).contiguous())
+
+
+def _in_tiles(weight: NF4Tensor) -> bool:
+    O, I = weight.shape  # noqa: E741 - shape letters
+    whole = O % 8 == 0 and I % 128 == 0 and weight.blocksize == 64
+    return whole and weight.tiled and weight.codes.data_ptr() % 16 == 0
 
 
 def why_not(weight_OK: torch.Tensor, a_RI: torch.Tensor) -> str:
@@ -59,7 +89,12 @@ def _misplaced(tensor: torch.Tensor, name: str, bytes_: int) -> str:
 
 
 def adapted_matmul(
-    table_TK: torch.Tensor, rows: int, weight_OK: torch.Tensor, a_RI: torch.Tensor, out_MO: torch.Tensor | None = None
+    table_TK: torch.Tensor,
+    rows: int,
+    weight_OK: torch.Tensor,
+    a_RI: torch.Tensor,
+    out_MO: torch.Tensor | None = None,
+    coded: Coded | None = None,
 ) -> torch.Tensor:
     """The product of a table's first rows; no gradient.
 
@@ -70,6 +105,7 @@ def adapted_matmul(
         weight_OK: ``[O, K]``, x's dtype: W, s B, and zeros.
         a_RI: A of all adapters, one under another, contiguous, x's dtype.
         out_MO: x's dtype, rows contiguous, to write to.
+        coded: what W was made of, from :func:`coded_of`: half of it is read as codes then, a quarter of the bytes.
 
     Returns:
         ``y_MO`` in x's dtype.
@@ -97,5 +133,5 @@ def adapted_matmul(
                 f"{reason or f'{rows} rows in place of up to {MOST_ROWS}'}; multiply with low_rank and ordered_matmul "
                 "instead"
             )
-    _path(table_TK).adapted_matmul(table_TK, rows, weight_OK, a_RI, out_MO)
+    _path(table_TK).adapted_matmul(table_TK, rows, weight_OK, a_RI, out_MO, coded)
     return out_MO

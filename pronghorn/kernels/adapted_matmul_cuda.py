@@ -23,10 +23,12 @@ from pronghorn.kernels.cuda_source import CudaKernel, Map, map_of, pointer, proc
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.launch import begins_early, current_recording
 from pronghorn.kernels.low_blocks import whole_ranks, workspace
+from pronghorn.kernels.nf4_code import NF4_LEVELS
 from pronghorn.kernels.reference.low_rank import SPLITS
 
 _OUTPUTS = (32, 48, 64, 96)  # of a block, that the instruction is written for
-_SHARED = 225 * 1024  # of stages
+_SHARED = 224 * 1024  # of stages
+_CODED = 4  # of eight steps
 _P, _I = ctypes.c_void_p, ctypes.c_int
 
 
@@ -38,7 +40,23 @@ class Args(ctypes.Structure):
         *((name, _I) for name in (
             "y_stride", "low_stride", "rows", "outputs", "inputs", "width", "ranks", "row_blocks",
         )),
+        ("codes", _P * 3), ("scales", _P), ("first", _I * 3), ("members", _I), ("nf4", ctypes.c_float * 16),
+        ("_rest", ctypes.c_char * 64),
     )  # fmt: skip
+
+
+class Coded(NamedTuple):
+    """The codes that a weight was made of, for the steps of columns that are read as codes.
+
+    Attributes:
+        codes: of each member, in tiles (``nf4_layout.py``), one to three.
+        firsts: where each one's outputs begin.
+        scales: float32 ``[I / 128, O / 8, 2, 8]``, of all: of each step's two blocks of 64 columns.
+    """
+
+    codes: tuple[torch.Tensor, ...]
+    firsts: tuple[int, ...]
+    scales: torch.Tensor
 
 
 class Tile(NamedTuple):
@@ -50,6 +68,7 @@ class Tile(NamedTuple):
     outputs: int
     stages: int
     low: int = 1
+    coded: int = 0
 
     @property
     def rows(self) -> int:
@@ -57,7 +76,12 @@ class Tile(NamedTuple):
 
     @property
     def warps(self) -> int:
-        return self.groups * 4 + 1
+        return self.groups * 4 + 1 + self.teams * 4
+
+    @property
+    def teams(self) -> int:
+        """Teams of four warps that make weights of codes."""
+        return (2 if self.groups == 1 else 1) if self.coded else 0
 
     @property
     def ring_bytes(self) -> int:
@@ -65,7 +89,7 @@ class Tile(NamedTuple):
         return self.stages * (self.rows + self.outputs) * 256
 
 
-def tile_for(rows: int, outputs: int, processors: int = HOPPER_PROCESSORS) -> Tile | None:
+def tile_for(rows: int, outputs: int, processors: int = HOPPER_PROCESSORS, coded: bool = False) -> Tile | None:
     """The tile for so many rows and outputs; None where another way is meant to be faster: where there are more blocks
     than multiprocessors, or far fewer.
 
@@ -80,7 +104,8 @@ def tile_for(rows: int, outputs: int, processors: int = HOPPER_PROCESSORS) -> Ti
                 return None
             low = next(n for n in (4, 2, 1) if blocks + n * lows <= processors)
             most = 9 if groups > 1 or each <= 32 else 6
-            return Tile(groups, each, min(_SHARED // ((groups * 64 + each) * 256), most), low)
+            stages = min(_SHARED // ((groups * 64 + each) * 256), most)
+            return Tile(groups, each, stages, low, _CODED if coded else 0)
     return None
 
 
@@ -92,7 +117,7 @@ def _source() -> str:
 def defines_of(tile: Tile, ranks: int, dtype: torch.dtype, chain: bool) -> dict[str, int]:
     """The kernel's macros."""
     return {
-        "GROUPS": tile.groups, "OUTPUTS_WIDE": tile.outputs, "STAGES": tile.stages,
+        "GROUPS": tile.groups, "OUTPUTS_WIDE": tile.outputs, "STAGES": tile.stages, "CODED": tile.coded,
         "F16": int(dtype == torch.float16), "CHAIN": int(chain), "MULTIPLIES_WIDE": 1,
         **low_blocks.defines_of(ranks, tile.low, tile.ring_bytes),
     }  # fmt: skip
@@ -100,12 +125,23 @@ def defines_of(tile: Tile, ranks: int, dtype: torch.dtype, chain: bool) -> dict[
 
 def shared_bytes(tile: Tile, defines: dict[str, int]) -> int:
     """Shared memory of a block: of one that has outputs, or that makes a part of ``x A^T``."""
-    return max(tile.ring_bytes + tile.stages * 16, low_blocks.bytes_of(defines))
+    own = tile.ring_bytes + tile.stages * 16
+    if tile.coded:
+        own = -(-(own + tile.stages * 8 * (1 + tile.teams)) // 128) * 128 + 2048  # the levels of a code
+    return max(own, low_blocks.bytes_of(defines))
 
 
 @lru_cache(maxsize=64)
 def _kernel(defines: tuple[tuple[str, int], ...], device: torch.device, bytes_: int) -> CudaKernel:
     return CudaKernel(_source(), "adapted_matmul", dict(defines), device, bytes_)
+
+
+def _codes(coded: Coded) -> dict[str, object]:
+    """Fields of :class:`Args`."""
+    return {
+        "codes": (_P * 3)(*(pointer(codes) for codes in coded.codes)), "scales": pointer(coded.scales),
+        "first": (_I * 3)(*coded.firsts), "members": len(coded.codes), "nf4": (ctypes.c_float * 16)(*NF4_LEVELS),
+    }  # fmt: skip
 
 
 def adapted_matmul(
@@ -114,6 +150,7 @@ def adapted_matmul(
     weight_OK: torch.Tensor,
     a_RI: torch.Tensor,
     out_MO: torch.Tensor,
+    coded: Coded | None = None,
     tile: Tile | None = None,
 ) -> None:
     """As ``reference.adapted_matmul.adapted_matmul``; ``tile`` in place of :func:`tile_for`'s, for measurements.
@@ -122,7 +159,7 @@ def adapted_matmul(
     before.
     """
     (R, inputs), O, device = a_RI.shape, weight_OK.shape[0], table_TK.device  # noqa: E741 - a shape letter
-    tile = tile or tile_for(rows, O, processors_of(device))
+    tile = tile or tile_for(rows, O, processors_of(device), coded is not None)
     if tile is None:
         raise ValueError(f"no tile for {rows} rows and {O} outputs; ask `takes` first")
     if tile.stages < 2 or SPLITS % tile.low:
@@ -142,6 +179,7 @@ def adapted_matmul(
         y=pointer(out_MO), low=pointer(table_TK[:, inputs:]), parts=pointer(parts), flags=pointer(flags),
         y_stride=out_MO.stride(0), low_stride=table_TK.stride(0), rows=rows, outputs=O, inputs=inputs,
         width=weight_OK.shape[1], ranks=R, row_blocks=row_blocks,
+        **({} if coded is None else _codes(coded)),
     )  # fmt: skip
     blocks = -(-rows // 64) * tile.low + -(-O // tile.outputs) * row_blocks
     _kernel(tuple(defines.items()), device, shared_bytes(tile, defines))((blocks, 1, 1), tile.warps * 32, args, chain)

@@ -151,6 +151,11 @@ __device__ __forceinline__ void bring(u32 to, const Map& map, int column, int ro
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(counter) : "memory");
 }
+// Bytes as they lie; both places and their number are multiples of 16.
+__device__ __forceinline__ void bring_bytes(u32 to, const void* from, int bytes, u32 counter) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(counter) : "memory");
+}
 #define FETCH_MAP(map) asm volatile("prefetch.tensormap [%0];" ::"l"(&(map)) : "memory")
 // A block of a tensor whose columns are groups of 64: from a group and a row on, as many of both as the map says.
 __device__ __forceinline__ void bring_groups(u32 to, const Map& map, int group, int row, u32 counter) {
@@ -248,6 +253,7 @@ __device__ __forceinline__ void write_pieces_turned(u32 to, u32 a, u32 b, u32 c,
 #define COPIES_WAIT(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")  // until but n groups are there
 #define ALL_COPIES_WAIT asm volatile("cp.async.wait_all;" ::: "memory")
 #define MEET asm volatile("bar.sync 1, 128;" ::: "memory")  // the first four warps
+#define MEET_OF(id) asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory")  // four warps
 #define TURN_WAIT(id) asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory")
 #define TURN_GIVE(id) asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory")
 __device__ __forceinline__ u32 flag_read(const u32* flag) {  // and all that was seen before it was written is seen

@@ -4,15 +4,18 @@ other; races, in a graph and in a chain; what lies beside its outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from pronghorn.kernels import low_blocks
-from pronghorn.kernels.adapted_matmul import adapted_matmul, takes
+from pronghorn.kernels.adapted_matmul import adapted_matmul, coded_of, takes
 from pronghorn.kernels.launch import before_a_start, chained
 from pronghorn.kernels.low_rank import low_rank
 from pronghorn.kernels.ordered_matmul import DenseMember, ordered_matmul
 from pronghorn.kernels.rms_norm import norm_forward
+from pronghorn.quant.nf4 import NF4Tensor
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -21,10 +24,20 @@ pytestmark = [
     ),
 ]
 SHAPES = {"down": (4096, 14336, 32), "o": (4096, 4096, 32), "qkv": (6144, 4096, 96)}  # of an 8B Llama
+MEMBERS = {"down": (4096,), "o": (4096,), "qkv": (4096, 1024, 1024)}
 
 
 class Operands:
-    def __init__(self, outputs: int, inputs: int, ranks: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """``members``: of so many outputs, NF4; the weight is what these are in 16 bits."""
+
+    def __init__(
+        self,
+        outputs: int,
+        inputs: int,
+        ranks: int,
+        dtype: torch.dtype = torch.bfloat16,
+        members: Sequence[int] = (),
+    ) -> None:
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device="cuda").to(dtype)
 
@@ -32,6 +45,12 @@ class Operands:
         self.inputs, self.ranks = inputs, ranks
         self.weight, self.a, self.norm = normal(outputs, width), normal(ranks, inputs), normal(inputs)
         self.weight[:, inputs + ranks :] = 0
+        self.coded = None
+        if members:
+            nf4 = [NF4Tensor.quantize(normal(n, inputs) / 50).in_tiles() for n in members]
+            self.coded = coded_of(nf4)
+            assert self.coded is not None
+            self.weight[:, :inputs] = torch.cat([w.dequantize(dtype) for w in nf4])
         self.table = torch.zeros(384, width, dtype=dtype, device="cuda")
         self.table[:, :inputs] = normal(384, inputs)
 
@@ -60,7 +79,8 @@ def test_its_bits_are_those_of_two_launches(name: str, rows: int, dtype: torch.d
 
 
 @pytest.mark.parametrize(
-    ("outputs", "inputs", "ranks"), [(3584, 18944, 16), (4608, 3584, 48), (5120, 13824, 128), (3072, 8192, 8)]
+    ("outputs", "inputs", "ranks"),
+    [(3584, 18944, 16), (4608, 3584, 48), (5120, 13824, 128), (3072, 8192, 8)],
 )
 def test_other_models_have_the_same_bits(outputs: int, inputs: int, ranks: int) -> None:
     of = Operands(outputs, inputs, ranks)
@@ -71,11 +91,28 @@ def test_other_models_have_the_same_bits(outputs: int, inputs: int, ranks: int) 
         assert torch.equal(adapted_matmul(of.table, rows, of.weight, of.a), y) and torch.equal(of.low(rows), low)
 
 
-@pytest.mark.parametrize("rows", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [17, 64, 100, 128, 256])
 @pytest.mark.parametrize("name", SHAPES)
-def test_in_a_chain_and_a_graph_it_waits_for_what_it_reads(name: str, rows: int) -> None:
+def test_of_codes_the_bits_are_the_same(name: str, rows: int, dtype: torch.dtype) -> None:
+    of = Operands(*SHAPES[name], dtype, MEMBERS[name])
+    y, low = of.expected(rows)
+    of.low(rows).fill_(float("nan"))
+    given = torch.full_like(of.weight, float("nan"))  # where codes are read, it is not
+    for step in range(0, given.shape[1] // 128 + 1):
+        if step % 2 == 0 or step >= of.inputs // 128:
+            given[:, step * 128 : step * 128 + 128] = of.weight[:, step * 128 : step * 128 + 128]
+    got = adapted_matmul(of.table, rows, given, of.a, coded=of.coded)
+    assert torch.equal(got, y) and torch.equal(of.low(rows), low)
+
+
+@pytest.mark.parametrize("rows", [64, 128, 256])
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_in_a_chain_and_a_graph_it_waits_for_what_it_reads(name: str, coded: bool, rows: int) -> None:
     """Norms of changing inputs, each product behind its norm: a graph of four steps, 25 times, every bit."""
-    of, other = Operands(*SHAPES[name]), Operands(*SHAPES[name])
+    members = MEMBERS[name] if coded else ()
+    of, other = (Operands(*SHAPES[name], members=members) for _ in range(2))
     x = torch.randn(rows, of.inputs, device="cuda").bfloat16()
     out, second = (torch.empty(rows, of.weight.shape[0], dtype=x.dtype, device="cuda") for _ in range(2))
 
@@ -84,7 +121,7 @@ def test_in_a_chain_and_a_graph_it_waits_for_what_it_reads(name: str, rows: int)
             for each, to in ((of, out), (other, second)):
                 with before_a_start():
                     norm_forward(x, each.norm, 1e-5, each.table[:rows, : each.inputs])
-                adapted_matmul(each.table, rows, each.weight, each.a, to)
+                adapted_matmul(each.table, rows, each.weight, each.a, to, each.coded)
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -294,6 +294,11 @@ inline void bring(unsigned to, const Map& map, int column, int row, unsigned cou
     std::unique_lock lock(engine);
     brought.push_back({to, map, column, row, counter});
 }
+inline void bring_bytes(unsigned to, const void* from, int bytes, unsigned counter) {
+    const uint64_t words = bytes / 4;
+    if (to % 16 || bytes % 16) stuck = true;
+    bring(to, Map{(uint64_t)from, words, 1, words, 1, words}, 0, 0, counter);
+}
 inline void bring_groups(unsigned to, const Map& map, int group, int row, unsigned counter) {
     for (int i = 0; i < map.groups; ++i) bring(to + i * map.box_rows * 128, map, (group + i) * 64, row, counter);
 }
@@ -335,6 +340,7 @@ inline void counter_wait(unsigned at, unsigned parity) {  // until the phase of 
 #define COPIES_WAIT(n) copies_wait(n, false)
 #define ALL_COPIES_WAIT copies_wait(0, true)
 #define MEET named[1].arrive(true, 128)
+#define MEET_OF(id) named[id].arrive(true, 128)
 #define TURN_WAIT(id) named[id].arrive(true)
 #define TURN_GIVE(id) named[id].arrive(false)
 // What the kernel before makes comes when a thread waits for its end. What is done too early is counted.

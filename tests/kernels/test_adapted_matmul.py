@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_a_tile_fills_the_multiprocessors_once() -> None:
     """An 8B Llama's outputs: each block has a multiprocessor, x A^T the others."""
     assert tile_for(64, 4096) == Tile(1, 32, 9, 4) and tile_for(17, 4096) == tile_for(64, 4096)
-    assert tile_for(64, 6144) == Tile(1, 48, 8, 4)
+    assert tile_for(64, 6144) == Tile(1, 48, 6, 4)
     assert tile_for(65, 4096) == Tile(2, 32, 5, 2) and tile_for(128, 6144) == Tile(2, 48, 5, 2)
     assert tile_for(129, 4096) == Tile(2, 64, 4, 1) == tile_for(256, 4096)
     assert tile_for(256, 6144) == Tile(2, 96, 4, 1)

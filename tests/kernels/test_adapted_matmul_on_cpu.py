@@ -15,10 +15,12 @@ import torch
 
 from pronghorn.kernels import adapted_matmul_cuda as module
 from pronghorn.kernels import low_blocks
+from pronghorn.kernels.adapted_matmul import coded_of
 from pronghorn.kernels.adapted_matmul_cuda import Tile, adapted_matmul
 from pronghorn.kernels.cuda_source import pointer
 from tests.kernels import on_cpu
 from tests.kernels.test_nf4_matmul_on_cpu import Before, unwritten
+from tests.kernels.test_nf4_matmul_on_cpu import weight as weight_of
 
 pytestmark = on_cpu.needs_compiler
 
@@ -29,6 +31,7 @@ class Case(NamedTuple):
     O: int  # noqa: E741 - a shape letter
     K: int
     R: int
+    members: tuple[int, ...] = ()  # of these outputs; NF4, as half of the steps are codes
 
 
 CASES = [
@@ -38,6 +41,10 @@ CASES = [
     Case(Tile(2, 64, 2, 8), 256, 136, 640, 32),
     Case(Tile(2, 64, 3), 130, 64, 128, 16),  # rows that are no whole block
     Case(Tile(2, 96, 2), 200, 96, 64, 64),  # fewer steps than stages
+    Case(Tile(1, 32, 3, 4, 4), 50, 72, 1152, 32, (72,)),  # outputs that are no whole block
+    Case(Tile(1, 48, 2, 2, 4), 64, 104, 640, 32, (72, 16, 16)),  # a block has outputs of three
+    Case(Tile(2, 64, 4, 2, 4), 130, 72, 640, 16, (40, 32)),
+    Case(Tile(2, 32, 2, 2, 6), 130, 40, 1280, 16, (40,)),
 ]
 
 
@@ -51,6 +58,16 @@ class Operands:
         self.table[:, : case.K] = torch.randn(case.M, case.K)
         self.table[:, case.K : case.K + case.R] = float("nan")
         self.weight, self.a = torch.randn(case.O, width).to(dtype), torch.randn(case.R, case.K).to(dtype)
+        self.coded, self.given = None, self.weight
+        if case.members:
+            nf4 = [weight_of(outputs, case.K, True, dtype) for outputs in case.members]
+            self.coded = coded_of(nf4)
+            assert self.coded is not None
+            self.weight[:, : case.K] = torch.cat([w.dequantize(dtype) for w in nf4])
+            self.given = self.weight.clone()  # where codes are read, it is not
+            for step in range(case.K // 128):
+                if step * case.tile.coded // 8 != (step + 1) * case.tile.coded // 8:
+                    self.given[:, step * 128 : step * 128 + 128] = float("nan")
         self.out = unwritten(torch.empty(case.M, case.O + 6, dtype=dtype))
 
     def bound(self, exact: torch.Tensor) -> torch.Tensor:
@@ -104,7 +121,7 @@ def on_a_cpu(
 def test_every_element_is_in_its_place(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
     of = Operands(case, dtype)
     with on_a_cpu(case.tile, tmp_path):
-        adapted_matmul(of.table, case.M, of.weight, of.a, of.out[:, : case.O], case.tile)
+        adapted_matmul(of.table, case.M, of.given, of.a, of.out[:, : case.O], of.coded, case.tile)
         assert of.right()
 
 
@@ -122,12 +139,45 @@ CHANGES = {
     "a flag stays": ("flag_count(flag, readers);", ""),
     "a count stays": ("of.flag[16] = 0;", ""),
     "what is multiplied is not waited for": (
-        "counter_wait(filled + ring.stage * 8, ring.phase);\n        const u32 x_at", "const u32 x_at"
+        "counter_wait(filled + ring.stage * 8, ring.phase);\n#if CODED", "#if CODED"
     ),
     "a group has the rows of the first": ("+ warp / 4 * 8192", ""),
     "the second half is the first": ("k / 4 * W_HALF + ", ""),
     "runs are added twice": ("for (int run = 1; run < RUNS; ++run) sums", "for (int run = 0; run < RUNS; ++run) sums"),
 }  # fmt: skip
+
+
+CODED_CHANGES = {
+    "": ("", ""),
+    "codes are not waited for": (
+        "counter_wait(base + CODES_AT + (team * STAGES + own % STAGES) * 8, own / STAGES & 1);",
+        "",
+    ),
+    "weights are not waited for": ("counter_wait(base + MADE_AT + made.stage * 8, made.phase);", ""),
+    "codes of the first member": (
+        "while (of + 1 < args.members && first_output + at >= args.first[of + 1]) ++of;",
+        "",
+    ),
+    "scales of the first outputs": ("args.outputs + first_output) * 2", "args.outputs) * 2"),
+    "both halves have one scale": (" + half * 32 + g * 4", " + g * 4"),
+    "the lower code first": ("levels[code / 16 * 32], scale[j]), scaled(levels[code % 16", "levels[code % 16 * 32], scale[j]), scaled(levels[code / 16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CODED_CHANGES)
+def test_weights_of_codes_are_made_before_they_are_multiplied(change: str, tmp_path: Path) -> None:
+    case = Case(Tile(1, 32, 3, 2, 4), 40, 96, 1152, 32, (56, 40))
+    of = Operands(case, torch.float16)
+    with on_a_cpu(case.tile, tmp_path, None, CODED_CHANGES[change]):
+        if "waited" not in change:
+            adapted_matmul(of.table, case.M, of.given, of.a, of.out[:, : case.O], of.coded, case.tile)
+            assert of.right() == (not change)
+            return
+        try:
+            adapted_matmul(of.table, case.M, of.given, of.a, of.out[:, : case.O], of.coded, case.tile)
+        except AssertionError:
+            return  # a wait that does not end
+        assert not of.right()
 
 
 _WAIT = "#if CHAIN\n    BEFORE_HAS_ENDED;  // a block"
@@ -143,7 +193,7 @@ def test_a_block_that_has_no_part_of_x_a_waits_too(waits: bool, tmp_path: Path) 
     before = Before(pointer(of.table), pointer(whole), 0, pointer(of.out), of.table.nbytes, 0, of.out.numel(), 0)
     changed = ("", "") if waits else (_WAIT, _WAIT.replace("CHAIN", "0"))
     with on_a_cpu(case.tile, tmp_path, before, changed):
-        adapted_matmul(of.table, case.M, of.weight, of.a, of.out[:, : case.O], case.tile)
+        adapted_matmul(of.table, case.M, of.given, of.a, of.out[:, : case.O], of.coded, case.tile)
         assert of.right() and (before.early == 0) == waits
 
 
@@ -158,5 +208,5 @@ def test_begun_early_it_waits_for_what_is_late(change: str, tmp_path: Path) -> N
         pointer(of.table), pointer(whole), pointer(low), pointer(of.out), of.table.nbytes, low.nbytes, of.out.numel(), 0
     )
     with on_a_cpu(case.tile, tmp_path, before, CHANGES[change]):
-        adapted_matmul(of.table, case.M, of.weight, of.a, of.out[:, : case.O], case.tile)
+        adapted_matmul(of.table, case.M, of.given, of.a, of.out[:, : case.O], of.coded, case.tile)
         assert (before.early == 0 and of.right()) == (not change)

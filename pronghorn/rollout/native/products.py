@@ -155,6 +155,9 @@ class HeldProduct:
         # Whether the copy engine brings 64 rows beside x A^T.
         self.beside = self.most_own > 0 and group.rank > 0 and ordered.mapped_rows([self.member], True) >= _FEW
         self.in_nf4, self.rows_by_codes = _many_in_nf4(group, dtype)
+        self.coded: adapted.Coded | None = None
+        if rows > self.rows_by_codes and adapted.takes(min(rows, adapted.MOST_ROWS), self.member.weight_OI, group.a_RI):
+            self.coded = adapted.coded_of([p.nf4 for p in group.members if p.nf4 is not None])
 
     def _by_codes(self, rows: int) -> NF4Product | None:
         return self.in_nf4 if self.in_nf4 and rows <= self.rows_by_codes else None
@@ -162,7 +165,8 @@ class HeldProduct:
     @property
     def bytes(self) -> int:
         """Memory of what it keeps."""
-        return self.held.bytes + (self.in_nf4.bytes if self.in_nf4 else 0)
+        scales = self.coded.scales.nbytes if self.coded else 0
+        return self.held.bytes + (self.in_nf4.bytes if self.in_nf4 else 0) + scales
 
     def place(self, rows: int) -> torch.Tensor | None:
         return None if self._by_codes(rows) else self.table_TK[:rows, : self.inputs]
@@ -187,7 +191,9 @@ class HeldProduct:
         a_RI = self.group.a_RI
         if a_RI is not None:
             if adapted.takes(M, self.member.weight_OI, a_RI):
-                return adapted.adapted_matmul(whole_rows(self.table_TK), M, self.member.weight_OI, a_RI)
+                return adapted.adapted_matmul(
+                    whole_rows(self.table_TK), M, self.member.weight_OI, a_RI, coded=self.coded
+                )
             low_rank(own, a_RI, self.table_TK[:M, self.inputs :])
         # With more rows x A^T is the slower for a product that takes its place beside it.
         if self.beside and _FEWER < M <= _FEW:
