@@ -11,12 +11,8 @@ struct Args {
     float* parts;  // for each 64 rows
     u32* flags;    // likewise, 32 apart
     int y_stride, low_stride, rows, outputs, inputs, width, ranks, row_blocks;
-    // If CODED: codes of each member, tiles of 8 outputs and 64 columns (nf4_layout.py), and where its outputs begin; scales
-    // [columns / 128][outputs / 8][2][8]: of a step's two blocks of 64 columns; the levels of a code.
-    const u8* codes[3];
-    const float* scales;
-    int first[3], members;
-    float nf4[16];
+    const u8* codes;  // if CODED: of each such step, of each 8 outputs, two tiles of 64 columns (nf4_layout.py), and behind
+    float nf4[16];    // them their scales [2][8]; the levels of a code
 };
 
 #define COMPUTING (GROUPS * 4)
@@ -26,6 +22,7 @@ struct Args {
 #define X_HALF (ROWS_HERE * 128)  // of 64 columns; multiples of 1024
 #define W_HALF (OUTPUTS_WIDE * 128)
 #define STAGE (2 * (X_HALF + W_HALF))
+#define EIGHT_CODES 576  // bytes of a coded step for 8 outputs
 #define TILES ((OUTPUTS_WIDE / 4 + 3) / 4)  // of codes, 8 outputs and 64 columns, that a warp has of a step
 #define FILLED_AT (STAGES * STAGE)  // counters of stages: filled, and read
 #define EMPTIED_AT (FILLED_AT + STAGES * 8)
@@ -56,8 +53,8 @@ __device__ __forceinline__ void make_weights(const Args& args, u32 base, int tea
 #pragma unroll
         for (int j = 0; j < TILES; ++j) {
             const int tile = min(j * 4 + warp, OUTPUTS_WIDE / 4 - 1), eight = tile / 2, half = tile % 2;
-            v[j] = *(const uint2*)(w + eight * 512 + half * 256 + lane * 8);
-            scale[j] = *(const float*)(w + OUTPUTS_WIDE * 64 + eight * 64 + half * 32 + g * 4);
+            v[j] = *(const uint2*)(w + eight * EIGHT_CODES + half * 256 + lane * 8);
+            scale[j] = *(const float*)(w + eight * EIGHT_CODES + 512 + half * 32 + g * 4);
         }
         MEET_OF(2 + team);  // all have read
 #pragma unroll
@@ -120,14 +117,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
                 const int outputs = min(OUTPUTS_WIDE, args.outputs - first_output), i = n * CODED / 8;
                 const u32 codes = base + CODES_AT + (i % TEAMS * STAGES + i / TEAMS % STAGES) * 8;
                 counter_arrive_expecting(counter, 2 * X_HALF);
-                counter_arrive_expecting(codes, outputs * 72);
-                for (int at = 0; at < outputs; at += 8) {
-                    int of = 0;
-                    while (of + 1 < args.members && first_output + at >= args.first[of + 1]) ++of;
-                    const u64 tile = (u64)(first_output + at - args.first[of]) / 8 * (args.inputs / 64) + n * 2;
-                    bring_bytes(to + at * 64, args.codes[of] + tile * 256, 512, codes);
-                }
-                bring_bytes(to + OUTPUTS_WIDE * 64, args.scales + ((u64)n * args.outputs + first_output) * 2, outputs * 8, codes);
+                const int bytes = outputs / 8 * EIGHT_CODES;
+                counter_arrive_expecting(codes, bytes);
+                bring_bytes(to, args.codes + ((u64)i * args.outputs + first_output) / 8 * EIGHT_CODES, bytes, codes);
                 return;
             }
 #endif

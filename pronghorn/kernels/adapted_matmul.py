@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pronghorn.kernels import adapted_matmul_cuda, launch
-from pronghorn.kernels.adapted_matmul_cuda import Coded, tile_for
+from pronghorn.kernels.adapted_matmul_cuda import CODED, tile_for
 from pronghorn.kernels.cuda_source import processors_of
 from pronghorn.kernels.low_blocks import MOST_RANKS, MOST_ROWS
 from pronghorn.kernels.reference import adapted_matmul as reference
@@ -26,7 +26,7 @@ from pronghorn.kernels.reference.nf4 import dequantize_scales
 if TYPE_CHECKING:
     from pronghorn.quant.nf4 import NF4Tensor
 
-__all__ = ["LEAST_ROWS", "MOST_ROWS", "Coded", "adapted_matmul", "coded_of", "takes"]
+__all__ = ["LEAST_ROWS", "MOST_ROWS", "adapted_matmul", "coded_of", "takes"]
 
 LEAST_ROWS = 17
 """Rows from which on this is meant to be the faster way."""
@@ -46,28 +46,30 @@ def takes(rows: int, weight_OK: torch.Tensor, a_RI: torch.Tensor | None) -> bool
     )
 
 
-def coded_of(weights: Sequence[NF4Tensor]) -> Coded | None:
-    """What a launch reads codes by, of weights one under another; None where these do not lie as the kernel has them.
+def coded_of(weights: Sequence[NF4Tensor], eighths: int = CODED) -> torch.Tensor | None:
+    """Codes and scales of half of the columns of weights one under another, in the order in which a launch's blocks read
+    them: uint8 ``[steps, O / 8, 576]``; None where the weights' codes do not lie in tiles.
 
-    Their scales are kept here in 32 bits, a sixteenth of a byte a weight, in the order in which blocks read them.
+    ``eighths``: how many of eight steps of 128 columns, for measurements.
     """
-    if not 0 < len(weights) <= 3 or not all(map(_in_tiles, weights)):
+    if not weights or not all(map(_in_tiles, weights)):
         return None
     I = weights[0].shape[1]  # noqa: E741 - a shape letter
-    firsts = [sum(w.shape[0] for w in weights[:i]) for i in range(len(weights))]
-    scales = [
-        dequantize_scales(w.scales, w.nested_absmax, w.offset, w.nested_code, w.nested_blocksize)
-        .view(w.shape[0] // 8, 8, I // 128, 2)
-        .permute(2, 0, 3, 1)
-        for w in weights
-    ]
-    return Coded(tuple(w.codes for w in weights), tuple(firsts), torch.cat(scales, dim=1).contiguous())
+    steps = [n for n in range(I // 128) if n * eighths // 8 != (n + 1) * eighths // 8]
+    parts = []
+    for w in weights:
+        eights = w.shape[0] // 8
+        scales = dequantize_scales(w.scales, w.nested_absmax, w.offset, w.nested_code, w.nested_blocksize)
+        scales = scales.view(eights, 8, I // 128, 2).permute(2, 0, 3, 1)[steps].contiguous()  # [S, O / 8, 2, 8]
+        codes = w.codes.view(eights, I // 128, 512).transpose(0, 1)[steps]
+        parts.append(torch.cat((codes, scales.view(torch.uint8).flatten(2)), dim=2))
+    return torch.cat(parts, dim=1).contiguous()
 
 
 def _in_tiles(weight: NF4Tensor) -> bool:
     O, I = weight.shape  # noqa: E741 - shape letters
     whole = O % 8 == 0 and I % 128 == 0 and weight.blocksize == 64
-    return whole and weight.tiled and weight.codes.data_ptr() % 16 == 0
+    return whole and weight.tiled
 
 
 def why_not(weight_OK: torch.Tensor, a_RI: torch.Tensor) -> str:
@@ -94,7 +96,7 @@ def adapted_matmul(
     weight_OK: torch.Tensor,
     a_RI: torch.Tensor,
     out_MO: torch.Tensor | None = None,
-    coded: Coded | None = None,
+    coded: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The product of a table's first rows; no gradient.
 

@@ -28,7 +28,9 @@ from pronghorn.kernels.reference.low_rank import SPLITS
 
 _OUTPUTS = (32, 48, 64, 96)  # of a block, that the instruction is written for
 _SHARED = 224 * 1024  # of stages
-_CODED = 4  # of eight steps
+CODED = 4
+"""Of eight steps of 128 columns, how many are read as codes, where these are given."""
+
 _P, _I = ctypes.c_void_p, ctypes.c_int
 
 
@@ -40,23 +42,8 @@ class Args(ctypes.Structure):
         *((name, _I) for name in (
             "y_stride", "low_stride", "rows", "outputs", "inputs", "width", "ranks", "row_blocks",
         )),
-        ("codes", _P * 3), ("scales", _P), ("first", _I * 3), ("members", _I), ("nf4", ctypes.c_float * 16),
-        ("_rest", ctypes.c_char * 64),
+        ("codes", _P), ("nf4", ctypes.c_float * 16), ("_rest", ctypes.c_char * 56),
     )  # fmt: skip
-
-
-class Coded(NamedTuple):
-    """The codes that a weight was made of, for the steps of columns that are read as codes.
-
-    Attributes:
-        codes: of each member, in tiles (``nf4_layout.py``), one to three.
-        firsts: where each one's outputs begin.
-        scales: float32 ``[I / 128, O / 8, 2, 8]``, of all: of each step's two blocks of 64 columns.
-    """
-
-    codes: tuple[torch.Tensor, ...]
-    firsts: tuple[int, ...]
-    scales: torch.Tensor
 
 
 class Tile(NamedTuple):
@@ -105,7 +92,7 @@ def tile_for(rows: int, outputs: int, processors: int = HOPPER_PROCESSORS, coded
             low = next(n for n in (4, 2, 1) if blocks + n * lows <= processors)
             most = 9 if groups > 1 or each <= 32 else 6
             stages = min(_SHARED // ((groups * 64 + each) * 256), most)
-            return Tile(groups, each, stages, low, _CODED if coded else 0)
+            return Tile(groups, each, stages, low, CODED if coded else 0)
     return None
 
 
@@ -136,21 +123,13 @@ def _kernel(defines: tuple[tuple[str, int], ...], device: torch.device, bytes_: 
     return CudaKernel(_source(), "adapted_matmul", dict(defines), device, bytes_)
 
 
-def _codes(coded: Coded) -> dict[str, object]:
-    """Fields of :class:`Args`."""
-    return {
-        "codes": (_P * 3)(*(pointer(codes) for codes in coded.codes)), "scales": pointer(coded.scales),
-        "first": (_I * 3)(*coded.firsts), "members": len(coded.codes), "nf4": (ctypes.c_float * 16)(*NF4_LEVELS),
-    }  # fmt: skip
-
-
 def adapted_matmul(
     table_TK: torch.Tensor,
     rows: int,
     weight_OK: torch.Tensor,
     a_RI: torch.Tensor,
     out_MO: torch.Tensor,
-    coded: Coded | None = None,
+    coded: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> None:
     """As ``reference.adapted_matmul.adapted_matmul``; ``tile`` in place of :func:`tile_for`'s, for measurements.
@@ -179,7 +158,7 @@ def adapted_matmul(
         y=pointer(out_MO), low=pointer(table_TK[:, inputs:]), parts=pointer(parts), flags=pointer(flags),
         y_stride=out_MO.stride(0), low_stride=table_TK.stride(0), rows=rows, outputs=O, inputs=inputs,
         width=weight_OK.shape[1], ranks=R, row_blocks=row_blocks,
-        **({} if coded is None else _codes(coded)),
+        codes=pointer(coded), nf4=(ctypes.c_float * 16)(*NF4_LEVELS),
     )  # fmt: skip
     blocks = -(-rows // 64) * tile.low + -(-O // tile.outputs) * row_blocks
     _kernel(tuple(defines.items()), device, shared_bytes(tile, defines))((blocks, 1, 1), tile.warps * 32, args, chain)

@@ -61,7 +61,7 @@ class Operands:
         self.coded, self.given = None, self.weight
         if case.members:
             nf4 = [weight_of(outputs, case.K, True, dtype) for outputs in case.members]
-            self.coded = coded_of(nf4)
+            self.coded = coded_of(nf4, case.tile.coded)
             assert self.coded is not None
             self.weight[:, : case.K] = torch.cat([w.dequantize(dtype) for w in nf4])
             self.given = self.weight.clone()  # where codes are read, it is not
@@ -154,11 +154,7 @@ CODED_CHANGES = {
         "",
     ),
     "weights are not waited for": ("counter_wait(base + MADE_AT + made.stage * 8, made.phase);", ""),
-    "codes of the first member": (
-        "while (of + 1 < args.members && first_output + at >= args.first[of + 1]) ++of;",
-        "",
-    ),
-    "scales of the first outputs": ("args.outputs + first_output) * 2", "args.outputs) * 2"),
+    "codes of the first outputs": ("args.outputs + first_output) / 8", "args.outputs) / 8"),
     "both halves have one scale": (" + half * 32 + g * 4", " + g * 4"),
     "the lower code first": ("levels[code / 16 * 32], scale[j]), scaled(levels[code % 16", "levels[code % 16 * 32], scale[j]), scaled(levels[code / 16"),
 }  # fmt: skip
