@@ -6,7 +6,8 @@
 //   CODED         of eight steps of 128 columns, how many have their weights made of NF4 codes here; 0: none
 
 struct Args {
-    Map x, w, a;   // in blocks of 64 rows, of OUTPUTS_WIDE, of RANKS; 64 columns
+    Map x, a;      // in blocks of 64 rows, of RANKS; 64 columns
+    Map xs, w;     // in blocks of ROWS_HERE rows, of OUTPUTS_WIDE; 64 columns and then 64
     u16 *y, *low;
     float* parts;  // for each 64 rows
     u32* flags;    // likewise, 32 apart
@@ -17,7 +18,7 @@ struct Args {
 
 #define COMPUTING (GROUPS * 4)
 #define TEAMS (GROUPS == 1 ? 2 : 1)  // of four warps that make weights, if CODED
-#define WARPS (COMPUTING + 1 + (CODED ? TEAMS * 4 : 0))  // behind those that multiply, one asks for x and W
+#define WARPS (COMPUTING + 2 + (CODED ? TEAMS * 4 : 0))  // behind those that multiply, one asks for W and one for x
 #define ROWS_HERE (GROUPS * 64)
 #define X_HALF (ROWS_HERE * 128)  // of 64 columns; multiples of 1024
 #define W_HALF (OUTPUTS_WIDE * 128)
@@ -88,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
     }
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
-            counter_begin(filled + i * 8, 1);
+            counter_begin(filled + i * 8, 2);
             counter_begin(emptied + i * 8, COMPUTING);
 #if CODED
             counter_begin(base + MADE_AT + i * 8, 4);
@@ -102,55 +103,48 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
 #endif
     __syncthreads();
 #if CODED
-    if (warp > COMPUTING) return make_weights(args, base, (warp - COMPUTING - 1) / 4, (warp - COMPUTING - 1) % 4, lane);
+    if (warp > COMPUTING + 1) return make_weights(args, base, (warp - COMPUTING - 2) / 4, (warp - COMPUTING - 2) % 4, lane);
 #endif
     // Blocks that share W begin side by side.
     const int first_row = own % args.row_blocks * ROWS_HERE, first_output = own / args.row_blocks * OUTPUTS_WIDE;
     const int steps = (args.width + 127) / 128;
     Ring ring;
-    if (warp == COMPUTING) {
+    if (warp == COMPUTING) {  // asks for weights, of which none is made by the kernel before
         if (lane) return;
-        auto ask_w = [&](int n) {
+#pragma unroll 1
+        for (int n = 0; n < steps; ++n, ring.next(STAGES)) {
             const u32 counter = filled + ring.stage * 8, to = base + ring.stage * STAGE + 2 * X_HALF;
+            if (n >= STAGES) counter_wait(emptied + ring.stage * 8, ring.phase ^ 1);
 #if CODED
             if (is_coded(n, args.inputs)) {
-                const int outputs = min(OUTPUTS_WIDE, args.outputs - first_output), i = n * CODED / 8;
+                const int i = n * CODED / 8, bytes = min(OUTPUTS_WIDE, args.outputs - first_output) / 8 * EIGHT_CODES;
                 const u32 codes = base + CODES_AT + (i % TEAMS * STAGES + i / TEAMS % STAGES) * 8;
-                counter_arrive_expecting(counter, 2 * X_HALF);
-                const int bytes = outputs / 8 * EIGHT_CODES;
+                counter_arrive(counter);
                 counter_arrive_expecting(codes, bytes);
                 bring_bytes(to, args.codes + ((u64)i * args.outputs + first_output) / 8 * EIGHT_CODES, bytes, codes);
-                return;
+                continue;
             }
 #endif
-            counter_arrive_expecting(counter, STAGE);
-            bring(to, args.w, n * 128, first_output, counter);
-            bring(to + W_HALF, args.w, n * 128 + 64, first_output, counter);
-        };
-        auto ask_x = [&](int n) {
-            if (n == args.inputs / 128)
-                for (int row = first_row; row < min(first_row + ROWS_HERE, args.rows); row += 64)
-                    hear_of_low(args.flags + row / 64 * 32, (gridDim.x - low_blocks) / args.row_blocks);
-            const u32 counter = filled + ring.stage * 8, to = base + ring.stage * STAGE;
-#pragma unroll
-            for (int row = 0; row < ROWS_HERE; row += 64) {
-                bring(to + row * 128, args.x, n * 128, first_row + row, counter);
-                bring(to + X_HALF + row * 128, args.x, n * 128 + 64, first_row + row, counter);
-            }
-        };
-        const int begun = min(steps, STAGES);
-        for (int n = 0; n < begun; ++n, ++ring.stage) ask_w(n);
-        ring = Ring();
+            counter_arrive_expecting(counter, 2 * W_HALF);
+            bring_groups(to, args.w, n * 2, first_output, counter);
+        }
+        return;
+    }
+    if (warp == COMPUTING + 1) {  // asks for x
+        if (lane) return;
 #if CHAIN
         BEFORE_HAS_ENDED;
         NEXT_MAY_BEGIN;
 #endif
-        for (int n = 0; n < begun; ++n, ring.next(STAGES)) ask_x(n);
 #pragma unroll 1
-        for (int n = STAGES; n < steps; ++n, ring.next(STAGES)) {
-            counter_wait(emptied + ring.stage * 8, ring.phase ^ 1);
-            ask_w(n);
-            ask_x(n);
+        for (int n = 0; n < steps; ++n, ring.next(STAGES)) {
+            const u32 counter = filled + ring.stage * 8;
+            if (n >= STAGES) counter_wait(emptied + ring.stage * 8, ring.phase ^ 1);
+            if (n == args.inputs / 128)
+                for (int row = first_row; row < min(first_row + ROWS_HERE, args.rows); row += 64)
+                    hear_of_low(args.flags + row / 64 * 32, (gridDim.x - low_blocks) / args.row_blocks);
+            counter_arrive_expecting(counter, 2 * X_HALF);
+            bring_groups(base + ring.stage * STAGE, args.xs, n * 2, first_row, counter);
         }
         return;
     }

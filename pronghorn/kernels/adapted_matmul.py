@@ -78,8 +78,8 @@ def why_not(weight_OK: torch.Tensor, a_RI: torch.Tensor) -> str:
         return f"a weight in {weight_OK.dtype} and A in {a_RI.dtype} in place of bfloat16 or float16"
     if a_RI.shape[0] > MOST_RANKS or a_RI.shape[0] % 2 or a_RI.shape[1] % 64:
         return f"{a_RI.shape[0]} ranks of {a_RI.shape[1]} inputs: up to {MOST_RANKS}, even, of a multiple of 64"
-    if weight_OK.shape[0] % 2:
-        return f"{weight_OK.shape[0]} outputs: an even number"
+    if weight_OK.shape[0] % 2 or weight_OK.shape[1] % 64:
+        return f"a weight of {tuple(weight_OK.shape)}: an even number of outputs, columns in whole 64"
     return _misplaced(weight_OK, "the weight", 16) or _misplaced(a_RI, "a", 16)
 
 

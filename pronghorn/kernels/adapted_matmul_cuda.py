@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from pronghorn.kernels import low_blocks
-from pronghorn.kernels.cuda_source import CudaKernel, Map, map_of, pointer, processors_of, source
+from pronghorn.kernels.cuda_source import CudaKernel, Map, map_of, map_of_groups, pointer, processors_of, source
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.launch import begins_early, current_recording
 from pronghorn.kernels.low_blocks import whole_ranks, workspace
@@ -38,7 +38,7 @@ class Args(ctypes.Structure):
     """As in ``adapted_matmul.cu``, whose parameter is a multiple of 64 bytes."""
 
     _fields_ = (
-        *((name, Map) for name in ("x", "w", "a")), *((name, _P) for name in ("y", "low", "parts", "flags")),
+        *((name, Map) for name in ("x", "a", "xs", "w")), *((name, _P) for name in ("y", "low", "parts", "flags")),
         *((name, _I) for name in (
             "y_stride", "low_stride", "rows", "outputs", "inputs", "width", "ranks", "row_blocks",
         )),
@@ -63,7 +63,7 @@ class Tile(NamedTuple):
 
     @property
     def warps(self) -> int:
-        return self.groups * 4 + 1 + self.teams * 4
+        return self.groups * 4 + 2 + self.teams * 4
 
     @property
     def teams(self) -> int:
@@ -154,7 +154,8 @@ def adapted_matmul(
     stream = torch.cuda.current_stream(device).cuda_stream if table_TK.is_cuda else 0
     parts, flags = workspace(device, stream, whole_ranks(R))
     args = Args(
-        x=map_of(table_TK, 64), w=map_of(weight_OK, tile.outputs), a=map_of(a_RI, whole_ranks(R)),
+        x=map_of(table_TK, 64), a=map_of(a_RI, whole_ranks(R)),
+        xs=map_of_groups(table_TK, tile.rows, 2), w=map_of_groups(weight_OK, tile.outputs, 2),
         y=pointer(out_MO), low=pointer(table_TK[:, inputs:]), parts=pointer(parts), flags=pointer(flags),
         y_stride=out_MO.stride(0), low_stride=table_TK.stride(0), rows=rows, outputs=O, inputs=inputs,
         width=weight_OK.shape[1], ranks=R, row_blocks=row_blocks,

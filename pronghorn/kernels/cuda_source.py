@@ -234,17 +234,18 @@ def known_map_of(tensor_RC: torch.Tensor, rows: int) -> Map:
 
 
 @lru_cache(maxsize=4096)
-def _map_of_groups(address: int, dtype: torch.dtype, R: int, C: int, rows: int, groups: int) -> Map:
-    shape, strides = (C // 64, R, 64), (128, C * dtype.itemsize)
+def _map_of_groups(address: int, dtype: torch.dtype, R: int, C: int, stride: int, rows: int, groups: int) -> Map:
+    shape, strides = (C // 64, R, 64), (128, stride)
     return _map(str(dtype), _MAP_TYPES[dtype], address, shape, strides, (groups, rows, 64), _SWIZZLE_128)
 
 
 def map_of_groups(tensor_RC: torch.Tensor, rows: int, groups: int) -> Map:
     """As :func:`map_of`, for blocks of so many ``rows`` and ``groups`` of 64 columns, which come one group after
-    another, of a tensor without gaps; made once, as it is asked for again and again.
+    another; made once, as it is asked for again and again. C is a multiple of 64.
     """
     R, C = tensor_RC.shape
-    return _map_of_groups(tensor_RC.data_ptr(), tensor_RC.dtype, R, C, rows, groups)
+    stride = tensor_RC.stride(0) * tensor_RC.element_size()
+    return _map_of_groups(tensor_RC.data_ptr(), tensor_RC.dtype, R, C, stride, rows, groups)
 
 
 @lru_cache(maxsize=4096)

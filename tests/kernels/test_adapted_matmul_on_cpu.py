@@ -111,6 +111,7 @@ def on_a_cpu(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_kernel", Kernel)
         patch.setattr(module, "map_of", on_cpu.map_of)
+        patch.setattr(module, "map_of_groups", on_cpu.map_of_groups)
         low_blocks.workspace.cache_clear()
         yield
         low_blocks.workspace.cache_clear()
@@ -125,11 +126,11 @@ def test_every_element_is_in_its_place(case: Case, dtype: torch.dtype, tmp_path:
         assert of.right()
 
 
-_START = "#if CHAIN\n        BEFORE_HAS_ENDED;\n        NEXT_MAY_BEGIN;\n#endif\n        for (int n = 0; n < begun;"
+_START = "#if CHAIN\n        BEFORE_HAS_ENDED;\n        NEXT_MAY_BEGIN;\n#endif\n#pragma unroll 1\n        for (int n = 0;"
 _LOW_START = "#if CHAIN\n        BEFORE_HAS_ENDED;\n        NEXT_MAY_BEGIN;\n#endif\n        for (int column = first;"
 CHANGES = {
     "": ("", ""),
-    "x is asked for too early": (_START, "        for (int n = 0; n < begun;"),
+    "x is asked for too early": (_START, "#pragma unroll 1\n        for (int n = 0;"),
     "x is asked for too early, for low": (_LOW_START, "        for (int column = first;"),
     "the next begins too early": (
         _START,
