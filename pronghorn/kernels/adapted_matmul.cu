@@ -4,6 +4,7 @@
 //   GROUPS        groups of four computing warps, 64 rows each    OUTPUTS_WIDE  outputs of a block
 //   STAGES        of 128 columns in shared memory                 F16           float16 in place of bfloat16
 //   CODED         of eight steps of 128 columns, how many have their weights made of NF4 codes here; 0: none
+//   CODES         such steps whose codes are in shared memory: an even number, and no fewer steps than STAGES between
 
 struct Args {
     Map x, a;      // in blocks of 64 rows, of RANKS; 64 columns
@@ -17,20 +18,22 @@ struct Args {
 };
 
 #define COMPUTING (GROUPS * 4)
-#define TEAMS (GROUPS == 1 ? 2 : 1)  // of four warps that make weights, if CODED
-#define WARPS (COMPUTING + 2 + (CODED ? TEAMS * 4 : 0))  // behind those that multiply, one asks for W and one for x
+#define TEAMS 2                                              // of four warps that make weights, if CODED
+#define WARPS (COMPUTING + 2 + (CODED ? 1 + TEAMS * 4 : 0))  // behind those that multiply, one asks for W, x, codes each
 #define ROWS_HERE (GROUPS * 64)
 #define X_HALF (ROWS_HERE * 128)  // of 64 columns; multiples of 1024
 #define W_HALF (OUTPUTS_WIDE * 128)
 #define STAGE (2 * (X_HALF + W_HALF))
 #define EIGHT_CODES 576  // bytes of a coded step for 8 outputs
+#define CODES_BYTES ((OUTPUTS_WIDE / 8 * EIGHT_CODES + 127) / 128 * 128)
 #define TILES ((OUTPUTS_WIDE / 4 + 3) / 4)  // of codes, 8 outputs and 64 columns, that a warp has of a step
 #define FILLED_AT (STAGES * STAGE)  // counters of stages: filled, and read
 #define EMPTIED_AT (FILLED_AT + STAGES * 8)
-#define MADE_AT (EMPTIED_AT + STAGES * 8)  // if CODED, of weights that were made,
-#define CODES_AT (MADE_AT + STAGES * 8)    // and of codes that came, of each team its own, as who waits sees each phase
-#define LEVELS_AT ((CODES_AT + TEAMS * STAGES * 8 + 127) / 128 * 128)  // a code's level, for each lane
-#define OWN_BYTES (CODED ? LEVELS_AT + 2048 : MADE_AT)
+#define CODES_AT (EMPTIED_AT + STAGES * 8)  // if CODED: of coded steps the codes, each second one a team's
+#define COUNTS_AT (CODES_AT + CODES * CODES_BYTES)  // counters: codes there, read, their weights' place free; weights made
+#define MADE_AT (COUNTS_AT + CODES * 24)
+#define LEVELS_AT ((MADE_AT + STAGES * 8 + 127) / 128 * 128)  // a code's level, for each lane
+#define OWN_BYTES (CODED ? LEVELS_AT + 2048 : CODES_AT)
 #define SHARED_BYTES (OWN_BYTES > LOW_BYTES ? OWN_BYTES : LOW_BYTES)
 
 #if CODED
@@ -39,35 +42,41 @@ __device__ __forceinline__ bool is_coded(int step, int inputs) {
     return step < inputs / 128 && step * CODED / 8 != (step + 1) * CODED / 8;
 }
 #define CODED_STEP(i) (((i + 1) * 8 + CODED - 1) / CODED - 1)  // the number i of them
-// Weights of coded steps, by a team of four warps that has each second one: as they come, the step's codes and scales lie
-// where its weights are to be. What a thread makes of a tile of codes are two columns of each eight, of one output.
+// Weights of coded steps, by a team of four warps that has each second one. What a thread makes of a tile of codes are two
+// columns of each eight, of one output.
 __device__ __forceinline__ void make_weights(const Args& args, u32 base, int team, int warp, int lane) {
     const float* const levels = (const float*)(shared + LEVELS_AT) + lane;
     const int g = lane / 4, t = lane % 4, steps = args.inputs / 128 * CODED / 8;
 #pragma unroll 1
-    for (int i = team, own = 0; i < steps; i += TEAMS, ++own) {
-        const int stage = CODED_STEP(i) % STAGES;
-        u8* const w = shared + stage * STAGE + 2 * X_HALF;
-        uint2 v[TILES];
-        float scale[TILES];
-        counter_wait(base + CODES_AT + (team * STAGES + own % STAGES) * 8, own / STAGES & 1);
+    for (int i = team; i < steps; i += TEAMS) {
+        const int slot = i % CODES, phase = i / CODES & 1;
+        const u32 counts = base + COUNTS_AT + slot * 24;
+        const u8* const codes = shared + CODES_AT + slot * CODES_BYTES;
+        u8* const w = shared + CODED_STEP(i) % STAGES * STAGE + 2 * X_HALF;
+        u32 made[TILES][8];
+        counter_wait(counts, phase);
 #pragma unroll
         for (int j = 0; j < TILES; ++j) {
-            const int tile = min(j * 4 + warp, OUTPUTS_WIDE / 4 - 1), eight = tile / 2, half = tile % 2;
-            v[j] = *(const uint2*)(w + eight * EIGHT_CODES + half * 256 + lane * 8);
-            scale[j] = *(const float*)(w + eight * EIGHT_CODES + 512 + half * 32 + g * 4);
-        }
-        MEET_OF(2 + team);  // all have read
-#pragma unroll
-        for (int j = 0; j < TILES; ++j) {
-            const int tile = j * 4 + warp, row = tile / 2 * 8 + g;
-            if (tile >= OUTPUTS_WIDE / 4) break;
-            u8* const to = w + tile % 2 * W_HALF + row * 128 + t * 4;
+            const int tile = min(j * 4 + warp, OUTPUTS_WIDE / 4 - 1), half = tile % 2;
+            const u8* const own = codes + tile / 2 * EIGHT_CODES;
+            const uint2 v = *(const uint2*)(own + half * 256 + lane * 8);
+            const float scale = *(const float*)(own + 512 + half * 32 + g * 4);
 #pragma unroll
             for (int q = 0; q < 8; ++q) {
-                const u32 code = (q % 2 ? v[j].y : v[j].x) >> q / 2 * 8 & 255;
-                *(u32*)(to + (q ^ g) * 16) = pair(scaled(levels[code / 16 * 32], scale[j]), scaled(levels[code % 16 * 32], scale[j]));
+                const u32 code = (q % 2 ? v.y : v.x) >> q / 2 * 8 & 255;
+                made[j][q] = pair(scaled(levels[code / 16 * 32], scale), scaled(levels[code % 16 * 32], scale));
             }
+        }
+        __syncwarp();
+        if (lane == 0) counter_arrive(counts + 8);
+        counter_wait(counts + 16, phase);
+#pragma unroll
+        for (int j = 0; j < TILES; ++j) {
+            const int tile = j * 4 + warp;
+            if (tile >= OUTPUTS_WIDE / 4) break;
+            u8* const to = w + tile % 2 * W_HALF + (tile / 2 * 8 + g) * 128 + t * 4;
+#pragma unroll
+            for (int q = 0; q < 8; ++q) *(u32*)(to + (q ^ g) * 16) = made[j][q];
         }
         SHOW_WRITES;
         __syncwarp();
@@ -93,9 +102,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
             counter_begin(emptied + i * 8, COMPUTING);
 #if CODED
             counter_begin(base + MADE_AT + i * 8, 4);
-            for (int team = 0; team < TEAMS; ++team) counter_begin(base + CODES_AT + (team * STAGES + i) * 8, 1);
 #endif
         }
+#if CODED
+        for (int i = 0; i < CODES; ++i) {
+            counter_begin(base + COUNTS_AT + i * 24, 1);
+            counter_begin(base + COUNTS_AT + i * 24 + 8, 4);
+            counter_begin(base + COUNTS_AT + i * 24 + 16, 1);
+        }
+#endif
         SHOW_COUNTERS;
     }
 #if CODED
@@ -103,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
 #endif
     __syncthreads();
 #if CODED
-    if (warp > COMPUTING + 1) return make_weights(args, base, (warp - COMPUTING - 2) / 4, (warp - COMPUTING - 2) % 4, lane);
+    if (warp > COMPUTING + 2) return make_weights(args, base, (warp - COMPUTING - 3) / 4, (warp - COMPUTING - 3) % 4, lane);
 #endif
     // Blocks that share W begin side by side.
     const int first_row = own % args.row_blocks * ROWS_HERE, first_output = own / args.row_blocks * OUTPUTS_WIDE;
@@ -117,11 +132,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
             if (n >= STAGES) counter_wait(emptied + ring.stage * 8, ring.phase ^ 1);
 #if CODED
             if (is_coded(n, args.inputs)) {
-                const int i = n * CODED / 8, bytes = min(OUTPUTS_WIDE, args.outputs - first_output) / 8 * EIGHT_CODES;
-                const u32 codes = base + CODES_AT + (i % TEAMS * STAGES + i / TEAMS % STAGES) * 8;
                 counter_arrive(counter);
-                counter_arrive_expecting(codes, bytes);
-                bring_bytes(to, args.codes + ((u64)i * args.outputs + first_output) / 8 * EIGHT_CODES, bytes, codes);
+                counter_arrive(base + COUNTS_AT + n * CODED / 8 % CODES * 24 + 16);
                 continue;
             }
 #endif
@@ -148,6 +160,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) adapted_matmul(const
         }
         return;
     }
+#if CODED
+    if (warp == COMPUTING + 2) {  // asks for codes, further ahead, as they take little room
+        if (lane) return;
+        const int coded = args.inputs / 128 * CODED / 8, bytes = min(OUTPUTS_WIDE, args.outputs - first_output) / 8 * EIGHT_CODES;
+        const u8* from = args.codes + first_output / 8 * EIGHT_CODES;
+#pragma unroll 1
+        for (int i = 0; i < coded; ++i, ring.next(CODES), from += args.outputs / 8 * EIGHT_CODES) {
+            const u32 counts = base + COUNTS_AT + ring.stage * 24;
+            if (i >= CODES) counter_wait(counts + 8, ring.phase ^ 1);
+            counter_arrive_expecting(counts, bytes);
+            bring_bytes(base + CODES_AT + ring.stage * CODES_BYTES, from, bytes, counts);
+        }
+        return;
+    }
+#endif
     float c[OUTPUTS_WIDE / 2];
     clear(c);
     u32 before = 0;

@@ -31,6 +31,7 @@ _SHARED = 224 * 1024  # of stages
 CODED = 4
 """Of eight steps of 128 columns, how many are read as codes, where these are given."""
 
+CODES = 12  # such steps whose codes are in shared memory
 _P, _I = ctypes.c_void_p, ctypes.c_int
 
 
@@ -63,12 +64,7 @@ class Tile(NamedTuple):
 
     @property
     def warps(self) -> int:
-        return self.groups * 4 + 2 + self.teams * 4
-
-    @property
-    def teams(self) -> int:
-        """Teams of four warps that make weights of codes."""
-        return (2 if self.groups == 1 else 1) if self.coded else 0
+        return self.groups * 4 + 2 + (9 if self.coded else 0)
 
     @property
     def ring_bytes(self) -> int:
@@ -92,7 +88,9 @@ def tile_for(rows: int, outputs: int, processors: int = HOPPER_PROCESSORS, coded
             low = next(n for n in (4, 2, 1) if blocks + n * lows <= processors)
             most = 9 if groups > 1 or each <= 32 else 6
             stages = min(_SHARED // ((groups * 64 + each) * 256), most)
-            return Tile(groups, each, stages, low, CODED if coded else 0)
+            if coded and groups == 1:
+                return Tile(groups, each, min(stages, 8), low, CODED)
+            return Tile(groups, each, stages, low)
     return None
 
 
@@ -105,6 +103,7 @@ def defines_of(tile: Tile, ranks: int, dtype: torch.dtype, chain: bool) -> dict[
     """The kernel's macros."""
     return {
         "GROUPS": tile.groups, "OUTPUTS_WIDE": tile.outputs, "STAGES": tile.stages, "CODED": tile.coded,
+        "CODES": CODES,
         "F16": int(dtype == torch.float16), "CHAIN": int(chain), "MULTIPLIES_WIDE": 1,
         **low_blocks.defines_of(ranks, tile.low, tile.ring_bytes),
     }  # fmt: skip
@@ -114,7 +113,8 @@ def shared_bytes(tile: Tile, defines: dict[str, int]) -> int:
     """Shared memory of a block: of one that has outputs, or that makes a part of ``x A^T``."""
     own = tile.ring_bytes + tile.stages * 16
     if tile.coded:
-        own = -(-(own + tile.stages * 8 * (1 + tile.teams)) // 128) * 128 + 2048  # the levels of a code
+        own += CODES * (-(-tile.outputs * 72 // 128) * 128 + 24) + tile.stages * 8
+        own = -(-own // 128) * 128 + 2048  # the levels of a code
     return max(own, low_blocks.bytes_of(defines))
 
 

@@ -131,7 +131,9 @@ def test_weights_that_are_kept_have_the_trainer_s_bits(outputs, I, rank, dtype, 
         lambda x, *args, **more: (beside.append(len(x)), ordered_matmul(x, *args, **more))[1],
     )
     monkeypatch.setattr(
-        products.adapted, "adapted_matmul", lambda x, M, *args: (at_once.append(M), adapted_matmul(x, M, *args))[1]
+        products.adapted,
+        "adapted_matmul",
+        lambda x, M, *args, **more: (at_once.append(M), adapted_matmul(x, M, *args, **more))[1],
     )
     for M in (33, 48, 64, 65, 256):
         product.table_TK[:, I:] = float("nan")  # what x A^T of another step left

@@ -76,7 +76,7 @@ def test_ranks_are_as_many_as_an_instruction_has() -> None:
 
 
 def test_it_is_meant_for_some_rows_of_weights_in_16_bits_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, a = torch.empty(4096, 4128, dtype=torch.bfloat16), torch.empty(32, 4096, dtype=torch.bfloat16)
+    weight, a = torch.empty(4096, 4160, dtype=torch.bfloat16), torch.empty(32, 4096, dtype=torch.bfloat16)
     assert not takes(64, weight, a), "not on a CPU"
     monkeypatch.setattr(module.launch, "has_copy_engine", lambda tensor: True)
     monkeypatch.setattr(module, "processors_of", lambda device: 132)

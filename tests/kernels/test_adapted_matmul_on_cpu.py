@@ -43,8 +43,9 @@ CASES = [
     Case(Tile(2, 96, 2), 200, 96, 64, 64),  # fewer steps than stages
     Case(Tile(1, 32, 3, 4, 4), 50, 72, 1152, 32, (72,)),  # outputs that are no whole block
     Case(Tile(1, 48, 2, 2, 4), 64, 104, 640, 32, (72, 16, 16)),  # a block has outputs of three
-    Case(Tile(2, 64, 4, 2, 4), 130, 72, 640, 16, (40, 32)),
-    Case(Tile(2, 32, 2, 2, 6), 130, 40, 1280, 16, (40,)),
+    Case(Tile(1, 96, 3, 2, 4), 40, 72, 640, 16, (40, 32)),
+    Case(Tile(1, 32, 2, 2, 6), 64, 40, 2560, 16, (40,)),
+    Case(Tile(1, 32, 2, 2, 2), 20, 40, 9216, 16, (40,)),
 ]
 
 
@@ -126,7 +127,9 @@ def test_every_element_is_in_its_place(case: Case, dtype: torch.dtype, tmp_path:
         assert of.right()
 
 
-_START = "#if CHAIN\n        BEFORE_HAS_ENDED;\n        NEXT_MAY_BEGIN;\n#endif\n#pragma unroll 1\n        for (int n = 0;"
+_START = (
+    "#if CHAIN\n        BEFORE_HAS_ENDED;\n        NEXT_MAY_BEGIN;\n#endif\n#pragma unroll 1\n        for (int n = 0;"
+)
 _LOW_START = "#if CHAIN\n        BEFORE_HAS_ENDED;\n        NEXT_MAY_BEGIN;\n#endif\n        for (int column = first;"
 CHANGES = {
     "": ("", ""),
@@ -150,20 +153,19 @@ CHANGES = {
 
 CODED_CHANGES = {
     "": ("", ""),
-    "codes are not waited for": (
-        "counter_wait(base + CODES_AT + (team * STAGES + own % STAGES) * 8, own / STAGES & 1);",
-        "",
-    ),
+    "codes are not waited for": ("counter_wait(counts, phase);", ""),
     "weights are not waited for": ("counter_wait(base + MADE_AT + made.stage * 8, made.phase);", ""),
-    "codes of the first outputs": ("args.outputs + first_output) / 8", "args.outputs) / 8"),
+    "their place is not waited for to be free": ("counter_wait(counts + 16, phase);", ""),
+    "codes that were not read are not waited for": ("if (i >= CODES) counter_wait(counts + 8, ring.phase ^ 1);", ""),
+    "codes of the first outputs": ("args.codes + first_output / 8 * EIGHT_CODES", "args.codes"),
     "both halves have one scale": (" + half * 32 + g * 4", " + g * 4"),
-    "the lower code first": ("levels[code / 16 * 32], scale[j]), scaled(levels[code % 16", "levels[code % 16 * 32], scale[j]), scaled(levels[code / 16"),
+    "the lower code first": ("levels[code / 16 * 32], scale), scaled(levels[code % 16", "levels[code % 16 * 32], scale), scaled(levels[code / 16"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CODED_CHANGES)
 def test_weights_of_codes_are_made_before_they_are_multiplied(change: str, tmp_path: Path) -> None:
-    case = Case(Tile(1, 32, 3, 2, 4), 40, 96, 1152, 32, (56, 40))
+    case = Case(Tile(1, 32, 2, 2, 4), 40, 96, 3840, 32, (56, 40))
     of = Operands(case, torch.float16)
     with on_a_cpu(case.tile, tmp_path, None, CODED_CHANGES[change]):
         if "waited" not in change:

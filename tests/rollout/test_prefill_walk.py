@@ -180,9 +180,9 @@ def test_some_rows_of_kept_weights_are_one_launch_with_their_narrow_product(
         pytest.skip("a 16-bit base is read as it lies")
     seen, call = [], products.adapted.adapted_matmul
 
-    def watched(table: torch.Tensor, rows: int, *given: Any) -> torch.Tensor:
+    def watched(table: torch.Tensor, rows: int, *given: Any, **more: Any) -> torch.Tensor:
         seen.append((len(table), rows))
-        return call(table, rows, *given)
+        return call(table, rows, *given, **more)
 
     monkeypatch.setattr(products.adapted, "takes", lambda rows, weight, a: 17 <= rows <= 96 and a is not None)
     monkeypatch.setattr(products.adapted, "adapted_matmul", watched)
