@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pronghorn.kernels import adapted_matmul_cuda, launch
-from pronghorn.kernels.adapted_matmul_cuda import CODED, tile_for
+from pronghorn.kernels.adapted_matmul_cuda import Coded, eighths_for, tile_for
 from pronghorn.kernels.cuda_source import processors_of
 from pronghorn.kernels.low_blocks import MOST_RANKS, MOST_ROWS
 from pronghorn.kernels.reference import adapted_matmul as reference
@@ -26,7 +26,7 @@ from pronghorn.kernels.reference.nf4 import dequantize_scales
 if TYPE_CHECKING:
     from pronghorn.quant.nf4 import NF4Tensor
 
-__all__ = ["LEAST_ROWS", "MOST_ROWS", "adapted_matmul", "coded_of", "takes"]
+__all__ = ["LEAST_ROWS", "MOST_ROWS", "Coded", "adapted_matmul", "coded_bytes", "coded_of", "takes"]
 
 LEAST_ROWS = 17
 """Rows from which on this is meant to be the faster way."""
@@ -46,16 +46,20 @@ def takes(rows: int, weight_OK: torch.Tensor, a_RI: torch.Tensor | None) -> bool
     )
 
 
-def coded_of(weights: Sequence[NF4Tensor], eighths: int = CODED) -> torch.Tensor | None:
-    """Codes and scales of half of the columns of weights one under another, in the order in which a launch's blocks read
-    them: uint8 ``[steps, O / 8, 576]``; None where the weights' codes do not lie in tiles.
+def coded_of(weights: Sequence[NF4Tensor], eighths: int | None = None) -> Coded | None:
+    """A part of NF4 weights, one under another, as :func:`adapted_matmul` can read it: 9/16 of a byte a weight of that
+    part. None where the codes do not lie in tiles, or 16 bits are as fast.
 
-    ``eighths``: how many of eight steps of 128 columns, for measurements.
+    ``eighths``: how many of eight steps of 128 columns, for tests and measurements.
     """
     if not weights or not all(map(_in_tiles, weights)):
         return None
     I = weights[0].shape[1]  # noqa: E741 - a shape letter
+    if eighths is None:
+        eighths = eighths_for(sum(w.shape[0] for w in weights), I, processors_of(weights[0].codes.device))
     steps = [n for n in range(I // 128) if n * eighths // 8 != (n + 1) * eighths // 8]
+    if not steps:
+        return None
     parts = []
     for w in weights:
         eights = w.shape[0] // 8
@@ -63,7 +67,15 @@ def coded_of(weights: Sequence[NF4Tensor], eighths: int = CODED) -> torch.Tensor
         scales = scales.view(eights, 8, I // 128, 2).permute(2, 0, 3, 1)[steps].contiguous()  # [S, O / 8, 2, 8]
         codes = w.codes.view(eights, I // 128, 512).transpose(0, 1)[steps]
         parts.append(torch.cat((codes, scales.view(torch.uint8).flatten(2)), dim=2))
-    return torch.cat(parts, dim=1).contiguous()
+    return Coded(torch.cat(parts, dim=1).contiguous(), eighths)
+
+
+def coded_bytes(outputs: int, inputs: int, like: torch.Tensor) -> int:
+    """At most so many does :func:`coded_of` keep of a weight on ``like``'s device."""
+    if not launch.has_copy_engine(like):
+        return 0
+    eighths = eighths_for(outputs, inputs, processors_of(like.device))
+    return inputs // 128 * eighths // 8 * (outputs // 8) * 576
 
 
 def _in_tiles(weight: NF4Tensor) -> bool:
@@ -96,7 +108,7 @@ def adapted_matmul(
     weight_OK: torch.Tensor,
     a_RI: torch.Tensor,
     out_MO: torch.Tensor | None = None,
-    coded: torch.Tensor | None = None,
+    coded: Coded | None = None,
 ) -> torch.Tensor:
     """The product of a table's first rows; no gradient.
 
@@ -107,7 +119,7 @@ def adapted_matmul(
         weight_OK: ``[O, K]``, x's dtype: W, s B, and zeros.
         a_RI: A of all adapters, one under another, contiguous, x's dtype.
         out_MO: x's dtype, rows contiguous, to write to.
-        coded: what W was made of, from :func:`coded_of`: half of it is read as codes then, a quarter of the bytes.
+        coded: what W was made of, from :func:`coded_of`: up to 64 rows a part of it is read as codes then.
 
     Returns:
         ``y_MO`` in x's dtype.

@@ -5,9 +5,11 @@ rows of W whole, and a multiprocessor takes in some 50 bytes a cycle of an H200,
 32 outputs a block that is 36 microseconds for an 8B Llama's down projection, of which weights are a third; at 256 rows,
 128 and 64 a block, 58. That blocks in a cluster bring x to each other changes nothing (``docs/log.md``).
 
-**What is saved** is all beside it: ``x A^T`` by the first blocks of the same launch, on multiprocessors that have no
+**What is saved** is beside it: ``x A^T`` by the first blocks of the same launch, on multiprocessors that have no
 outputs, where it was a kernel that the product, or cuBLAS, waited for; and weights are on their way before the kernel
-that makes x has ended.
+that makes x has ended. And of what is read: up to 64 rows a part of the weight, spread evenly over its columns, comes as
+the 4-bit codes that it was made of, and is made again, in shared memory, where the instruction reads it as it reads the
+rest (``eighths_for``). Eight warps do that, beside those that multiply; half of it is as much as they can.
 """
 
 from __future__ import annotations
@@ -28,10 +30,7 @@ from pronghorn.kernels.reference.low_rank import SPLITS
 
 _OUTPUTS = (32, 48, 64, 96)  # of a block, that the instruction is written for
 _SHARED = 224 * 1024  # of stages
-CODED = 4
-"""Of eight steps of 128 columns, how many are read as codes, where these are given."""
-
-CODES = 12  # such steps whose codes are in shared memory
+_CODES = 12  # steps whose codes are in shared memory, or on their way
 _P, _I = ctypes.c_void_p, ctypes.c_int
 
 
@@ -47,16 +46,27 @@ class Args(ctypes.Structure):
     )  # fmt: skip
 
 
+class Coded(NamedTuple):
+    """A part of a weight as codes: of ``eighths`` of eight steps of 128 columns, in the order in which blocks read them,
+    of each 8 outputs two tiles of codes (``nf4_layout.py``) and their float32 scales ``[2, 8]``.
+
+    ``packed``: uint8 ``[steps, O / 8, 576]``.
+    """
+
+    packed: torch.Tensor
+    eighths: int
+
+
 class Tile(NamedTuple):
     """Groups of four computing warps with 64 rows each, outputs of a block, stages of 128 columns; blocks that make
-    ``x A^T`` of 64 rows.
+    ``x A^T`` of 64 rows; of eight steps of 128 columns, how many are read as codes.
     """
 
     groups: int
     outputs: int
     stages: int
     low: int = 1
-    coded: int = 0
+    eighths: int = 0
 
     @property
     def rows(self) -> int:
@@ -64,7 +74,7 @@ class Tile(NamedTuple):
 
     @property
     def warps(self) -> int:
-        return self.groups * 4 + 2 + (9 if self.coded else 0)
+        return self.groups * 4 + 2 + (9 if self.eighths else 0)
 
     @property
     def ring_bytes(self) -> int:
@@ -72,12 +82,16 @@ class Tile(NamedTuple):
         return self.stages * (self.rows + self.outputs) * 256
 
 
-def tile_for(rows: int, outputs: int, processors: int = HOPPER_PROCESSORS, coded: bool = False) -> Tile | None:
+def tile_for(rows: int, outputs: int, processors: int = HOPPER_PROCESSORS, eighths: int = 0) -> Tile | None:
     """The tile for so many rows and outputs; None where another way is meant to be faster: where there are more blocks
     than multiprocessors, or far fewer.
 
     More than some 72 KB of weights on their way to each multiprocessor only let the blocks wait that make ``x A^T`` (q,
     k and v, 64 rows: 20.2 microseconds with 8 stages, 18.4 with 6).
+
+    Args:
+        eighths: of the weight's steps, as many are there as codes (:func:`eighths_for`). With more than 64 rows none is
+            read so: what weights cost is little then, and to make them is not (256 rows, down: 61 and 90 microseconds).
     """
     groups, lows = (1 if rows <= 64 else 2), -(-rows // 64)
     for each in _OUTPUTS:
@@ -88,10 +102,21 @@ def tile_for(rows: int, outputs: int, processors: int = HOPPER_PROCESSORS, coded
             low = next(n for n in (4, 2, 1) if blocks + n * lows <= processors)
             most = 9 if groups > 1 or each <= 32 else 6
             stages = min(_SHARED // ((groups * 64 + each) * 256), most)
-            if coded and groups == 1:
-                return Tile(groups, each, min(stages, 8), low, CODED)
+            if eighths and groups == 1:
+                return Tile(groups, each, min(stages, 8), low, eighths)
             return Tile(groups, each, stages, low)
     return None
+
+
+def eighths_for(outputs: int, inputs: int, processors: int = HOPPER_PROCESSORS) -> int:
+    """Of eight steps of 128 columns, how many 17 to 64 rows are meant to read as codes; 0 where a weight in 16 bits is
+    as fast. Microseconds behind a norm, for an 8B Llama's projections at 64 rows, of 0, 2, 4, and 6: down 37.2, 36.0,
+    38.0, 42.3; q, k and v 18.5, 17.2, 16.4, 18.4. O gains nothing, and other tiles were not measured.
+    """
+    tile = tile_for(64, outputs, processors)
+    if tile is None:
+        return 0
+    return 4 if tile.outputs == 48 else 2 if tile.outputs == 32 and inputs >= 8192 else 0
 
 
 @lru_cache(maxsize=1)
@@ -102,8 +127,8 @@ def _source() -> str:
 def defines_of(tile: Tile, ranks: int, dtype: torch.dtype, chain: bool) -> dict[str, int]:
     """The kernel's macros."""
     return {
-        "GROUPS": tile.groups, "OUTPUTS_WIDE": tile.outputs, "STAGES": tile.stages, "CODED": tile.coded,
-        "CODES": CODES,
+        "GROUPS": tile.groups, "OUTPUTS_WIDE": tile.outputs, "STAGES": tile.stages, "CODED": tile.eighths,
+        "CODES": _CODES,
         "F16": int(dtype == torch.float16), "CHAIN": int(chain), "MULTIPLIES_WIDE": 1,
         **low_blocks.defines_of(ranks, tile.low, tile.ring_bytes),
     }  # fmt: skip
@@ -112,8 +137,8 @@ def defines_of(tile: Tile, ranks: int, dtype: torch.dtype, chain: bool) -> dict[
 def shared_bytes(tile: Tile, defines: dict[str, int]) -> int:
     """Shared memory of a block: of one that has outputs, or that makes a part of ``x A^T``."""
     own = tile.ring_bytes + tile.stages * 16
-    if tile.coded:
-        own += CODES * (-(-tile.outputs * 72 // 128) * 128 + 24) + tile.stages * 8
+    if tile.eighths:
+        own += _CODES * (-(-tile.outputs * 72 // 128) * 128 + 24) + tile.stages * 8
         own = -(-own // 128) * 128 + 2048  # the levels of a code
     return max(own, low_blocks.bytes_of(defines))
 
@@ -129,7 +154,7 @@ def adapted_matmul(
     weight_OK: torch.Tensor,
     a_RI: torch.Tensor,
     out_MO: torch.Tensor,
-    coded: torch.Tensor | None = None,
+    coded: Coded | None = None,
     tile: Tile | None = None,
 ) -> None:
     """As ``reference.adapted_matmul.adapted_matmul``; ``tile`` in place of :func:`tile_for`'s, for measurements.
@@ -138,7 +163,7 @@ def adapted_matmul(
     before.
     """
     (R, inputs), O, device = a_RI.shape, weight_OK.shape[0], table_TK.device  # noqa: E741 - a shape letter
-    tile = tile or tile_for(rows, O, processors_of(device), coded is not None)
+    tile = tile or tile_for(rows, O, processors_of(device), coded.eighths if coded else 0)
     if tile is None:
         raise ValueError(f"no tile for {rows} rows and {O} outputs; ask `takes` first")
     if tile.stages < 2 or SPLITS % tile.low:
@@ -159,7 +184,7 @@ def adapted_matmul(
         y=pointer(out_MO), low=pointer(table_TK[:, inputs:]), parts=pointer(parts), flags=pointer(flags),
         y_stride=out_MO.stride(0), low_stride=table_TK.stride(0), rows=rows, outputs=O, inputs=inputs,
         width=weight_OK.shape[1], ranks=R, row_blocks=row_blocks,
-        codes=pointer(coded), nf4=(ctypes.c_float * 16)(*NF4_LEVELS),
+        codes=pointer(coded.packed if coded else None), nf4=(ctypes.c_float * 16)(*NF4_LEVELS),
     )  # fmt: skip
     blocks = -(-rows // 64) * tile.low + -(-O // tile.outputs) * row_blocks
     _kernel(tuple(defines.items()), device, shared_bytes(tile, defines))((blocks, 1, 1), tile.warps * 32, args, chain)

@@ -48,8 +48,7 @@ class Operands:
         self.coded = None
         if members:
             nf4 = [NF4Tensor.quantize(normal(n, inputs) / 50).in_tiles() for n in members]
-            self.coded = coded_of(nf4)
-            assert self.coded is not None
+            self.coded = coded_of(nf4, 4)
             self.weight[:, :inputs] = torch.cat([w.dequantize(dtype) for w in nf4])
         self.table = torch.zeros(384, width, dtype=dtype, device="cuda")
         self.table[:, :inputs] = normal(384, inputs)
@@ -92,9 +91,10 @@ def test_other_models_have_the_same_bits(outputs: int, inputs: int, ranks: int) 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [17, 64, 100, 128, 256])
+@pytest.mark.parametrize("rows", [17, 50, 64])
 @pytest.mark.parametrize("name", SHAPES)
 def test_of_codes_the_bits_are_the_same(name: str, rows: int, dtype: torch.dtype) -> None:
+    """Of the columns that are read as codes the weight in 16 bits is not."""
     of = Operands(*SHAPES[name], dtype, MEMBERS[name])
     y, low = of.expected(rows)
     of.low(rows).fill_(float("nan"))

@@ -62,12 +62,12 @@ class Operands:
         self.coded, self.given = None, self.weight
         if case.members:
             nf4 = [weight_of(outputs, case.K, True, dtype) for outputs in case.members]
-            self.coded = coded_of(nf4, case.tile.coded)
+            self.coded = coded_of(nf4, case.tile.eighths)
             assert self.coded is not None
             self.weight[:, : case.K] = torch.cat([w.dequantize(dtype) for w in nf4])
             self.given = self.weight.clone()  # where codes are read, it is not
             for step in range(case.K // 128):
-                if step * case.tile.coded // 8 != (step + 1) * case.tile.coded // 8:
+                if step * case.tile.eighths // 8 != (step + 1) * case.tile.eighths // 8:
                     self.given[:, step * 128 : step * 128 + 128] = float("nan")
         self.out = unwritten(torch.empty(case.M, case.O + 6, dtype=dtype))
 
@@ -159,7 +159,7 @@ CODED_CHANGES = {
     "codes that were not read are not waited for": ("if (i >= CODES) counter_wait(counts + 8, ring.phase ^ 1);", ""),
     "codes of the first outputs": ("args.codes + first_output / 8 * EIGHT_CODES", "args.codes"),
     "both halves have one scale": (" + half * 32 + g * 4", " + g * 4"),
-    "the lower code first": ("levels[code / 16 * 32], scale), scaled(levels[code % 16", "levels[code % 16 * 32], scale), scaled(levels[code / 16"),
+    "the lower code first": ("pair(scaled(levels[code / 16 * 32]", "pair(scaled(levels[code % 16 * 32]"),
 }  # fmt: skip
 
 

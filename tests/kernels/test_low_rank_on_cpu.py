@@ -1,5 +1,5 @@
-"""``low_rank.cu`` compiled for a CPU: every element in its place, and who waits for whom. Sums are taken in double there,
-so that their order is a GPU test's.
+"""``low_rank.cu`` compiled for a CPU: every element in its place, and who waits for whom. Sums are taken in double
+there, so that their order is a GPU test's.
 """
 
 from __future__ import annotations

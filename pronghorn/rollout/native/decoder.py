@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ...kernels.adapted_matmul import coded_bytes
 from ...kernels.sample import sample_step
 from ...kernels.sample_state import RowSettings, SampleState, Variant
 from ...kernels.spans import on_device
@@ -311,13 +312,14 @@ class Decoder:
 
 
 def held_bytes_of(found: list[tuple[Parts, Groups]], dtype: torch.dtype) -> int:
-    """What the 4-bit weights of these layers take in ``dtype``, adapters beside them."""
+    """What the 4-bit weights of these layers take in ``dtype``, adapters beside them, and as codes in another order."""
     made = [group for _, groups in found for group in groups if all(p.nf4 is not None for p in group.members)]
     sizes = [(group, group.members[0].base.in_features) for group in made]
     elements = (
         (group.outputs + group.rank) * row_columns(inputs + group.rank, align_of(inputs)) for group, inputs in sizes
     )
-    return sum(elements) * dtype.itemsize
+    codes = sum(coded_bytes(group.outputs, inputs, group.members[0].base.weight) for group, inputs in sizes)
+    return sum(elements) * dtype.itemsize + codes
 
 
 def sizes_of(sequences: Seq[Sequence], max_rows: int) -> Sizes:

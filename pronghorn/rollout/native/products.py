@@ -155,7 +155,7 @@ class HeldProduct:
         # Whether the copy engine brings 64 rows beside x A^T.
         self.beside = self.most_own > 0 and group.rank > 0 and ordered.mapped_rows([self.member], True) >= _FEW
         self.in_nf4, self.rows_by_codes = _many_in_nf4(group, dtype)
-        self.coded: torch.Tensor | None = None
+        self.coded: adapted.Coded | None = None
         if rows > self.rows_by_codes and adapted.takes(64, self.member.weight_OI, group.a_RI):
             self.coded = adapted.coded_of([p.nf4 for p in group.members if p.nf4 is not None])
 
@@ -165,7 +165,7 @@ class HeldProduct:
     @property
     def bytes(self) -> int:
         """Memory of what it keeps."""
-        coded = 0 if self.coded is None else self.coded.nbytes
+        coded = 0 if self.coded is None else self.coded.packed.nbytes
         return self.held.bytes + (self.in_nf4.bytes if self.in_nf4 else 0) + coded
 
     def place(self, rows: int) -> torch.Tensor | None:
