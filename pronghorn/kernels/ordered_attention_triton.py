@@ -35,8 +35,9 @@ def launch_config(E: int, capability: tuple[int, int] = (9, 0), one: bool = Fals
     Five stages are three tiles of keys: the index that finds them comes two stages earlier. Other GPUs have less shared
     memory, some only 99 KiB.
 
-    Where no row has more than ``one`` segment there is one sum to keep in place of two, and two programs share a
-    multiprocessor (16 rows of 256 tokens, 8B: 89 to 65 microseconds): as many registers as that leaves, and fewer tiles.
+    Where no row has more than ``one`` segment, there is one sum to keep in place of two, and two programs share a
+    multiprocessor (16 rows of 256 tokens, 8B: 89 to 65 microseconds): as many registers as that leaves, and fewer
+    tiles.
     """
     if capability[0] == 9 and E <= 128 and one:
         return Config(128, 8, 4, 128)
