@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,9 +21,7 @@ from pronghorn.kernels.cuda_source import processors_of
 from pronghorn.kernels.low_blocks import MOST_RANKS, MOST_ROWS
 from pronghorn.kernels.reference import adapted_matmul as reference
 from pronghorn.kernels.reference.nf4 import dequantize_scales
-
-if TYPE_CHECKING:
-    from pronghorn.quant.nf4 import NF4Tensor
+from pronghorn.kernels.reference.nf4_matmul import NF4Weight
 
 __all__ = ["LEAST_ROWS", "MOST_ROWS", "Coded", "adapted_matmul", "coded_bytes", "coded_of", "takes"]
 
@@ -46,7 +43,7 @@ def takes(rows: int, weight_OK: torch.Tensor, a_RI: torch.Tensor | None) -> bool
     )
 
 
-def coded_of(weights: Sequence[NF4Tensor], eighths: int | None = None) -> Coded | None:
+def coded_of(weights: Sequence[NF4Weight], eighths: int | None = None) -> Coded | None:
     """A part of NF4 weights, one under another, as :func:`adapted_matmul` can read it: 9/16 of a byte a weight of that
     part. None where the codes do not lie in tiles, or 16 bits are as fast.
 
@@ -78,7 +75,7 @@ def coded_bytes(outputs: int, inputs: int, like: torch.Tensor) -> int:
     return inputs // 128 * eighths // 8 * (outputs // 8) * 576
 
 
-def _in_tiles(weight: NF4Tensor) -> bool:
+def _in_tiles(weight: NF4Weight) -> bool:
     O, I = weight.shape  # noqa: E741 - shape letters
     whole = O % 8 == 0 and I % 128 == 0 and weight.blocksize == 64
     return whole and weight.tiled
@@ -146,6 +143,13 @@ def adapted_matmul(
             raise ValueError(
                 f"{reason or f'{rows} rows in place of up to {MOST_ROWS}'}; multiply with low_rank and ordered_matmul "
                 "instead"
+            )
+    if coded is not None:
+        expected = inputs // 128 * coded.eighths // 8, O // 8, 576
+        if coded.packed.shape != expected or coded.packed.device != table_TK.device:
+            raise ValueError(
+                f"coded is {tuple(coded.packed.shape)} on {coded.packed.device}; give {expected}, what `coded_of` made "
+                f"of this weight, on {table_TK.device}"
             )
     _path(table_TK).adapted_matmul(table_TK, rows, weight_OK, a_RI, out_MO, coded)
     return out_MO

@@ -104,7 +104,7 @@ def tile_for(rows: int, outputs: int, processors: int = HOPPER_PROCESSORS, eight
             low = next(n for n in (4, 2, 1) if blocks + n * lows <= processors)
             most = 9 if groups > 1 or each <= 32 else 6
             stages = min(_SHARED // ((groups * 64 + each) * 256), most)
-            if eighths and groups == 1:
+            if eighths and groups == 1 and each <= 48:  # else there is no room for a ring of codes
                 return Tile(groups, each, min(stages, 8), low, eighths)
             return Tile(groups, each, stages, low)
     return None

@@ -253,7 +253,6 @@ __device__ __forceinline__ void write_pieces_turned(u32 to, u32 a, u32 b, u32 c,
 #define COPIES_WAIT(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")  // until but n groups are there
 #define ALL_COPIES_WAIT asm volatile("cp.async.wait_all;" ::: "memory")
 #define MEET asm volatile("bar.sync 1, 128;" ::: "memory")  // the first four warps
-#define MEET_OF(id) asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory")  // four warps
 #define TURN_WAIT(id) asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory")
 #define TURN_GIVE(id) asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory")
 __device__ __forceinline__ u32 flag_read(const u32* flag) {  // and all that was seen before it was written is seen

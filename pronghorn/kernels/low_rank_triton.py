@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pronghorn.kernels import launch
 from pronghorn.kernels.launch import Launcher
 from pronghorn.kernels.low_rank import FEW_ROWS
 from pronghorn.kernels.reference.low_rank import SPLITS, run_length
@@ -23,13 +21,12 @@ FEW_RANKS, FEW_ROWS_OF_THESE = 128, 4096
 """With so few ranks that is faster up to more rows: 12 microseconds in place of 62 for 1,024 rows of 14,336 inputs."""
 
 
-_MANY = 2048
-"""Rows above which tiles are larger."""
+_MANY = 2048  # rows above which tiles are larger
 
 
 class Tile(NamedTuple):
-    """Rows, ranks and inputs of a program's step, warps, and stages of inputs on their way or in use; whether the copy
-    engine brings the inputs (a run is whole steps then); and how many runs a program takes one after another.
+    """Rows, ranks and inputs of a program's step, warps, and stages of inputs on their way or in use; how many runs a
+    program takes one after another.
     """
 
     rows: int
@@ -37,18 +34,16 @@ class Tile(NamedTuple):
     inputs: int
     num_warps: int
     num_stages: int
-    mapped: bool = False
     runs: int = 1
 
 
-def few_rows_tile(T: int, R: int, step: int, capability: tuple[int, int] = (9, 0), mapped: bool = False) -> Tile:
-    """The tile for T rows and R ranks with runs of ``step`` inputs, which the copy engine can bring where ``mapped``.
+def few_rows_tile(T: int, R: int, step: int, capability: tuple[int, int] = (9, 0)) -> Tile:
+    """The tile for T rows and R ranks with runs of ``step`` inputs.
 
     There is little to read and less to multiply: what counts is to have all of it on its way at once, in many
     programs. So a program takes 16 ranks, the rows of the tensor core's instruction, and as many stages as its run has
     steps (Triton makes one less than it is told); four warps share the loads and repeat the few products. With more
-    rows the ranks are more, so that x is read less often; thousands of rows are read once for all ranks, by the copy
-    engine where there is one (4,096 rows of 14,336 inputs: 41 microseconds for 60, reading 27).
+    rows the ranks are more, so that x is read less often.
 
     On Hopper a product begins beside this one, for 9 to 64 rows with a block for nearly each multiprocessor: what
     counts there is to leave 128 free, and by few programs the two end sooner although this one takes longer (down, 64
@@ -58,10 +53,7 @@ def few_rows_tile(T: int, R: int, step: int, capability: tuple[int, int] = (9, 0
     rows = 16 if T <= 16 else 32 if T <= 32 else 64
     if capability[0] == 9 and 8 < T <= 64 and 2 * rows >= R:
         ranks = max(32, int(triton.next_power_of_2(R)))
-        return Tile(rows, ranks, 128, 4, min(6, 180 * 1024 // ((rows + ranks) * 256)), False, 2 if R <= 64 else 1)
-    if T > _MANY and mapped:
-        ranks, inputs = max(16, int(triton.next_power_of_2(R))), 64
-        return Tile(128, ranks, inputs, 8, 112 * 1024 // ((128 + ranks) * inputs * 2), True)
+        return Tile(rows, ranks, 128, 4, min(6, 180 * 1024 // ((rows + ranks) * 256)), 2 if R <= 64 else 1)
     rows, ranks, inputs = (32, 32, 128) if T > 16 else (8 if T <= 8 else 16, 16, 256)
     if T > _MANY and R > 32:
         rows, ranks = 64, 64
@@ -98,19 +90,6 @@ def _run(
 
 
 @triton.jit
-def _mapped_run(
-    x_map, a_map, first, last, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr
-):  # fmt: skip
-    """The same by descriptors, rows of x on the left, as the wider instruction has 64 there."""
-    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    for start in range(first, last, BLOCK_I):
-        x = x_map.load([tl.program_id(1) * BLOCK_T, start])
-        a = a_map.load([tl.program_id(2) * BLOCK_R, start])
-        acc = tl.dot(x, tl.trans(a), acc, input_precision="ieee")
-    return tl.trans(acc)
-
-
-@triton.jit
 def _fetch(a_ptr, r, R, first, last, width, BLOCK_I: tl.constexpr):
     """A run of some rows of A on its way into the L2 cache, in lines of 128 bytes."""
     row = a_ptr + tl.minimum(r, R - 1)[:, None] * width
@@ -124,16 +103,15 @@ def _fetch(a_ptr, r, R, first, last, width, BLOCK_I: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def _few_rows(
-    x_ptr, a_ptr, out_ptr, also_ptr, also_stride, part_ptr, arrived_ptr, x_map, a_map, T, R,
+    x_ptr, a_ptr, out_ptr, also_ptr, also_stride, part_ptr, arrived_ptr, T, R,
     x_stride, out_stride, width, step,
     SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, TWICE: tl.constexpr,
-    MAPPED: tl.constexpr, RUNS: tl.constexpr, EARLY: tl.constexpr, CHAIN: tl.constexpr,
+    RUNS: tl.constexpr, EARLY: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """RUNS runs a program; the last of a tile adds all of them up, from the first, and clears the count. What comes out
     is written to a second place too if TWICE.
 
-    MAPPED: x and A are read by descriptors, which give zeros beyond their ends. EARLY lets a kernel that was launched
-    to overlap begin when x is whole; others still wait for the end.
+    EARLY lets a kernel that was launched to overlap begin when x is whole; others still wait for the end.
     """
     split = tl.program_id(0) * RUNS
     tile = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
@@ -148,12 +126,9 @@ def _few_rows(
     parts = part_ptr + tile * (SPLITS * BLOCK_T * BLOCK_R)
     for run in range(split, split + RUNS):
         last = tl.minimum((run + 1) * step, width)
-        if MAPPED:
-            acc = _mapped_run(x_map, a_map, run * step, last, BLOCK_T, BLOCK_R, BLOCK_I)
-        else:
-            x_row = x_ptr + t.to(tl.int64)[:, None] * x_stride
-            a_row = a_ptr + r[:, None] * width
-            acc = _run(a_row, x_row, r < R, t < T, run * step, last, BLOCK_R, BLOCK_T, BLOCK_I)
+        x_row = x_ptr + t.to(tl.int64)[:, None] * x_stride
+        a_row = a_ptr + r[:, None] * width
+        acc = _run(a_row, x_row, r < R, t < T, run * step, last, BLOCK_R, BLOCK_T, BLOCK_I)
         tl.store(parts + run * (BLOCK_T * BLOCK_R) + place, acc, cache_modifier=".cg")
     tl.debug_barrier()  # all of this program's stores, before its arrival is seen
     if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS // RUNS - 1:
@@ -210,17 +185,6 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index) if index >= 0 else (9, 0)
 
 
-def _can_map(x_TI: torch.Tensor, a_RI: torch.Tensor) -> bool:
-    """Whether Hopper's copy engine can bring them: rows begin at multiples of 16 bytes."""
-    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (x_TI, a_RI))
-    return aligned and launch.has_copy_engine(x_TI)
-
-
-def _maps(x_TI: torch.Tensor, a_RI: torch.Tensor, rows: int, ranks: int, inputs: int) -> tuple[Any, Any]:
-    """Descriptors of x and A, in blocks of a program's step."""
-    return TensorDescriptor.from_tensor(x_TI, [rows, inputs]), TensorDescriptor.from_tensor(a_RI, [ranks, inputs])
-
-
 def low_rank(
     x_TI: torch.Tensor,
     a_RI: torch.Tensor,
@@ -241,19 +205,14 @@ def low_rank(
         capability = _capability(x_TI.get_device())
         also = out_TR if also_TR is None else also_TR
         if few_rows >= T or (few_rows and T <= FEW_ROWS_OF_THESE and R <= FEW_RANKS):
-            block_t, block_r, block_i, num_warps, num_stages, mapped, runs = tile or few_rows_tile(
-                T, R, step, capability, _can_map(x_TI, a_RI)
-            )
-            if mapped and step % block_i:
-                raise ValueError(f"runs of {step} inputs by the copy engine, {block_i} at a time; give whole steps")
+            block_t, block_r, block_i, num_warps, num_stages, runs = tile or few_rows_tile(T, R, step, capability)
             tiles_t, tiles_r = triton.cdiv(T, block_t), triton.cdiv(R, block_r)
             stream = torch.cuda.current_stream(x_TI.device).cuda_stream if x_TI.is_cuda else 0
             tiles = int(triton.next_power_of_2(tiles_t * tiles_r))
             part, arrived = _workspace(x_TI.device, stream, tiles, block_t * block_r)
             _launch_few(
                 (SPLITS // runs, tiles_t, tiles_r), x_TI, a_RI, out_TR, also, also.stride(0), part, arrived,
-                *(_maps(x_TI, a_RI, block_t, block_r, block_i) if mapped else (x_TI, a_RI)),
-                *common, block_t, block_r, block_i, also_TR is not None, mapped, runs,
+                *common, block_t, block_r, block_i, also_TR is not None, runs,
                 x_TI.is_cuda and capability >= (9, 0),
                 num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False,
             )  # fmt: skip

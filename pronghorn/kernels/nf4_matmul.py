@@ -21,9 +21,9 @@ group of warps would have outputs of two members, a block takes them one after a
 each member's rest could be one more than there are multiprocessors, and would run behind the others.
 
 **The adapter's** ``x A^T`` is made by the first few blocks of the same launch, for up to 8 rows, while the others
-multiply: they need it last. So nothing stands between a product and what makes x, and its start (the table, scales,
-first codes: some 3 microseconds), which needs no x, is made while that runs: in a chain of launches the kernel before
-lets this one begin before it waits itself (``launch.py``).
+multiply: they need it last (17 to 64 rows of many outputs likewise, see below). So nothing stands between a product and
+what makes x, and its start (the table, scales, first codes: some 3 microseconds), which needs no x, is made while that
+runs: in a chain of launches the kernel before lets this one begin before it waits itself (``launch.py``).
 
 **What bounds it** at few rows is not memory. Where outputs are many it is the load/store unit: of some 12 turns that
 256 weights cost it, 8 are that table's. So some of the weights go another way: the 16 values that a scale allows are
@@ -47,13 +47,23 @@ from pronghorn.kernels.few_rows import MEMBERS, check_aligned, check_member, out
 from pronghorn.kernels.reference import nf4_matmul as reference
 from pronghorn.kernels.reference.nf4_matmul import Member, NF4Weight
 
-__all__ = ["LOW_ROWS", "MAX_ROWS", "Member", "NF4Weight", "low_rank_aligned", "nf4_matmul", "rows_by_codes", "why_not"]
+__all__ = [
+    "LOW_ROWS",
+    "MAX_ROWS",
+    "Member",
+    "NF4Weight",
+    "low_rank_aligned",
+    "makes_low",
+    "nf4_matmul",
+    "rows_by_codes",
+    "why_not",
+]
 
 MAX_ROWS = 64
 """Rows of x up to which this is the faster way; above, make the weight and call cuBLAS."""
 
 LOW_ROWS = 8
-"""Up to so many rows, those of the least tile, ``x A^T`` can be made in the same launch."""
+"""Up to so many rows, those of the least tile, ``nf4_matmul.cu`` can make ``x A^T`` itself; see :func:`makes_low`."""
 
 _ROWS_BY_CODES = 32  # measured at 28,672 outputs
 _COLUMNS = 256  # inputs that are made into operands at a time, at most
@@ -177,7 +187,7 @@ def low_rank_aligned(a_RI: torch.Tensor) -> bool:
 def _check_low(x_MI: torch.Tensor, members: Sequence[Member], a_RI: torch.Tensor, low_MR: torch.Tensor | None) -> None:
     M, I = x_MI.shape  # noqa: E741 - shape letters
     if M > LOW_ROWS and not makes_low(M, members, a_RI):
-        raise ValueError(f"x A^T of {M} rows; give a_RI for up to {LOW_ROWS}, or low_MR alone")
+        raise ValueError(f"x A^T of {M} rows; give a_RI where `makes_low` says so, or low_MR alone")
     if a_RI.dim() != 2 or a_RI.shape[1] != I or a_RI.dtype != x_MI.dtype or not a_RI.is_contiguous():
         raise ValueError(f"a is {tuple(a_RI.shape)}, {a_RI.dtype}; give [R, {I}], {x_MI.dtype}, contiguous")
     if not low_rank_aligned(a_RI):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -75,7 +76,7 @@ class OrderedRows:
         index = on_device(torch.cat(list(keys)), torch.int32, device)
         return cls(tuple(starts), tuple(counts), tuple(firsts), tuple(offsets), index)
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Keys of the row that has most."""
         return max((first + count for first, count in zip(self.firsts, self.counts)), default=0)

@@ -28,7 +28,9 @@ MEMBERS = {"down": (4096,), "o": (4096,), "qkv": (4096, 1024, 1024)}
 
 
 class Operands:
-    """``members``: of so many outputs, NF4; the weight is what these are in 16 bits."""
+    """``members``: of so many outputs, NF4; the weight is what these are in 16 bits. ``eighths`` of its steps are
+    codes, None: as many as are meant to be.
+    """
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class Operands:
         ranks: int,
         dtype: torch.dtype = torch.bfloat16,
         members: Sequence[int] = (),
+        eighths: int | None = None,
     ) -> None:
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device="cuda").to(dtype)
@@ -48,7 +51,7 @@ class Operands:
         self.coded = None
         if members:
             nf4 = [NF4Tensor.quantize(normal(n, inputs) / 50).in_tiles() for n in members]
-            self.coded = coded_of(nf4, 4)
+            self.coded = coded_of(nf4, eighths)
             self.weight[:, :inputs] = torch.cat([w.dequantize(dtype) for w in nf4])
         self.table = torch.zeros(384, width, dtype=dtype, device="cuda")
         self.table[:, :inputs] = normal(384, inputs)
@@ -92,15 +95,18 @@ def test_other_models_have_the_same_bits(outputs: int, inputs: int, ranks: int) 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [17, 50, 64])
+@pytest.mark.parametrize("eighths", [None, 4])
 @pytest.mark.parametrize("name", SHAPES)
-def test_of_codes_the_bits_are_the_same(name: str, rows: int, dtype: torch.dtype) -> None:
+def test_of_codes_the_bits_are_the_same(name: str, eighths: int | None, rows: int, dtype: torch.dtype) -> None:
     """Of the columns that are read as codes the weight in 16 bits is not."""
-    of = Operands(*SHAPES[name], dtype, MEMBERS[name])
+    of = Operands(*SHAPES[name], dtype, MEMBERS[name], eighths)
+    share = of.coded.eighths if of.coded else 0
+    assert share == (eighths or {"down": 2, "o": 0, "qkv": 4}[name])
     y, low = of.expected(rows)
     of.low(rows).fill_(float("nan"))
     given = torch.full_like(of.weight, float("nan"))  # where codes are read, it is not
     for step in range(0, given.shape[1] // 128 + 1):
-        if step % 2 == 0 or step >= of.inputs // 128:
+        if step * share // 8 == (step + 1) * share // 8 or step >= of.inputs // 128:
             given[:, step * 128 : step * 128 + 128] = of.weight[:, step * 128 : step * 128 + 128]
     got = adapted_matmul(of.table, rows, given, of.a, coded=of.coded)
     assert torch.equal(got, y) and torch.equal(of.low(rows), low)

@@ -15,7 +15,9 @@ from pronghorn.kernels.rms_norm import norm_forward
 @pytest.mark.parametrize("R", [8, 32, 64, 96, 160])
 @pytest.mark.parametrize("I", [4096, 14336])
 def test_a_row_does_not_depend_on_how_many_there_are(I: int, R: int, dtype: torch.dtype) -> None:  # noqa: E741
-    """6 to 4,096 rows by runs (up to 128 ranks), 4,100 in one program; all beside x, in the columns of a table."""
+    """By runs, in one program, or by the wide instruction (Hopper, from 2,049 rows on, up to 128 ranks); all beside
+    x, in the columns of a table.
+    """
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(4100, I + R, generator=generator, device="cuda").to(dtype)
     a = (torch.randn(R, I, generator=generator, device="cuda") * I**-0.5).to(dtype)

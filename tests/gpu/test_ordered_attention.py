@@ -12,7 +12,7 @@ from pronghorn.kernels import decode_attention_triton, step_attention_cuda
 from pronghorn.kernels.decode_attention import decode_attention, write_kv
 from pronghorn.kernels.launch import chained
 from pronghorn.kernels.ordered_attention import ordered_attention_forward
-from pronghorn.kernels.ordered_rows import OrderedRows
+from pronghorn.kernels.ordered_rows import SEGMENT, OrderedRows
 from pronghorn.kernels.rope import rotate_
 from pronghorn.kernels.rope_kv import rope_and_write_kv
 from pronghorn.kernels.step_attention import step_attention
@@ -109,12 +109,16 @@ def test_a_tables_width_and_the_neighbours_change_no_bit(dtype: torch.dtype, H: 
 
 @shapes
 def test_rows_of_any_length_have_the_same_bits(dtype: torch.dtype, H: int, K: int, E: int) -> None:
-    """Copies of the row cut off at the edges of tiles and segments, packed behind one another."""
+    """Copies of the row cut off at the edges of tiles and segments, packed behind one another; also those alone that
+    are within one segment.
+    """
     row = Row(dtype, H, K, E)
-    (o, lse), packed = row.whole(), [torch.cat([t[:n] for n in EDGES]) for t in (row.q, row.k, row.v)]
-    got, got_lse = ordered_attention_forward(*packed, OrderedRows.packed(EDGES, DEVICE), row.scale)
-    assert torch.equal(got, torch.cat([o[:n] for n in EDGES]))
-    assert torch.equal(got_lse, torch.cat([lse[:, :n] for n in EDGES], dim=1))
+    o, lse = row.whole()
+    for lengths in (EDGES, [n for n in EDGES if n <= SEGMENT]):
+        packed = [torch.cat([t[:n] for n in lengths]) for t in (row.q, row.k, row.v)]
+        got, got_lse = ordered_attention_forward(*packed, OrderedRows.packed(lengths, DEVICE), row.scale)
+        assert torch.equal(got, torch.cat([o[:n] for n in lengths]))
+        assert torch.equal(got_lse, torch.cat([lse[:, :n] for n in lengths], dim=1))
 
 
 @shapes

@@ -251,6 +251,9 @@ inline void write_pieces_turned(unsigned to, unsigned a, unsigned b, unsigned c,
 #define MULTIPLIES_BEGIN
 #define MULTIPLIES_END
 #define MULTIPLIES_WAIT(n)
+#ifndef FILLED_BY
+#define FILLED_BY 1  // arrivals at a stage's counter
+#endif
 std::atomic<bool> asked;  // for what one thread tells its block
 std::atomic<bool> stuck;  // a wait that did not end: no other waits then
 struct Counter {  // mbarrier
@@ -328,7 +331,7 @@ inline unsigned counter_ended(unsigned at, unsigned parity) {  // copies come to
 }
 inline void counter_wait(unsigned at, unsigned parity) {  // until the phase of this parity has ended
     Counter& c = counters[at / 8];
-    if (c.all == 1) asked = true;
+    if (c.all == FILLED_BY) asked = true;
     for (int i = 0; i < 6000; ++i) {
         come(at);
         std::unique_lock lock(c.mutex);
@@ -340,7 +343,6 @@ inline void counter_wait(unsigned at, unsigned parity) {  // until the phase of 
 #define COPIES_WAIT(n) copies_wait(n, false)
 #define ALL_COPIES_WAIT copies_wait(0, true)
 #define MEET named[1].arrive(true, 128)
-#define MEET_OF(id) named[id].arrive(true, 128)
 #define TURN_WAIT(id) named[id].arrive(true)
 #define TURN_GIVE(id) named[id].arrive(false)
 // What the kernel before makes comes when a thread waits for its end. What is done too early is counted.

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from pronghorn.kernels import adapted_matmul as module
-from pronghorn.kernels.adapted_matmul import adapted_matmul, takes
-from pronghorn.kernels.adapted_matmul_cuda import Tile, defines_of, shared_bytes, tile_for
+from pronghorn.kernels.adapted_matmul import adapted_matmul, coded_bytes, coded_of, takes
+from pronghorn.kernels.adapted_matmul_cuda import Tile, defines_of, eighths_for, shared_bytes, tile_for
 from pronghorn.kernels.low_blocks import whole_ranks
+from pronghorn.quant.nf4 import NF4Tensor
 
 
 def operands(M: int, O: int, I: int, R: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # noqa: E741
@@ -73,6 +74,28 @@ def test_a_tile_fills_the_multiprocessors_once() -> None:
 
 def test_ranks_are_as_many_as_an_instruction_has() -> None:
     assert [whole_ranks(n) for n in (2, 16, 18, 64, 66, 96, 128)] == [16, 16, 32, 64, 96, 96, 128]
+
+
+def test_a_part_is_read_as_codes_where_that_is_meant_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An 8B Llama's down, and q, k and v; what is kept of them is what was said to be; it fits into shared memory."""
+    assert [eighths_for(*sizes) for sizes in ((4096, 14336), (6144, 4096), (4096, 4096))] == [2, 4, 0]
+    assert eighths_for(8192, 8192) == eighths_for(28672, 4096) == 0, "other tiles, or none"
+    monkeypatch.setattr(module.launch, "has_copy_engine", lambda tensor: True)
+    monkeypatch.setattr(module, "processors_of", lambda device: 132)
+    for members, inputs in (((4608, 8, 1024), 256), ((4096,), 8192)):
+        nf4 = [NF4Tensor.quantize(torch.randn(n, inputs)).in_tiles() for n in members]
+        coded, outputs = coded_of(nf4), sum(members)
+        assert coded is not None and coded.packed.nbytes == coded_bytes(outputs, inputs, coded.packed)
+        assert coded.packed.shape[0] == inputs // 128 * coded.eighths // 8
+        assert coded_of([w.in_rows() for w in nf4]) is None
+        table, weight = torch.zeros(8, inputs + 64), torch.zeros(outputs + 8, inputs + 64)
+        with pytest.raises(ValueError, match="what `coded_of` made of this weight"):
+            adapted_matmul(table, 8, weight, torch.zeros(16, inputs), coded=coded)
+    for outputs in range(8, 20000, 8):
+        for inputs in (4096, 8192):
+            tile = tile_for(64, outputs, eighths=eighths_for(outputs, inputs))
+            if tile is not None:
+                assert shared_bytes(tile, defines_of(tile, 96, torch.bfloat16, True)) <= 227 * 1024
 
 
 def test_it_is_meant_for_some_rows_of_weights_in_16_bits_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def on_a_cpu(
 
     class Kernel:
         def __init__(self, defines: tuple[tuple[str, int], ...], device: torch.device, shared_bytes: int) -> None:
-            given = dict(defines) | {"CHAIN": int(early is not None)}
+            given = dict(defines) | {"CHAIN": int(early is not None), "FILLED_BY": 2}
             places = f"\nstatic_assert(SHARED_BYTES == {shared_bytes});\n"
             self.library = on_cpu.compiled(module._source() + places, "adapted_matmul", given, folder, changed)
 
@@ -196,10 +196,12 @@ def test_a_block_that_has_no_part_of_x_a_waits_too(waits: bool, tmp_path: Path) 
         assert of.right() and (before.early == 0) == waits
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [*CHANGES, "codes"])
 def test_begun_early_it_waits_for_what_is_late(change: str, tmp_path: Path) -> None:
-    """x is made by the kernel before; x A^T by other blocks. What is changed shows."""
+    """x is made by the kernel before; x A^T by other blocks. What is changed shows; a part as codes changes nothing."""
     case = Case(Tile(2, 32, 2, 2), 130, 72, 320, 32)
+    if change == "codes":
+        case, change = Case(Tile(1, 32, 2, 2, 4), 64, 72, 640, 32, (72,)), ""
     of = Operands(case, torch.bfloat16)
     whole, low = of.table.clone(), of.table[:1, case.K : case.K + case.R]
     of.table.copy_(unwritten(of.table))

@@ -131,7 +131,8 @@ class MadeHere(NamedTuple):
     flags: torch.Tensor
     keeps: tuple[torch.Tensor, ...]
 
-    def right(self, y: torch.Tensor) -> bool:
+    def right(self) -> bool:
+        """Whether low is, and no flag is left."""
         exact = self.operands.x.double() @ self.a.double().T
         close = bool(((self.low[:, : len(self.a)].double() - exact).abs() <= exact.abs() * 2**-7 + 1e-3).all())
         return close and not self.flags.any() and not self.low[:, len(self.a) :].any()
@@ -179,7 +180,7 @@ def test_a_launch_that_makes_its_low_rank_equals_the_reference(case: str, tmp_pa
         here.operands.members[0] = Member(here.operands.members[0].weight, None, 0)
     y = here.keeps[1]
     assert with_low(case, tmp_path, False).run(ctypes.byref(here.args), here.blocks, 1, 1) == 0, "a wait has no end"
-    assert here.right(y)
+    assert here.right()
     here.operands._replace(expected=reference_of(here)).check(y)
 
 
@@ -205,6 +206,6 @@ def test_a_launch_that_makes_its_low_rank_waits_for_x(change: str, tmp_path: Pat
     before = Before(pointer(x), pointer(whole), pointer(low), pointer(y), x.nbytes, low.nbytes, y.numel(), 0)
     library = with_low(case, tmp_path, True, LOW_CHANGES[change])
     assert library.run_early(ctypes.byref(here.args), here.blocks, 1, ctypes.byref(before)) == 0
-    assert (before.early == 0 and here.right(y)) == (not change)
+    assert (before.early == 0 and here.right()) == (not change)
     if not change:
         here.operands._replace(expected=reference_of(here)).check(y)

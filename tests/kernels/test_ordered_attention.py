@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from pronghorn.kernels import decode_attention_triton, ordered_attention_triton
 from pronghorn.kernels import ordered_attention as module
 from pronghorn.kernels.ordered_attention import ordered_attention_forward, refusal
-from pronghorn.kernels.ordered_attention_triton import Config
+from pronghorn.kernels.ordered_attention_triton import Config, launch_config
 from pronghorn.kernels.ordered_rows import OrderedRows
 from pronghorn.kernels.reference import ordered_attention as reference
 from tests.models.test_attention import visible
@@ -34,6 +35,37 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def inputs(T: int, H: int, K: int, E: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Scores wide enough that a few keys dominate."""
     return [(torch.randn(T, n, E) * size).to(DEVICE, dtype) for n, size in ((H, 3), (K, 1), (K, 1))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_within_one_segment_have_the_bits_that_they_have_beside_longer_ones(
+    path: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel keeps one sum in place of two where no row has more; with a head that sees zeros alone, too."""
+    q, k, v = inputs(5 + 17 + 32 + 40, 4, 2, 16, dtype)
+    v[:, 0] = 0.0
+    T = 5 + 17 + 32
+    asked: list[bool] = []
+    launch = ordered_attention_triton._launch
+
+    def watched(grid: tuple[int, ...], *given: Any, **more: Any) -> None:
+        asked.append(given[-1])
+        launch(grid, *given, **more)
+
+    monkeypatch.setattr(ordered_attention_triton, "_launch", watched)
+    rows = [OrderedRows.packed(lengths, q.device) for lengths in ((5, 17, 32), (5, 17, 32, 40))]
+    short = module.ordered_attention_forward(q[:T], k[:T], v[:T], rows[0], 0.25)
+    long = module.ordered_attention_forward(q, k, v, rows[1], 0.25)
+    assert asked == ([True, False] if path == "triton" else [])
+    for few, all_ in zip(short, (long[0][:T], long[1][:, :T])):
+        assert torch.equal(few, all_)
+
+
+def test_tiles_have_as_many_rows_whether_one_segment_is_enough_or_not() -> None:
+    """A prefill's graphs keep the tiles of either."""
+    for E in (32, 64, 128, 256):
+        for capability in ((8, 0), (9, 0), (10, 0)):
+            assert launch_config(E, capability, True).rows == launch_config(E, capability).rows
 
 
 def truth(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float) -> tuple:

@@ -33,6 +33,7 @@ from pronghorn.kernels import (
     launch,
     logits,
     low_rank,
+    low_rank_cuda,
     low_rank_triton,
     nf4,
     nf4_matmul,
@@ -89,12 +90,13 @@ def as_on_a_gpu() -> None:
     """Every kernel's own side, products for few rows, and attention in the sampler's order."""
     driver.set_active(H200())  # type: ignore[arg-type]
     kernels = (
-        attention_merge, decode_attention, glu, logits, low_rank, nf4, nf4_table, ordered_attention, ordered_matmul,
+        attention_merge, decode_attention, glu, logits, nf4, nf4_table, ordered_attention, ordered_matmul,
         rms_norm, rope, rope_kv, sample, scaled_blocks,
     )  # fmt: skip
     for module in kernels:
         own: ModuleType = __import__(f"{module.__name__}_triton", fromlist=["_"])
         module._path = lambda tensor, own=own: own  # type: ignore[attr-defined]
+    low_rank._path = lambda *given: low_rank_cuda if low_rank_cuda.takes(*given) else low_rank_triton
     nf4_matmul._path = lambda tensor: nf4_matmul_cuda
     step_attention._path = lambda tensor: step_attention_cuda
     nf4_triton._has_asm = lambda tensor: True
@@ -107,7 +109,7 @@ def as_on_a_gpu() -> None:
     products._MANY_OUTPUTS = 1024  # gate and up here
     launch.has_copy_engine = lambda tensor: True
     nf4_wide_cuda._LEAST_OUTPUTS = {32: 1024, 64: 512}  # gate and up, and for more rows q, k and v
-    low_rank_triton._MANY = BUCKETS[-1]  # of 2,048: more than are decoded, less than are scored here
+    low_rank_cuda.LEAST_ROWS = BUCKETS[-1] + 1  # of 2,049: more than are decoded, less than are scored here
     attention.in_order = prefill_attention.in_order = lambda *_, **__: True  # type: ignore[assignment]
     flash = Choice(Way.FLASH, "of a GPU")
     attention.PackedAttention.choice = lambda *_, **__: flash  # type: ignore[method-assign]
@@ -117,6 +119,7 @@ def as_on_a_gpu() -> None:
 
 SOURCES = {
     "nf4_matmul.cu": nf4_matmul_cuda._source, "nf4_wide.cu": nf4_wide_cuda._source,
+    "low_rank.cu": low_rank_cuda._source, "adapted_matmul.cu": adapted_matmul_cuda._source,
     **{name: partial(step_attention_cuda._source, name) for name in ("step_attention.cu", "step_attention_many.cu")},
 }  # fmt: skip
 

@@ -318,7 +318,9 @@ def held_bytes_of(found: list[tuple[Parts, Groups]], dtype: torch.dtype) -> int:
     elements = (
         (group.outputs + group.rank) * row_columns(inputs + group.rank, align_of(inputs)) for group, inputs in sizes
     )
-    codes = sum(coded_bytes(group.outputs, inputs, group.members[0].base.weight) for group, inputs in sizes)
+    codes = sum(
+        coded_bytes(group.outputs, inputs, group.members[0].base.weight) for group, inputs in sizes if group.rank
+    )
     return sum(elements) * dtype.itemsize + codes
 
 

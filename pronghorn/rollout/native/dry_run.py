@@ -25,10 +25,11 @@ from .paged import PagedDecode
 from .request import Prompt, Sequence
 from .scheduler import Chunk
 
-_TOKENS = (8, 16, 32, 272, 2064, 4112)
-"""One number of rows for each way that the adapters' narrow products are taken (``kernels/low_rank_triton.py``)."""
+_TOKENS = (8, 16, 32, 272, 2064, 4112, 4240)
+"""One number of rows for each way that the adapters' narrow products are taken (``kernels/low_rank_triton.py``, and on
+Hopper ``low_rank_cuda.py``)."""
 
-_SCORED = ([8, 4, 4], [136, 68, 68], [1032] + 8 * [129], [2056] + 8 * [257])
+_SCORED = ([8, 4, 4], [136, 68, 68], [1032] + 8 * [129], [2056] + 8 * [257], [2120] + 8 * [265])
 """A prompt and its completions, for each way that these products are written to two places. Attention's backward copies
 the first two prompts for their completions; the third is too long for that (``kernels/shared_prefix.py``)."""
 
