@@ -26,7 +26,7 @@ from benchmarks.ordered_matmul import BYTES, RANK, SHAPES, per_call
 from benchmarks.results import Results, arguments, start
 from pronghorn.kernels.launch import before_a_start, chained
 from pronghorn.kernels.low_rank import low_rank
-from pronghorn.kernels.nf4_matmul import LOW_ROWS, Member, nf4_matmul
+from pronghorn.kernels.nf4_matmul import Member, makes_low, nf4_matmul
 from pronghorn.kernels.nf4_matmul_cuda import HOPPER_SHARED, Tile
 from pronghorn.kernels.nf4_matmul_cuda import nf4_matmul as launch
 from pronghorn.kernels.rms_norm import norm_forward
@@ -117,7 +117,7 @@ def bench(
             "bitsandbytes": [partial(matmul_4bit, x, w.t(), state) for own in packed for w, state in own],
             "torch-bf16": [partial(torch.mm, x, w.T) for w in joined],
         }
-        if rows > LOW_ROWS:
+        if not makes_low(rows, groups[0], many_a[0]):
             del calls["pronghorn-step"]
         for impl, some in calls.items():
             each = len(shape.outputs) if impl == "bitsandbytes" else 1
