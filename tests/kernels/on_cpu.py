@@ -41,6 +41,19 @@ def compiled(
     return ctypes.CDLL(str(library))
 
 
+def run(library: ctypes.CDLL, args: ctypes.Structure, blocks: int, early: ctypes.Structure | None) -> None:
+    """Launch so many blocks, begun while the kernel before runs where ``early`` says what that makes.
+
+    Raises:
+        AssertionError: a wait did not end.
+    """
+    if early is None:
+        stuck = library.run(ctypes.byref(args), blocks, 1, 1)
+    else:
+        stuck = library.run_early(ctypes.byref(args), blocks, 1, ctypes.byref(early))
+    assert not stuck, "a wait did not end"
+
+
 def map_of(tensor: torch.Tensor | None, rows: int) -> Map:
     """What ``cuda_on_cpu.h`` reads blocks of 64 columns by."""
     if tensor is None:

@@ -156,7 +156,7 @@ class HeldProduct:
         self.beside = self.most_own > 0 and group.rank > 0 and ordered.mapped_rows([self.member], True) >= _FEW
         self.in_nf4, self.rows_by_codes = _many_in_nf4(group, dtype)
         self.coded: adapted.Coded | None = None
-        if rows > self.rows_by_codes and adapted.takes(64, self.member.weight_OI, group.a_RI):
+        if min(rows, _FEW) > self.rows_by_codes and adapted.takes(_FEW, self.member.weight_OI, group.a_RI):
             self.coded = adapted.coded_of([p.nf4 for p in group.members if p.nf4 is not None])
 
     def _by_codes(self, rows: int) -> NF4Product | None:
