@@ -187,7 +187,9 @@ def low_rank_aligned(a_RI: torch.Tensor) -> bool:
 def _check_low(x_MI: torch.Tensor, members: Sequence[Member], a_RI: torch.Tensor, low_MR: torch.Tensor | None) -> None:
     M, I = x_MI.shape  # noqa: E741 - shape letters
     if M > LOW_ROWS and not makes_low(M, members, a_RI):
-        raise ValueError(f"x A^T of {M} rows; give a_RI for up to {LOW_ROWS} or where `makes_low` says so, or low_MR alone")
+        raise ValueError(
+            f"x A^T of {M} rows; give a_RI for up to {LOW_ROWS} or where `makes_low` says so, or low_MR alone"
+        )
     if a_RI.dim() != 2 or a_RI.shape[1] != I or a_RI.dtype != x_MI.dtype or not a_RI.is_contiguous():
         raise ValueError(f"a is {tuple(a_RI.shape)}, {a_RI.dtype}; give [R, {I}], {x_MI.dtype}, contiguous")
     if not low_rank_aligned(a_RI):
