@@ -213,24 +213,18 @@ def _map(
 def map_of(tensor_RC: torch.Tensor, rows: int) -> Map:
     """For blocks of so many ``rows`` and 64 columns of 16 bits, whose 16-byte pieces change places as Hopper's wide
     product reads them (``described`` in ``instructions.cu``). Outside the tensor is zero. It holds an address: the
-    tensor has to live.
+    tensor has to live. Made once for tensors at one place, as launches ask for it again and again.
 
     Args:
         tensor_RC: ``[R, C]``, bfloat16 or float16, rows contiguous, beginning at multiples of 16 bytes.
     """
     (R, C), dtype = tensor_RC.shape, tensor_RC.dtype
-    return _map_of.__wrapped__(tensor_RC.data_ptr(), dtype, R, C, tensor_RC.stride(0) * dtype.itemsize, rows)
+    return _map_of(tensor_RC.data_ptr(), dtype, R, C, tensor_RC.stride(0) * dtype.itemsize, rows)
 
 
 @lru_cache(maxsize=4096)
 def _map_of(address: int, dtype: torch.dtype, R: int, C: int, stride: int, rows: int) -> Map:
     return _map(str(dtype), _MAP_TYPES[dtype], address, (R, C), (stride,), (rows, 64), _SWIZZLE_128)
-
-
-def known_map_of(tensor_RC: torch.Tensor, rows: int) -> Map:
-    """As :func:`map_of`, made once for tensors at one place, where each launch asks for it."""
-    (R, C), dtype = tensor_RC.shape, tensor_RC.dtype
-    return _map_of(tensor_RC.data_ptr(), dtype, R, C, tensor_RC.stride(0) * dtype.itemsize, rows)
 
 
 @lru_cache(maxsize=4096)
@@ -241,7 +235,7 @@ def _map_of_groups(address: int, dtype: torch.dtype, R: int, C: int, stride: int
 
 def map_of_groups(tensor_RC: torch.Tensor, rows: int, groups: int) -> Map:
     """As :func:`map_of`, for blocks of so many ``rows`` and ``groups`` of 64 columns, which come one group after
-    another; made once, as it is asked for again and again. C is a multiple of 64.
+    another. C is a multiple of 64.
     """
     R, C = tensor_RC.shape
     stride = tensor_RC.stride(0) * tensor_RC.element_size()

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from pronghorn.kernels import launch, low_blocks
-from pronghorn.kernels.cuda_source import CudaKernel, Map, known_map_of, pointer, source
+from pronghorn.kernels.cuda_source import CudaKernel, Map, map_of, pointer, source
 from pronghorn.kernels.few_rows import HOPPER_PROCESSORS
 from pronghorn.kernels.launch import begins_early, current_recording
 from pronghorn.kernels.low_blocks import MOST_RANKS, whole_ranks
@@ -97,7 +97,7 @@ def low_rank(
         stream = torch.cuda.current_stream(device).cuda_stream if x_TI.is_cuda else 0
         parts, flags = low_blocks.workspace(device, stream, whole_ranks(R), low_blocks.room_for(T))
     args = Args(
-        x=known_map_of(x_TI, 64), a=known_map_of(a_RI, whole_ranks(R)),
+        x=map_of(x_TI, 64), a=map_of(a_RI, whole_ranks(R)),
         low=pointer(out_TR), also=pointer(also_TR), parts=pointer(parts), flags=pointer(flags),
         low_stride=out_TR.stride(0), also_stride=0 if also_TR is None else also_TR.stride(0),
         rows=T, ranks=R, inputs=inputs,

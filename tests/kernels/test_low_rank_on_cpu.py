@@ -80,7 +80,7 @@ def on_a_cpu(folder: Path, early: Before | None = None, changed: tuple[str, str]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_kernel", Kernel)
-        patch.setattr(module, "known_map_of", on_cpu.map_of)
+        patch.setattr(module, "map_of", on_cpu.map_of)
         patch.setattr(module, "_SHARED", 3 * (64 + 96) * 128)  # stages are used again
         low_blocks.workspace.cache_clear()
         yield

@@ -182,8 +182,10 @@ def test_some_rows_of_kept_weights_are_one_launch_with_their_narrow_product(
 
     def watched(table: torch.Tensor, rows: int, *given: Any, **more: Any) -> torch.Tensor:
         seen.append((len(table), rows))
-        return call(table, rows, *given, **more)
+        assert more == {"coded": "codes"}
+        return call(table, rows, *given)
 
+    monkeypatch.setattr(products.adapted, "coded_of", lambda weights: "codes")  # a kernel's alone
     monkeypatch.setattr(products.adapted, "takes", lambda rows, weight, a: 17 <= rows <= 96 and a is not None)
     monkeypatch.setattr(products.adapted, "adapted_matmul", watched)
     product = HeldProduct(group, torch.float32, Tables(), 100)
