@@ -107,7 +107,7 @@ def measure(results: Results, folder: str, base: str, batches: list[int], repeat
     engine: Any = rollout.engine_of(model, tokenizer)
     torch.manual_seed(0)
     prompts = torch.randint(5, 16000, (max(batches), PROMPT)).tolist()
-    params = SamplingParams(temperature=1.0, max_tokens=NEW, ignore_eos=True)
+    params = SamplingParams(temperature=1.0, max_tokens=NEW, ignore_eos=True, detokenize=False)  # as the peers' script
     for rows in batches:
         engine.generate(prompts[:rows], params)  # its cache and graphs are made
         seconds = [timed(lambda rows=rows: engine.generate(prompts[:rows], params)) for _ in range(repeats)]

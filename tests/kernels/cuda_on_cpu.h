@@ -45,11 +45,13 @@ struct Warp {
     unsigned u[32][8];
     float f[32];
 };
+std::atomic<long> moves;  // of all threads together: who waits while nobody moves waits in vain
 struct Named {  // bar.sync and bar.arrive
     std::mutex mutex;
     std::condition_variable changed;
     int come = 0, round = 0;
     void arrive(bool wait, int all = 64) {
+        ++moves;
         std::unique_lock lock(mutex);
         const int mine = round;
         if (++come == all) {
@@ -67,7 +69,10 @@ inline Warp& own_warp() { return *warps[threadIdx.x / 32]; }
 inline int own_lane() { return threadIdx.x % 32; }
 
 inline void __syncthreads() { block->arrive_and_wait(); }
-inline void __syncwarp() { own_warp().together.arrive_and_wait(); }
+inline void __syncwarp() {
+    ++moves;
+    own_warp().together.arrive_and_wait();
+}
 inline float shuffle(float value, int from) {
     Warp& w = own_warp();
     w.f[own_lane()] = value;
@@ -262,6 +267,7 @@ struct Counter {  // mbarrier
     int all = 0, missing = 0, bytes = 0;  // arrivals, and bytes to come
     unsigned phase = 0;
     void count(int arrivals, int more) {
+        ++moves;
         std::unique_lock lock(mutex);
         missing -= arrivals, bytes += more;
         if (missing || bytes) return;
@@ -332,7 +338,9 @@ inline unsigned counter_ended(unsigned at, unsigned parity) {  // copies come to
 inline void counter_wait(unsigned at, unsigned parity) {  // until the phase of this parity has ended
     Counter& c = counters[at / 8];
     if (c.all == FILLED_BY) asked = true;
-    for (int i = 0; i < 6000; ++i) {
+    long before = moves;
+    for (int still = 0; still < 500; ++still) {  // five seconds
+        if (moves != before) before = moves, still = 0;
         come(at);
         std::unique_lock lock(c.mutex);
         if (c.changed.wait_for(lock, std::chrono::milliseconds(10), [&] { return (c.phase & 1) != parity || stuck; })) return;
