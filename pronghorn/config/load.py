@@ -24,7 +24,7 @@ class LoadConfig:
         max_lora_rank: the largest rank that ``get_peft_model`` accepts.
         gpu_memory_utilization: most of the GPU's memory that KV cache and weights may fill, in (0, 1].
         compile_ahead: compile the kernels of rollouts and training steps side by side, in threads, before their first
-            launch, where they would compile one by one. Off by default until it has been measured on a GPU.
+            launch, where they would compile one by one.
         device_map: ``"auto"`` (the one chosen device), a device such as ``"cuda:1"``, or ``"cpu"``.
     """
 
@@ -38,7 +38,7 @@ class LoadConfig:
     fast_inference: bool = False
     max_lora_rank: int = 64
     gpu_memory_utilization: float = 0.6
-    compile_ahead: bool = False
+    compile_ahead: bool = True
     device_map: Any = "auto"
     token: str | bool | None = None
     revision: str | None = None

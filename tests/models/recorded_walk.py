@@ -64,7 +64,7 @@ from pronghorn.rollout.native import attention as prefill_attention
 from pronghorn.rollout.native import engine as engine_module
 from pronghorn.rollout.native import products
 from pronghorn.rollout.native.decoder import BUCKETS, Decoder
-from pronghorn.rollout.native.dry_run import rollout_steps
+from pronghorn.rollout.native.dry_run import FEW_ROWS, larger_steps, rollout_steps, truncated_draws
 from pronghorn.rollout.native.look import Drawn, Look
 
 
@@ -171,7 +171,9 @@ def made_up(self: Look) -> list[Drawn]:
     return found
 
 
-def rolled_out(model: Any, tokenizer: Any, hold: bool) -> set[int]:
+def rolled_out(
+    model: Any, tokenizer: Any, hold: bool, buckets: tuple[int, ...] = BUCKETS, top_p: float = 0.9
+) -> set[int]:
     """Rollouts of every number of rows that there is a graph for, their prompts of any length, in chunks; the numbers
     of rows that were decoded.
 
@@ -185,9 +187,9 @@ def rolled_out(model: Any, tokenizer: Any, hold: bool) -> set[int]:
 
     Look.take, Decoder._step = made_up, watched  # type: ignore[method-assign, assignment]
     engine_module.memory_budget = lambda *_: hold << 40
-    engine = base.create("native", model, tokenizer, ahead=True, max_num_seqs=BUCKETS[-1], max_prefill_tokens=384)
-    params = SamplingParams(n=1, max_tokens=3, ignore_eos=True, seed=0, top_p=0.9)
-    for rows in BUCKETS:
+    engine = base.create("native", model, tokenizer, ahead=True, max_num_seqs=buckets[-1], max_prefill_tokens=384)
+    params = SamplingParams(n=1, max_tokens=3, ignore_eos=True, seed=0, top_p=top_p)
+    for rows in buckets:
         engine.generate([[5 + rows % 300], [*range(5, 34)]][: min(rows, 2)] * -(-rows // 2), params)
     plain = SamplingParams(n=2, max_tokens=40, ignore_eos=True, seed=0)
     engine.generate([[*range(5, 5 + n)] for n in (1, 16, 37, 200, 450)], plain)
@@ -220,7 +222,17 @@ def main() -> None:
     with recording() as recorded, prepared(model):
         dry_run.training_step(model)
         rollout_steps(model)
-    foreseen = keys(recorded)
+    few_foreseen = keys(recorded)
+    with recording() as recorded:
+        few_rows = tuple(rows for rows in BUCKETS if rows <= FEW_ROWS)
+        assert rolled_out(model, tokenizer, hold=True, buckets=few_rows, top_p=1.0) == set(few_rows)
+        for completions, length in ((3, 21), (3, 120), (16, 120)):
+            scored(model, completions, length)
+    few_asked = keys(recorded)
+    with recording() as recorded, prepared(model):
+        larger_steps(model)
+        truncated_draws(model)
+    foreseen = few_foreseen | keys(recorded)
     with recording() as recorded:
         supervised(model, 2, 37)
         supervised(model, 1, 1)
@@ -233,7 +245,8 @@ def main() -> None:
         decoded = rolled_out(model, tokenizer, hold=True)
         assert decoded == rolled_out(model, tokenizer, hold=False)
     asked = keys(recorded)
-    print(json.dumps({"foreseen": sorted(foreseen), "asked": sorted(asked), "decoded": sorted(decoded)}))
+    found = {"few foreseen": few_foreseen, "few asked": few_asked, "foreseen": foreseen, "asked": asked}
+    print(json.dumps({"decoded": sorted(decoded), **{name: sorted(own) for name, own in found.items()}}))
 
 
 if __name__ == "__main__":

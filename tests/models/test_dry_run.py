@@ -39,3 +39,5 @@ def test_every_kernel_of_real_steps_was_foreseen(tmp_path: Path, kind: str) -> N
     assert any(key.startswith("_few_rows ") for key in found["asked"])
     assert any(key.startswith("_ordered_matmul ") and "tensordesc" in key for key in found["asked"]), "copy engine"
     assert sorted(set(found["asked"]) - set(found["foreseen"])) == []
+    assert sorted(set(found["few asked"]) - set(found["few foreseen"])) == []
+    assert len(found["few foreseen"]) < len(found["foreseen"])
