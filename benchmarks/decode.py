@@ -50,6 +50,7 @@ def load(folder: str, base: str) -> tuple[Any, Any]:
         load_in_4bit=base == "nf4-lora",
         fast_inference=True,
         max_lora_rank=32,
+        compile_ahead=False,  # no compilers beside what is timed
     )
     if base != "nf4-lora":
         model.requires_grad_(False)

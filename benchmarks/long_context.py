@@ -93,7 +93,11 @@ def measure(results: Results, args: Any, limit_gb: float) -> None:
     torch.cuda.set_per_process_memory_fraction(min(limit_gb * GIB / total, 1.0))
     longest = args.tokens if args.task == "sft" else args.prompt + args.length
     model, _ = FastLanguageModel.from_pretrained(
-        args.model, max_seq_length=longest, load_in_4bit=True, dtype=torch.bfloat16
+        args.model,
+        max_seq_length=longest,
+        load_in_4bit=True,
+        dtype=torch.bfloat16,
+        compile_ahead=False,
     )
     model = FastLanguageModel.get_peft_model(
         model, r=32, lora_alpha=32, use_gradient_checkpointing=args.checkpointing

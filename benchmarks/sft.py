@@ -47,7 +47,11 @@ def load(results: Results, folder: str, quant: str) -> tuple[Any, Any, list[Any]
 
     begun = time.perf_counter()
     model, _ = FastLanguageModel.from_pretrained(
-        folder, max_seq_length=2048, load_in_4bit=quant == "nf4", dtype=torch.bfloat16
+        folder,
+        max_seq_length=2048,
+        load_in_4bit=quant == "nf4",
+        dtype=torch.bfloat16,
+        compile_ahead=False,
     )
     torch.cuda.synchronize()
     results.add(f"load/8b/{quant}", "pronghorn", s=time.perf_counter() - begun)

@@ -101,7 +101,11 @@ def main() -> None:
 
     for checkpointing in args.checkpointing.split(","):
         model, _ = FastLanguageModel.from_pretrained(
-            args.model, max_seq_length=args.prompt + args.tokens, load_in_4bit=True, dtype=torch.bfloat16
+            args.model,
+            max_seq_length=args.prompt + args.tokens,
+            load_in_4bit=True,
+            dtype=torch.bfloat16,
+            compile_ahead=False,
         )
         model = FastLanguageModel.get_peft_model(model, r=32, lora_alpha=32, use_gradient_checkpointing=checkpointing)
         config = GRPOConfig(

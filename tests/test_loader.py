@@ -117,6 +117,7 @@ def test_what_is_remembered_and_printed(tmp_path: Path, capsys: pytest.CaptureFi
     model, tokenizer = from_pretrained(LoadConfig(str(folder), max_seq_length=128, max_lora_rank=8))
     state = state_of(model)
     assert (state.max_seq_length, state.max_lora_rank, state.load_in_4bit) == (128, 8, True)
+    assert state.compile_ahead
     assert state.compute_dtype == torch.float32
     assert state.source.folder == str(folder)
     assert sorted(state.source.shards) == sorted(p.name for p in folder.glob("*.safetensors"))

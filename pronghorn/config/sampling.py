@@ -97,11 +97,6 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
-    def truncated(self) -> bool:
-        """Whether some tokens are not drawn, by ``top_k``, ``top_p`` or ``min_p``."""
-        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
-
-    @property
     def tallied(self) -> bool:
         """Whether it matters how often the completion holds a token."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0

@@ -2,7 +2,8 @@
 
 One by one at their first use, the kernels of a GRPO step of an 8B model take a quarter of a minute: Triton compiles
 each in 0.2 to 2 s, then a C compiler builds the function that launches it, a third of a second for each signature.
-Neither holds Python's lock for long, so threads are enough. Triton's own mode for it (``AsyncCompileMode``) puts a
+Neither holds Python's lock for most of it, so threads are enough, though what runs beside them is slowed
+(``docs/performance.md``). Triton's own mode for it (``AsyncCompileMode``) puts a
 kernel where a launch looks for it, under the key that the launch will compute; a launch that comes before its kernel
 is ready waits for that kernel alone. Nothing is tuned, nothing is launched.
 """

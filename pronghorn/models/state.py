@@ -51,7 +51,7 @@ class ModelState:
     tokenizer: Any = None
     engine: Any = None
     engine_name: str = ""
-    warmed: set[str] = field(default_factory=set)  # whose kernels are compiled, or under way
+    warmed: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)  # walks, and under which adapters
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
         """A copied model gets its own settings and no engine: an engine belongs to the weights that it reads."""

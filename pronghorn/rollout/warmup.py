@@ -34,6 +34,15 @@ def warm_up(model: Any) -> Warming | None:
     return compile_ahead(model, walks)
 
 
+def begun(model: Any, walks: dict[str, Walk]) -> dict[str, Walk]:
+    """Those of ``walks`` that nobody has begun for ``model`` under the adapters that it has; they are from now on."""
+    seen = state_of(model).warmed
+    adapters = tuple(sorted(getattr(model, "peft_config", ())))  # what is launched depends on whether there are any
+    new = {name: walk for name, walk in walks.items() if (name, adapters) not in seen}
+    seen.update((name, adapters) for name in new)
+    return new
+
+
 def compile_ahead(model: Any, walks: dict[str, Walk]) -> Warming | None:
     """Record ``walks`` over ``model`` and compile what they would launch, each by its name once; None where not begun.
 
@@ -41,11 +50,11 @@ def compile_ahead(model: Any, walks: dict[str, Walk]) -> Warming | None:
     """
     state = state_of(model)
     device = decoder(model).embed_tokens.weight.device
-    new = {name: walk for name, walk in walks.items() if name not in state.warmed}
-    asked = state.compile_ahead and bool(new)
-    if not asked or device.type != "cuda" or state.compute_dtype not in (torch.bfloat16, torch.float16):
+    if not state.compile_ahead or device.type != "cuda" or state.compute_dtype not in (torch.bfloat16, torch.float16):
         return None
-    state.warmed.update(new)
+    new = begun(model, walks)
+    if not new:
+        return None
     what = " and ".join(new)
     try:
         with torch.cuda.device(device), recording() as recorded, prepared(model):

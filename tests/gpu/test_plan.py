@@ -47,7 +47,9 @@ def free() -> None:
 
 
 def loaded(folder: str, mode: str) -> tuple[Any, Any]:
-    model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=32768, dtype=torch.bfloat16)
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=32768, dtype=torch.bfloat16, compile_ahead=False
+    )
     model = FastLanguageModel.get_peft_model(model, r=32, lora_alpha=32, use_gradient_checkpointing=mode)
     return model, PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=5e-6)
 

@@ -15,8 +15,7 @@ from pronghorn import FastLanguageModel, GRPOConfig, SamplingParams
 from pronghorn.grpo.loss_step import LossStep, window_of
 from pronghorn.grpo.metrics import Metrics
 from pronghorn.optim import PagedAdamW8bit
-from pronghorn.rollout.native.dry_run import WALKS
-from pronghorn.rollout.warmup import compile_ahead, warm_up
+from pronghorn.rollout.warmup import warm_up
 from tests.helpers import tiny_llama
 
 
@@ -48,10 +47,10 @@ def warmed(tmp_path_factory: pytest.TempPathFactory) -> Any:
         dtype=torch.bfloat16,
         fast_inference=True,
         max_lora_rank=16,
+        compile_ahead=True,
     )
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16)
     assert warm_up(model) is None  # get_peft_model began it, and nothing is begun twice
-    assert compile_ahead(model, WALKS) is not None  # what a rollout asks for that is larger, or draws otherwise
     return model
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pronghorn.rollout.native.decoder import BUCKETS
+from pronghorn.rollout.native.prefill import SIZES
 from tests.helpers import tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -34,10 +35,9 @@ def test_every_kernel_of_real_steps_was_foreseen(tmp_path: Path, kind: str) -> N
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert len(found["asked"]) > 20 and found["decoded"] == list(BUCKETS)
+    assert found["prompts by graphs"] == [SIZES[0]]
     for kernel in KERNELS[kind]:
         assert any(key.startswith(f"{kernel} ") for key in found["asked"]), kernel
     assert any(key.startswith("_few_rows ") for key in found["asked"])
     assert any(key.startswith("_ordered_matmul ") and "tensordesc" in key for key in found["asked"]), "copy engine"
     assert sorted(set(found["asked"]) - set(found["foreseen"])) == []
-    assert sorted(set(found["few asked"]) - set(found["few foreseen"])) == []
-    assert len(found["few foreseen"]) < len(found["foreseen"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence as Seq
 
 import torch
 from torch import nn
@@ -19,23 +18,22 @@ from ...models.fused_block import layer_forward
 from ...models.packed_layer import prepared_layers
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
-from ..warmup import Walk
 from .attention import PrefillAttention
 from .decode_walk import DecodeWalk, PrefillWalk, why_no_walk
 from .kv_cache import KVCache, KVShape
 from .paged import PagedDecode
+from .prefill import MOST_PROMPTS
 from .request import Prompt, Sequence
 from .scheduler import Chunk
 
-FEW_ROWS, FEW_TOKENS = 16, 2048
-"""Rows decoded, and tokens of all prompts and completions, up to which :func:`rollout_steps` has all kernels."""
-
-_TOKENS, _MORE_TOKENS = (8, 16, 32, 272), (2064, 4112, 4240)
+_TOKENS = (8, 16, 32, 272, 2064, 4112, 4240)
 """One number of rows for each way that the adapters' narrow products are taken (``kernels/low_rank_triton.py``, and on
 Hopper ``low_rank_cuda.py``)."""
 
-_SCORED = ([8, 4, 4], [136, 68, 68], [1000] + 10 * [104])
-_MORE_SCORED = ([1032] + 8 * [129], [2056] + 8 * [257], [2120] + 8 * [265])
+_ASKED = (16, 32, MOST_PROMPTS)
+"""How many tokens of a prefill the last layer is done for, of which few take those ways, too."""
+
+_SCORED = ([8, 4, 4], [136, 68, 68], [1032] + 8 * [129], [2056] + 8 * [257], [2120] + 8 * [265])
 """A prompt and its completions, for each way that these products are written to two places. Attention's backward copies
 the first two prompts for their completions; the third is too long for that (``kernels/shared_prefix.py``)."""
 
@@ -47,80 +45,31 @@ _BLOCK = 16
 
 def rollout_steps(model: nn.Module) -> None:
     """Inside :func:`pronghorn.kernels.launch.recording` and :func:`pronghorn.models.packed_layer.prepared`: what
-    prefill, decode, plain sampling and GRPO's scoring of ``model`` launch, for up to :data:`FEW_ROWS` rows and
-    :data:`FEW_TOKENS` tokens. Nothing where layers do not run fused.
+    prefill, decode, sampling and GRPO's scoring of ``model`` launch. Nothing where layers do not run fused.
 
-    Penalties and minimum lengths compile when they are first asked for.
+    Sampling is walked as plain and as truncated (top-k, top-p, min-p); penalties and minimum lengths compile when they
+    are first asked for.
     """
-    found = _found(model)
-    if found is None:
+    found = prepared_layers(model)
+    if found is None or why_no_walk(model):
         return
-    _sample(model, Variant())  # first, as its kernels take the longest to compile
     with torch.no_grad():
-        _scored_and_prefilled(model, found, _TOKENS)
-        cache = _cache(model)
-        for rows in (1, FEW_ROWS):  # a tile of the products, or a way of attention, each
+        _sample(model)  # first, as its kernels take the longest to compile
+        for tokens in _TOKENS:
+            _scored_forward(model, found[0], tokens)
+        cache = _cache(model, len(found[:2]))
+        for tokens in _TOKENS:
+            _prefill(model, found, cache, tokens)
+        for asked in _ASKED:
+            _prefill(model, found, cache, _TOKENS[3], asked)
+        for rows in (1, 16, 24, 32, MAX_ROWS):  # a tile of the products, or a way of attention, each
             _decode(model, found, cache, rows, hold=False)
         # Attention in one launch before other products than those of few rows, which many heads take for short rows.
-        _decode(model, found, cache, FEW_ROWS, hold=False, positions=_POSITIONS // 2)
-    for lengths in _SCORED:
-        layer_step(model, found[0], lengths, [None] + [0] * (len(lengths) - 1), ordered=True)
-
-
-def larger_steps(model: nn.Module) -> None:
-    """As :func:`rollout_steps`, for more rows or tokens: what these launch beside it."""
-    found = _found(model)
-    if found is None:
-        return
-    with torch.no_grad():
-        _scored_and_prefilled(model, found, _MORE_TOKENS)
-        cache = _cache(model)
-        for rows in (24, 32, MAX_ROWS):
-            _decode(model, found, cache, rows, hold=False)
+        _decode(model, found, cache, 16, hold=False, positions=_POSITIONS // 2)
         for rows in (32, MAX_ROWS, 128, 192, 256):  # where there is memory for weights in 16 bits, many rows read those
             _decode(model, found, cache, rows, hold=True)
-    for lengths in _MORE_SCORED:
+    for lengths in _SCORED:
         layer_step(model, found[0], lengths, [None] + [0] * (len(lengths) - 1), ordered=True)
-
-
-def truncated_draws(model: nn.Module) -> None:
-    """As :func:`rollout_steps`: what drawing by top-k, top-p or min-p launches."""
-    if _found(model) is not None:
-        _sample(model, Variant(truncated=True))
-
-
-WALKS: dict[str, Walk] = {
-    "rollouts": rollout_steps,
-    "larger rollouts": larger_steps,
-    "draws by top-k, top-p or min-p": truncated_draws,
-}
-"""All of them, by what they are called."""
-
-
-def walks_of(sequences: Seq[Sequence], max_rows: int) -> dict[str, Walk]:
-    """Those that foresee a rollout of ``sequences``, at most ``max_rows`` at once, and its scoring."""
-    few, larger, truncated = WALKS
-    prompts = {id(s.prompt): len(s.prompt) for s in sequences}
-    tokens = sum(prompts.values()) + sum(s.max_new for s in sequences)
-    wanted = {
-        few: True,
-        larger: min(max_rows, len(sequences)) > FEW_ROWS or tokens > FEW_TOKENS,
-        truncated: any(s.params.truncated for s in sequences),
-    }
-    return {name: WALKS[name] for name, so in wanted.items() if so}
-
-
-def _found(model: nn.Module) -> list[tuple[Parts, Groups]] | None:
-    """Its layers; None where they do not run fused."""
-    found = prepared_layers(model)
-    return None if found is None or why_no_walk(model) else found
-
-
-def _scored_and_prefilled(model: nn.Module, found: list[tuple[Parts, Groups]], many_tokens: Seq[int]) -> None:
-    cache = _cache(model)
-    for tokens in many_tokens:
-        _scored_forward(model, found[0], tokens)
-        _prefill(model, found, cache, tokens)
 
 
 def _scored_forward(model: nn.Module, layer: tuple[Parts, Groups], tokens: int) -> None:
@@ -132,8 +81,8 @@ def _scored_forward(model: nn.Module, layer: tuple[Parts, Groups], tokens: int) 
     layer_forward(*layer, hidden_TD, (cos_1TE[0], sin_1TE[0]), attention)
 
 
-def _cache(model: nn.Module) -> KVCache:
-    return KVCache(dataclasses.replace(KVShape.of(unwrap(model)), layers=1), 2, _BLOCK)
+def _cache(model: nn.Module, layers: int) -> KVCache:
+    return KVCache(dataclasses.replace(KVShape.of(unwrap(model)), layers=layers), 2, _BLOCK)
 
 
 def _decode(
@@ -153,24 +102,25 @@ def _decode(
     walk(torch.zeros(rows, dtype=torch.int64, device=device), PagedDecode(cache, table_BN, counts_B, counts_B, heads))
 
 
-def _prefill(model: nn.Module, found: list[tuple[Parts, Groups]], cache: KVCache, tokens: int) -> None:
+def _prefill(model: nn.Module, found: list[tuple[Parts, Groups]], cache: KVCache, tokens: int, asked: int = 1) -> None:
+    """By two layers, as the last one is done for the tokens alone that are ``asked`` for."""
     device, dtype = cache.shape.device, cache.shape.dtype
     sequence = Sequence(0, 0, 0, Prompt([0] * tokens), SamplingParams(), 1, table=[0] * -(-tokens // _BLOCK))
-    walk = PrefillWalk(model, found[:1], dtype, DecodeWalk(model, found[:1], MAX_ROWS, _POSITIONS))
+    walk = PrefillWalk(model, found[:2], dtype, DecodeWalk(model, found[:2], MAX_ROWS, _POSITIONS))
     walk(
         torch.zeros(tokens, dtype=torch.int64, device=device),
         PrefillAttention(cache, [Chunk(sequence, 0, tokens)]),
-        torch.zeros(1, dtype=torch.int64, device=device),
+        torch.zeros(asked, dtype=torch.int64, device=device),
     )
 
 
-@torch.no_grad()
-def _sample(model: nn.Module, variant: Variant) -> None:
+def _sample(model: nn.Module) -> None:
     """After a prefill rows are named, in a decode step they are the first ones."""
     base = unwrap(model)
     device, vocab = base.model.embed_tokens.weight.device, base.config.vocab_size
     state = SampleState(1, vocab, _BLOCK, device=device, penalties=False, tallies=False)
     x_1V = torch.zeros(1, vocab, device=device)
     out = head(model)
-    for rows_1 in (None, torch.zeros(1, dtype=torch.int32, device=device)):
-        sample_step(x_1V, state, variant, rows_1, out.bias_V, out.scale, out.softcap)
+    for variant in (Variant(), Variant(truncated=True)):
+        for rows_1 in (None, torch.zeros(1, dtype=torch.int32, device=device)):
+            sample_step(x_1V, state, variant, rows_1, out.bias_V, out.scale, out.softcap)
