@@ -70,6 +70,7 @@ class Recorded:
 
     launches: list[Launch] = dataclasses.field(default_factory=list)
     sources: list[Source] = dataclasses.field(default_factory=list)
+    before: list[int] = dataclasses.field(default_factory=list)  # of each source, the launches that came before it
     _keys: set[tuple[Any, ...]] = dataclasses.field(default_factory=set, repr=False)
 
     def launch(self, kernel: Any, key: tuple[Any, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -83,6 +84,7 @@ class Recorded:
         found = Source(text, dict(defines), capability)
         if found not in self.sources:
             self.sources.append(found)
+            self.before.append(len(self.launches))
 
 
 _recorded: Recorded | None = None

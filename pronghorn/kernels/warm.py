@@ -108,11 +108,18 @@ class Warming:
         from pronghorn.kernels.cuda_source import cached_cubin
 
         with ThreadPoolExecutor(threads(), "pronghorn-compile") as pool:
-            built = [pool.submit(cached_cubin, *source) for source in self.recorded.sources]
+            recorded, built = self.recorded, list[Future[bytes]]()
+
+            def build_those_before(launches: int) -> None:
+                while len(built) < len(recorded.sources) and recorded.before[len(built)] <= launches:
+                    built.append(pool.submit(cached_cubin, *recorded.sources[len(built)]))
+
             guard = torch.cuda.device(self.device if self.device.type == "cuda" else -1)
             with guard, AsyncCompileMode(_Compilers(pool, self.device)):  # type: ignore[arg-type]
-                for kernel, args, options in self.recorded.launches:
+                for at, (kernel, args, options) in enumerate(recorded.launches):  # all in the walk's order
+                    build_those_before(at)
                     kernel.warmup(*args, grid=(1,), **options)
+                build_those_before(len(recorded.launches))
             for source in built:
                 source.result()
 

@@ -25,13 +25,13 @@ def warm_up(model: Any) -> Warming | None:
     On a GPU in 16 bits only: the CPU has no kernels to compile. One line says how long it took, unless they were in the
     cache. A step that begins earlier waits for the kernels that it needs and no longer.
     """
-    walks: dict[str, Walk] = {}
-    if state_of(model).engine is not None:
-        from .native.dry_run import rollout_steps
+    step: dict[str, Walk] = {"a training step": training_step}
+    if state_of(model).engine is None:
+        return compile_ahead(model, step)
+    from .native.dry_run import WALKS
 
-        walks["rollouts"] = rollout_steps  # first: a run begins with them
-    walks["a training step"] = training_step
-    return compile_ahead(model, walks)
+    (first, few), *rest = WALKS.items()  # a run begins with few rows, and trains before it has many
+    return compile_ahead(model, {first: few, **step, **dict(rest)})
 
 
 def begun(model: Any, walks: dict[str, Walk]) -> dict[str, Walk]:

@@ -115,6 +115,7 @@ def test_recorded_sources_are_noted_once() -> None:
             found.source("text", {"RANK": rank}, (9, 0))
     assert current_recording() is None
     assert [source.defines for source in recorded.sources] == [{"RANK": 1}, {"RANK": 2}]
+    assert recorded.before == [0, 0]
 
 
 def test_a_bound_launch_goes_straight_to_the_kernel_while_its_tensors_are_aligned() -> None:

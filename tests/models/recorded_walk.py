@@ -64,7 +64,7 @@ from pronghorn.rollout.native import attention as prefill_attention
 from pronghorn.rollout.native import decoder, prefill, products
 from pronghorn.rollout.native import engine as engine_module
 from pronghorn.rollout.native.decoder import BUCKETS, Decoder
-from pronghorn.rollout.native.dry_run import rollout_steps
+from pronghorn.rollout.native.dry_run import WALKS
 from pronghorn.rollout.native.look import Drawn, Look
 
 
@@ -233,7 +233,8 @@ def main() -> None:
     as_on_a_gpu()
     with recording() as recorded, prepared(model):
         dry_run.training_step(model)
-        rollout_steps(model)
+        for walk in WALKS.values():
+            walk(model)
     foreseen = keys(recorded)
     with recording() as recorded:
         supervised(model, 2, 37)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence as Seq
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from ...models.fused_block import layer_forward
 from ...models.packed_layer import prepared_layers
 from ...models.parts import Groups, Parts
 from ...models.tree import unwrap
+from ..warmup import Walk
 from .attention import PrefillAttention
 from .decode_walk import DecodeWalk, PrefillWalk, why_no_walk
 from .kv_cache import KVCache, KVShape
@@ -26,14 +28,14 @@ from .prefill import MOST_PROMPTS
 from .request import Prompt, Sequence
 from .scheduler import Chunk
 
-_TOKENS = (8, 16, 32, 272, 2064, 4112, 4240)
+_TOKENS, _MORE_TOKENS = (8, 16, 32, 272), (2064, 4112, 4240)
 """One number of rows for each way that the adapters' narrow products are taken (``kernels/low_rank_triton.py``, and on
 Hopper ``low_rank_cuda.py``)."""
 
-_ASKED = (16, 32, MOST_PROMPTS)
-"""How many tokens of a prefill the last layer is done for, of which few take those ways, too."""
-
-_SCORED = ([8, 4, 4], [136, 68, 68], [1032] + 8 * [129], [2056] + 8 * [257], [2120] + 8 * [265])
+_SCORED, _MORE_SCORED = (
+    ([8, 4, 4], [136, 68, 68]),
+    ([1032] + 8 * [129], [2056] + 8 * [257], [2120] + 8 * [265]),
+)
 """A prompt and its completions, for each way that these products are written to two places. Attention's backward copies
 the first two prompts for their completions; the third is too long for that (``kernels/shared_prefix.py``)."""
 
@@ -45,30 +47,71 @@ _BLOCK = 16
 
 def rollout_steps(model: nn.Module) -> None:
     """Inside :func:`pronghorn.kernels.launch.recording` and :func:`pronghorn.models.packed_layer.prepared`: what
-    prefill, decode, sampling and GRPO's scoring of ``model`` launch. Nothing where layers do not run fused.
-
-    Sampling is walked as plain and as truncated (top-k, top-p, min-p); penalties and minimum lengths compile when they
-    are first asked for.
+    prefill, decode, plain sampling and GRPO's scoring of ``model`` launch for few rows and tokens. That is what a first
+    step waits for, so it is walked, and compiled, before the rest. Nothing where layers do not run fused.
     """
-    found = prepared_layers(model)
-    if found is None or why_no_walk(model):
+    found = _found(model)
+    if found is None:
         return
-    with torch.no_grad():
-        _sample(model)  # first, as its kernels take the longest to compile
-        for tokens in _TOKENS:
-            _scored_forward(model, found[0], tokens)
-        cache = _cache(model, len(found[:2]))
-        for tokens in _TOKENS:
-            _prefill(model, found, cache, tokens)
-        for asked in _ASKED:
-            _prefill(model, found, cache, _TOKENS[3], asked)
-        for rows in (1, 16, 24, 32, MAX_ROWS):  # a tile of the products, or a way of attention, each
-            _decode(model, found, cache, rows, hold=False)
-        # Attention in one launch before other products than those of few rows, which many heads take for short rows.
-        _decode(model, found, cache, 16, hold=False, positions=_POSITIONS // 2)
-        for rows in (32, MAX_ROWS, 128, 192, 256):  # where there is memory for weights in 16 bits, many rows read those
-            _decode(model, found, cache, rows, hold=True)
-    for lengths in _SCORED:
+    _sample(model, Variant())  # first, as its kernels take the longest to compile
+    _prompts(model, found, _TOKENS, (16, 32, MOST_PROMPTS))
+    _decoded(model, found, (1, 16), hold=False)  # a tile of the products, or a way of attention, each
+    # Attention in one launch before other products than those of few rows, which many heads take for short rows.
+    _decoded(model, found, (16,), hold=False, positions=_POSITIONS // 2)
+    _scored(model, found, _SCORED)
+
+
+def larger_steps(model: nn.Module) -> None:
+    """As :func:`rollout_steps`: what more rows and tokens launch, and draws that are truncated (top-k, top-p, min-p).
+
+    Penalties and minimum lengths compile when they are first asked for.
+    """
+    found = _found(model)
+    if found is None:
+        return
+    _sample(model, Variant(truncated=True))
+    _decoded(model, found, (24, 32, MAX_ROWS), hold=False)
+    # Where there is memory for weights in 16 bits, many rows read those.
+    _decoded(model, found, (32, MAX_ROWS, 128, 192, 256), hold=True)
+    _prompts(model, found, _MORE_TOKENS, ())
+    _scored(model, found, _MORE_SCORED)
+
+
+WALKS: dict[str, Walk] = {"rollouts": rollout_steps, "larger rollouts": larger_steps}
+"""Both, in the order in which their kernels are asked for."""
+
+
+def _found(model: nn.Module) -> list[tuple[Parts, Groups]] | None:
+    """Its layers; None where they do not run fused."""
+    found = prepared_layers(model)
+    return None if found is None or why_no_walk(model) else found
+
+
+@torch.no_grad()
+def _prompts(model: nn.Module, found: list[tuple[Parts, Groups]], many_tokens: Seq[int], many_asked: Seq[int]) -> None:
+    cache = _cache(model, len(found[:2]))
+    for tokens in many_tokens:
+        _scored_forward(model, found[0], tokens)
+        _prefill(model, found, cache, tokens)
+    for asked in many_asked:
+        _prefill(model, found, cache, many_tokens[-1], asked)
+
+
+@torch.no_grad()
+def _decoded(
+    model: nn.Module,
+    found: list[tuple[Parts, Groups]],
+    many_rows: Seq[int],
+    hold: bool,
+    positions: int = _POSITIONS,
+) -> None:
+    cache = _cache(model, 1)
+    for rows in many_rows:
+        _decode(model, found, cache, rows, hold, positions)
+
+
+def _scored(model: nn.Module, found: list[tuple[Parts, Groups]], many_lengths: Seq[list[int]]) -> None:
+    for lengths in many_lengths:
         layer_step(model, found[0], lengths, [None] + [0] * (len(lengths) - 1), ordered=True)
 
 
@@ -91,7 +134,7 @@ def _decode(
     cache: KVCache,
     rows: int,
     hold: bool,
-    positions: int = _POSITIONS,
+    positions: int,
 ) -> None:
     device = cache.shape.device
     table_BN = torch.zeros(rows, positions // _BLOCK, dtype=torch.int32, device=device)
@@ -114,13 +157,13 @@ def _prefill(model: nn.Module, found: list[tuple[Parts, Groups]], cache: KVCache
     )
 
 
-def _sample(model: nn.Module) -> None:
+@torch.no_grad()
+def _sample(model: nn.Module, variant: Variant) -> None:
     """After a prefill rows are named, in a decode step they are the first ones."""
     base = unwrap(model)
     device, vocab = base.model.embed_tokens.weight.device, base.config.vocab_size
     state = SampleState(1, vocab, _BLOCK, device=device, penalties=False, tallies=False)
     x_1V = torch.zeros(1, vocab, device=device)
     out = head(model)
-    for variant in (Variant(), Variant(truncated=True)):
-        for rows_1 in (None, torch.zeros(1, dtype=torch.int32, device=device)):
-            sample_step(x_1V, state, variant, rows_1, out.bias_V, out.scale, out.softcap)
+    for rows_1 in (None, torch.zeros(1, dtype=torch.int32, device=device)):
+        sample_step(x_1V, state, variant, rows_1, out.bias_V, out.scale, out.softcap)

@@ -25,7 +25,7 @@ from .ahead import run_ahead
 from .blocks import BlockManager
 from .decode_walk import few_rows, why_no_walk
 from .decoder import MOST_ROWS, Decoder, held_bytes_of, sizes_of
-from .dry_run import rollout_steps
+from .dry_run import WALKS
 from .ending import Ending
 from .exact import check_exact
 from .held import Buffers
@@ -129,7 +129,7 @@ class NativeEngine:
                 self._turns += 1
                 with self._remedied(sequences):
                     policy.enter_context(self._policy(adapter))
-                    compile_ahead(self.model, {"rollouts": rollout_steps})
+                    compile_ahead(self.model, WALKS)
                 sequences = self._run_or_retry(sequences, progress)
         return request_outputs(sequences, len(prompts), self._requests, self.tokenizer)
 
@@ -158,7 +158,7 @@ class NativeEngine:
                 self._snapshot = Snapshot(self.model)
             if policy is not None:
                 self._snapshot.load(policy)
-            compile_ahead(self.model, {"rollouts": rollout_steps})
+            compile_ahead(self.model, WALKS)
             cache = self._ready_cache(sequences)
             decoder = self._ready_decoder(sequences, cache)
             if decoder is not None:
