@@ -1,21 +1,10 @@
 // What a kernel's source needs to run on a CPU: a thread of the system for each of CUDA's, a block after another. Included
-// before it (-include), with its macros and KERNEL, its name. Instructions do what their manual says, sums in double.
+// before it, behind its macros and KERNEL, its name. Instructions do what their manual says, sums in double.
 #define INSTRUCTIONS_GIVEN
 #ifndef LOW
 #define LOW 0
 #endif
-#include <algorithm>
-#include <atomic>
-#include <barrier>
-#include <chrono>
-#include <cmath>
-#include <condition_variable>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <mutex>
-#include <thread>
-#include <vector>
+#include "standard.h"
 
 #define __global__
 #define __device__

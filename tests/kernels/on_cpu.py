@@ -6,7 +6,9 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -15,7 +17,19 @@ from pronghorn.kernels.cuda_source import Map
 
 HERE = Path(__file__).parent
 
+COMPILE = ("g++", "-std=c++20", "-O1", "-w", "-ffp-contract=off", "-fPIC", "-pthread")
+
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@cache
+def _standard() -> TemporaryDirectory[str]:
+    """A folder with ``standard.h``, compiled by the options that kernels are."""
+    folder = TemporaryDirectory(prefix="standard-")
+    header = Path(folder.name) / "standard.h"
+    shutil.copy(HERE / "standard.h", header)
+    subprocess.run([*COMPILE, "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
+    return folder
 
 
 def compiled(
@@ -29,15 +43,16 @@ def compiled(
     """``source`` as a library with ``run(args, grid_x, grid_y, grid_z)``; ``changed``: one text in it for another."""
     assert changed[0] in source
     library = folder / "kernel.so"
-    subprocess.run(
-        ["g++", "-std=c++20", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
-        + ["-include", HERE / "cuda_on_cpu.h", f"-DKERNEL={kernel}", f"-DARGS={parameter}"]
-        + [f"-D{name}={value}" for name, value in defines.items()]
-        + ["-x", "c++", "-", "-o", library],
-        input=f'{source.replace(*changed) if changed[0] else source}\n#include "{HERE / "cuda_on_cpu_run.h"}"\n',
-        text=True,
-        check=True,
-    )
+    macros = {"KERNEL": kernel, "ARGS": parameter, **defines}  # behind what is compiled already, which takes no others
+    text = [
+        f'#include "{Path(_standard().name) / "standard.h"}"',
+        *(f"#define {name} {value}" for name, value in macros.items()),
+        f'#include "{HERE / "cuda_on_cpu.h"}"',
+        source.replace(*changed) if changed[0] else source,
+        f'#include "{HERE / "cuda_on_cpu_run.h"}"\n',
+    ]
+    command = [*COMPILE, "-shared", "-x", "c++", "-", "-o", library]
+    subprocess.run(command, input="\n".join(text), text=True, check=True)
     return ctypes.CDLL(str(library))
 
 
